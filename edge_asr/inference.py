@@ -1,0 +1,284 @@
+"""The only room that runs neural networks: the silero speech detector, SenseVoice's features, and its two recognizers.
+
+onnxruntime is the first engine, because its posteriors are ours; sherpa-onnx is the second, for accelerators only it
+reaches and as the oracle of the first. sherpa-onnx ends the process on a model it does not like, so every model passes
+:func:`check_contract` under onnxruntime, which raises instead, before sherpa-onnx sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import kaldi_native_fbank as knf
+import numpy as np
+import onnxruntime as ort
+
+from edge_asr.audio import to_float
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Transcript
+from edge_asr.model_store import ModelError
+from edge_asr.posteriors import FRAME_S, TAG_FRAMES, WORD_START, Recognition, TokenTable, log_softmax, transcribe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edge_asr import settings
+    from edge_asr.model_store import ModelFiles
+
+log = logging.getLogger(__name__)
+
+MAX_UTTERANCE_S: Final = 30.0
+"""Longer audio in one piece costs gigabytes that onnxruntime never gives back (300 s: 2.6 GB)."""
+
+MIN_SAMPLES: Final = 400
+"""25 ms: one feature window; less has no frame at all."""
+
+_INPUTS: Final = ("x", "x_length", "language", "text_norm")
+_LANGUAGES: Final = ("auto", "zh", "en", "yue", "ja", "ko")
+_PROVIDERS: Final = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class RecognizerError(Exception):
+    """One utterance could not be recognized; the next one may."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a SenseVoice ONNX file says of itself in its metadata."""
+
+    lfr_window: int
+    """Feature frames stacked into one model frame."""
+    lfr_shift: int
+    """Feature frames between two model frames."""
+    scale: float
+    """Factor from [-1, 1) audio to what the features were computed on (32768 for the released models)."""
+    neg_mean: NDArray[np.float32]
+    inv_stddev: NDArray[np.float32]
+    language_ids: Mapping[str, int]
+    with_itn: int
+    without_itn: int
+    vocabulary: int
+
+
+def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
+    """Read and check the metadata and the inputs; raises ModelError naming what is missing."""
+    inputs = tuple(i.name for i in session.get_inputs())
+    if inputs != _INPUTS:
+        raise ModelError(f"{path}: inputs are {inputs}, expected {_INPUTS}; this is not a SenseVoice model")
+    meta = session.get_modelmeta().custom_metadata_map
+    try:
+        contract = Contract(
+            lfr_window=int(meta["lfr_window_size"]),
+            lfr_shift=int(meta["lfr_window_shift"]),
+            scale=1.0 if int(meta["normalize_samples"]) else 32768.0,
+            neg_mean=np.array(meta["neg_mean"].split(","), dtype=np.float32),
+            inv_stddev=np.array(meta["inv_stddev"].split(","), dtype=np.float32),
+            language_ids={name: int(meta[f"lang_{name}"]) for name in _LANGUAGES},
+            with_itn=int(meta["with_itn"]),
+            without_itn=int(meta["without_itn"]),
+            vocabulary=int(meta["vocab_size"]),
+        )
+    except KeyError as error:
+        raise ModelError(f"{path}: metadata {error} is missing; export it with sherpa-onnx's SenseVoice metadata") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: metadata is damaged ({error}); import the model again") from None
+    dim = session.get_inputs()[0].shape[2]
+    if not (contract.neg_mean.size == contract.inv_stddev.size == dim == 80 * contract.lfr_window):
+        raise ModelError(f"{path}: CMVN has {contract.neg_mean.size} values for {dim} features; import the model again")
+    return contract
+
+
+def _open_session(path: Path, *, provider: str = "cpu", threads: int = 1) -> ort.InferenceSession:
+    """An onnxruntime session that does not spin; raises ModelError on a file it cannot read."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning burns 29 ms after every call
+    options.log_severity_level = 3
+    wanted = _PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        log.warning("onnxruntime here has no %s provider: the model runs on the CPU; install a matching wheel", provider)
+        wanted = _PROVIDERS["cpu"]
+    try:
+        return ort.InferenceSession(str(path), options, providers=[wanted, *({_PROVIDERS["cpu"]} - {wanted})])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes, all meaning: not a usable model
+        reason = str(error).splitlines()[0][:160]
+        raise ModelError(f"{path}: onnxruntime cannot load it ({reason}); import the model again") from None
+
+
+class Features:
+    """Kaldi fbank (80 bins, Hamming, no dither), stacked by low frame rate (LFR) and normalised (CMVN).
+
+    LFR as in sherpa-onnx 2.0.1: the first frame three times on the left, the last repeated on the right, ceil(n / 6)
+    windows of 7. Other padding changes the text (20 of 20 equal this way, 10 of 20 with no left padding).
+    """
+
+    def __init__(self, contract: Contract) -> None:
+        self._contract = contract
+        options = knf.FbankOptions()
+        options.frame_opts.samp_freq = SAMPLE_RATE
+        options.frame_opts.dither = 0.0
+        options.frame_opts.window_type = "hamming"
+        options.frame_opts.snip_edges = True
+        options.mel_opts.num_bins = 80
+        options.mel_opts.high_freq = 0.0
+        self._options = options
+
+    def __call__(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[samples] in [-1, 1) -> [frames, 560]; no frame below 25 ms."""
+        fbank = knf.OnlineFbank(self._options)
+        fbank.accept_waveform(SAMPLE_RATE, samples * np.float32(self._contract.scale))
+        fbank.input_finished()
+        count = fbank.num_frames_ready
+        if count == 0:
+            return np.zeros((0, self._contract.neg_mean.size), np.float32)
+        frames = np.stack([fbank.get_frame(i) for i in range(count)])
+        window, shift = self._contract.lfr_window, self._contract.lfr_shift
+        left = (window - 1) // 2
+        windows = -(-count // shift)
+        index = np.clip(np.arange(windows)[:, None] * shift + np.arange(window)[None, :] - left, 0, count - 1)
+        stacked = frames[index].reshape(windows, -1)
+        return np.ascontiguousarray((stacked + self._contract.neg_mean) * self._contract.inv_stddev, dtype=np.float32)
+
+
+class OnnxRecognizer:
+    """SenseVoice on onnxruntime: text, tags, token times, confidence and log-posteriors."""
+
+    def __init__(self, files: ModelFiles, options: settings.Model) -> None:
+        self.name = files.name
+        self._session = _open_session(files.model, provider=options.provider, threads=options.threads)
+        self._contract = check_contract(self._session, files.model)
+        self.table = load_tokens(files.tokens, self._contract.vocabulary)
+        self.provider: str = self._session.get_providers()[0]
+        self._features = Features(self._contract)
+        self._language = np.array([self._contract.language_ids[options.language]], np.int32)
+        itn = self._contract.with_itn if options.use_itn else self._contract.without_itn
+        self._text_norm = np.array([itn], np.int32)
+
+    def recognize(self, pcm: bytes) -> Recognition:
+        """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
+        features = self._features(_checked(pcm))
+        feed = {
+            "x": features[None],
+            "x_length": np.array([len(features)], np.int32),
+            "language": self._language,
+            "text_norm": self._text_norm,
+        }
+        try:
+            logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0][0]
+        except Exception as error:  # onnxruntime's classes share no base but this
+            raise RecognizerError(f"onnxruntime failed on {len(pcm)} bytes of audio: {error}") from error
+        tags = [self.table.tag(int(i)) for i in logits[:TAG_FRAMES].argmax(axis=1)]
+        log_posteriors = log_softmax(logits[TAG_FRAMES:])
+        return Recognition(transcribe(log_posteriors, tags, self.table), log_posteriors)
+
+
+class SherpaRecognizer:
+    """SenseVoice on sherpa-onnx: text, tags and token times; it keeps the posteriors to itself."""
+
+    def __init__(self, files: ModelFiles, options: settings.Model) -> None:
+        import sherpa_onnx  # noqa: PLC0415 - 30 MB that the default engine does not need
+
+        self.name = files.name
+        contract = check_contract(_open_session(files.model), files.model)
+        self.table = load_tokens(files.tokens, contract.vocabulary)
+        self.provider = options.provider
+        self._recognizer: Any = sherpa_onnx.OfflineRecognizer.from_sense_voice(
+            model=str(files.model),
+            tokens=str(files.tokens),
+            num_threads=options.threads,
+            provider=options.provider,
+            language=options.language,
+            use_itn=options.use_itn,
+        )
+
+    def recognize(self, pcm: bytes) -> Recognition:
+        """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
+        stream = self._recognizer.create_stream()
+        stream.accept_waveform(SAMPLE_RATE, _checked(pcm))
+        self._recognizer.decode_stream(stream)
+        result = stream.result
+        from edge_asr.events import Token  # noqa: PLC0415
+
+        transcript = Transcript(
+            text=result.text.strip(),
+            language=result.lang.strip("<|>"),
+            emotion=result.emotion.strip("<|>"),
+            event=result.event.strip("<|>"),
+            confidence=0.0,
+            tokens=tuple(
+                Token(piece.replace(WORD_START, " "), round(float(start), 3))
+                for piece, start in zip(result.tokens, result.timestamps, strict=False)
+            ),
+        )
+        return Recognition(transcript, None)
+
+
+class SileroDetector:
+    """Speech probability per frame by silero VAD (MIT); keeps its own state, so one per source."""
+
+    CONTEXT: Final = 64
+    """Samples of the previous frame that the network wants in front."""
+
+    def __init__(self, model: Path) -> None:
+        self._session = _open_session(model)
+        if tuple(i.name for i in self._session.get_inputs()) != ("input", "state", "sr"):
+            raise ModelError(f"{model}: is not a silero VAD model; import it again")
+        self._rate = np.array(SAMPLE_RATE, np.int64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was heard: after a gap the next frame stands alone."""
+        self._state = np.zeros((2, 1, 128), np.float32)
+        self._input = np.zeros((1, self.CONTEXT + FRAME_SAMPLES), np.float32)
+
+    def probability(self, pcm: bytes) -> float:
+        """Probability 0..1 that this frame of :data:`FRAME_SAMPLES` holds speech."""
+        self._input[0, : self.CONTEXT] = self._input[0, -self.CONTEXT :]
+        self._input[0, self.CONTEXT :] = to_float(pcm)
+        output, self._state = self._session.run(None, {"input": self._input, "state": self._state, "sr": self._rate})
+        return float(output[0, 0])
+
+
+def load_tokens(path: Path, expected: int) -> TokenTable:
+    """Read tokens.txt and hold it against the model's vocabulary; raises ModelError."""
+    try:
+        table = TokenTable.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ModelError(f"{path}: not a tokens file ({error}); import the model again") from None
+    if len(table) != expected:
+        raise ModelError(f"{path}: {len(table)} tokens for a model of {expected}; take tokens.txt of the same release")
+    return table
+
+
+def open_recognizer(files: ModelFiles, options: settings.Model) -> OnnxRecognizer | SherpaRecognizer:
+    """The engine the settings ask for."""
+    return SherpaRecognizer(files, options) if options.engine == "sherpa-onnx" else OnnxRecognizer(files, options)
+
+
+def _checked(pcm: bytes) -> NDArray[np.float32]:
+    samples = to_float(pcm)
+    if not MIN_SAMPLES <= samples.size <= MAX_UTTERANCE_S * SAMPLE_RATE:
+        raise RecognizerError(f"{samples.size / SAMPLE_RATE:.3f} s of audio, expected 0.025..{MAX_UTTERANCE_S:g} s")
+    return samples
+
+
+__all__ = [
+    "FRAME_S",
+    "Contract",
+    "Features",
+    "OnnxRecognizer",
+    "RecognizerError",
+    "SherpaRecognizer",
+    "SileroDetector",
+    "check_contract",
+    "load_tokens",
+    "open_recognizer",
+]

@@ -1,0 +1,373 @@
+"""The settings tree: one YAML file, typed and checked before anything starts.
+
+Law: every error names the key, the value and what was expected (``mqtt.port: 99999 is not 1..65535``), all errors of a
+file come at once, and an unknown key is an error, because a misspelt key that silently does nothing costs a night shift.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+ENVIRONMENT_PREFIX = "EDGE_ASR__"
+"""``EDGE_ASR__MQTT__HOST=broker`` overrides ``mqtt.host``."""
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the message is one line per problem, each with its remedy. Exit code 78."""
+
+
+def _topic_segment(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        raise ValueError("may hold only A-Z a-z 0-9 _ - (it becomes one level of an MQTT topic)")
+    return value
+
+
+TopicSegment = Annotated[str, AfterValidator(_topic_segment)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Site(_Section):
+    """Where the device stands (ISA-95); the levels that are set become the topic root, in this order."""
+
+    enterprise: TopicSegment | None = None
+    site: TopicSegment | None = None
+    area: TopicSegment | None = None
+    line: TopicSegment | None = None
+    cell: TopicSegment | None = None
+
+
+class Model(_Section):
+    """Which ears."""
+
+    name: str = "micro-en"
+    """Name of a bundled model, or the path of a directory in SenseVoice's contract (model.int8.onnx, tokens.txt)."""
+    engine: Literal["onnxruntime", "sherpa-onnx"] = "onnxruntime"
+    """sherpa-onnx gives text only: commands are then matched on the text, and confidence is unknown."""
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    language: Literal["auto", "zh", "en", "yue", "ja", "ko"] = "auto"
+    """Fixed language, or auto."""
+    languages: tuple[Literal["zh", "en", "yue", "ja", "ko"], ...] = ()
+    """With auto: the languages spoken at this site; anything else heard is rejected. Empty: all."""
+    use_itn: bool = False
+    """Write numbers as digits and add punctuation; command grammars work on spoken words, so off by default."""
+    threads: Annotated[int, Field(ge=1, le=64)] = 1
+    """Threads within one decode."""
+
+
+class Vad(_Section):
+    """When does someone speak."""
+
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Speech probability that opens the gate; it closes 0.15 lower."""
+    pre_roll_s: Annotated[float, Field(ge=0, le=2)] = 0.4
+    """Audio kept from before the onset: detectors notice a first word 40 ms late at the median, 1.4 s at worst."""
+    min_speech_s: Annotated[float, Field(ge=0.03, le=5)] = 0.2
+    """Shorter bursts of speech are dropped."""
+    min_silence_s: Annotated[float, Field(ge=0.1, le=5)] = 0.6
+    """Silence that ends an utterance."""
+    max_utterance_s: Annotated[float, Field(ge=2, le=30)] = 20.0
+    """Longer speech is cut at its quietest moment near the end: memory and accuracy suffer beyond 20 s."""
+    energy_gate_dbfs: Annotated[float, Field(ge=-120, le=0)] = -65.0
+    """Frames quieter than this skip the detector: silence costs next to nothing."""
+
+
+class Partials(_Section):
+    """Text while someone still speaks."""
+
+    enabled: bool = True
+    interval_s: Annotated[float, Field(ge=0.2, le=10)] = 0.6
+    """A new partial at most this often; the first thing dropped under load."""
+
+
+class MicrophoneSource(_Section):
+    """A sound card or USB microphone."""
+
+    type: Literal["microphone"]
+    name: TopicSegment = "microphone"
+    device: str | int = "default"
+    """``default``, part of a device's name, an ALSA card id (``hw:CARD=Array``), or an index; see `edge-asr devices`."""
+    channel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Which channel of a microphone array, counted from 1."""
+    rate: Annotated[int, Field(ge=8000, le=192_000)] | None = None
+    """Hz; None: the device's own."""
+
+
+class FilesSource(_Section):
+    """Recordings played as if someone spoke: files, or directories of them in name order."""
+
+    type: Literal["files"]
+    name: TopicSegment = "files"
+    paths: Annotated[tuple[Path, ...], Field(min_length=1)]
+    realtime: bool = True
+    """False: as fast as the recognizer keeps up, nothing lost."""
+
+
+class StdinSource(_Section):
+    """Raw mono signed 16-bit little-endian PCM on standard input."""
+
+    type: Literal["stdin"]
+    name: TopicSegment = "stdin"
+    rate: Annotated[int, Field(ge=8000, le=192_000)] = 16_000
+
+
+SourceSettings = Annotated[Union[MicrophoneSource, FilesSource, StdinSource], Field(discriminator="type")]
+
+
+class Commands(_Section):
+    """What may be commanded."""
+
+    grammars: tuple[str, ...] = ("factory.en",)
+    """Names of bundled grammars or paths of grammar files; several languages side by side are fine."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Below: rejected as not understood. An intent may ask for more."""
+    ttl_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    """Life of a command unless its intent says otherwise."""
+
+
+class Outbox(_Section):
+    """The durable queue between the microphone and the broker."""
+
+    path: Path | None = None
+    """SQLite file; None: outbox.db in the state directory."""
+    max_bytes: Annotated[int, Field(ge=1_000_000)] = 256 * 1024 * 1024
+    """Size limit; when it is reached the oldest transcripts go first and commands last, each loss counted."""
+
+
+class Tls(_Section):
+    """Encryption and identity towards the broker (TLS 1.2 or newer)."""
+
+    ca_file: Path | None = None
+    """None: the system's certificate authorities."""
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _pair(self) -> Tls:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: set both or neither")
+        return self
+
+
+class Mqtt(_Section):
+    """The broker."""
+
+    host: str | None = None
+    """None: nothing is published until a broker is set; the outbox keeps everything meanwhile."""
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """None: 1883, or 8883 with TLS."""
+    username: str | None = None
+    password_file: Path | None = None
+    """File whose first line is the password (systemd: LoadCredential=); a password in the settings would leak."""
+    client_id: TopicSegment | None = None
+    """None: edge-asr-<device>."""
+    tls: Tls | None = None
+    payload: Literal["cloudevents", "plain"] = "cloudevents"
+    """CloudEvents 1.0 structured JSON, or its flat data alone for tag-based SCADA."""
+    keepalive_s: Annotated[int, Field(ge=5, le=600)] = 15
+    max_retry_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    """Reconnecting never gives up; the pause grows to this, with jitter."""
+
+
+class Log(_Section):
+    """What the daemon says about itself."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "journald"] = "auto"
+    """auto: fields to journald under systemd, text otherwise."""
+
+
+class Settings(_Section):
+    """Everything the daemon can be told."""
+
+    device: TopicSegment = "edge-asr"
+    """This box's name, unique under its topic root."""
+    site: Site = Site()
+    state_dir: Path | None = None
+    """None: systemd's STATE_DIRECTORY, else ~/.local/state/edge-asr."""
+    model: Model = Model()
+    vad: Vad = Vad()
+    partials: Partials = Partials()
+    sources: tuple[SourceSettings, ...] = (MicrophoneSource(type="microphone"),)
+    commands: Commands = Commands()
+    outbox: Outbox = Outbox()
+    mqtt: Mqtt = Mqtt()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _unique_source_names(self) -> Settings:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources: the name {twice[0]!r} is used twice; give each source its own `name`")
+        return self
+
+    @property
+    def topic_root(self) -> str:
+        """``enterprise/site/area/line/cell/voice/device`` with missing levels left out."""
+        levels = [self.site.enterprise, self.site.site, self.site.area, self.site.line, self.site.cell]
+        return "/".join([level for level in levels if level] + ["voice", self.device])
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the outbox lives unless told otherwise."""
+        if self.state_dir is not None:
+            return self.state_dir
+        of_systemd = os.environ.get("STATE_DIRECTORY")
+        if of_systemd:
+            return Path(of_systemd.split(":")[0])
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(home) / "edge-asr"
+
+    @property
+    def outbox_path(self) -> Path:
+        """The outbox's SQLite file."""
+        return self.outbox.path or self.state_directory / "outbox.db"
+
+
+def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read settings: defaults, then the file, then ``EDGE_ASR__*`` variables, then ``overrides`` (dotted keys).
+
+    Relative paths in the file are taken from the file's folder. Raises SettingsError.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    for dotted, value in {**_environment(), **(overrides or {})}.items():
+        _put(tree, dotted, value)
+    origin = str(path) if path is not None else "settings"
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{origin}: {_explain(problem)}" for problem in error.errors())) from None
+    return settings if path is None else _anchored(settings, path.resolve().parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise SettingsError(f"{path}: cannot be read ({reason}); check --settings and the file's permissions") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise SettingsError(f"{path}: {where}{problem}; mend the YAML there") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: holds a {type(tree).__name__}, expected `key: value` lines")
+    return tree
+
+
+def _environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            try:
+                found[name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise SettingsError(f"{name}: {value!r} is not a YAML value") from None
+    return found
+
+
+def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise SettingsError(f"{dotted}: cannot be set, {key} is {below!r}, expected a section")
+        tree = below
+    tree[last] = value
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """One line: key, value, expectation."""
+    tags = {"microphone", "files", "stdin"}
+    location = [part for i, part in enumerate(problem["loc"]) if not (part in tags and i == 2)]  # noqa: PLR2004
+    key = ".".join(str(part) for part in location)
+    value, context = problem["input"], problem.get("ctx", {})
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _keys_beside(location), n=1)
+        return f"{key}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "; remove it")
+    if kind == "union_tag_invalid":
+        return f"{key}.type: {context['tag']!r} is not one of {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{key}.type: missing, expected one of 'microphone', 'files', 'stdin'"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "value_error":
+        reason = str(context.get("error", problem["msg"]))
+        shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} "
+        return f"{key}: {shown}{reason}" if key else reason
+    limits = _limits(location)
+    if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
+        return f"{key}: {value!r} is not {limits}"
+    expected = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {value!r} is wrong: {expected}"
+
+
+def _model_at(location: list[int | str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Settings
+    for part in location:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        for candidate in (inner, *get_args(inner)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+        else:
+            return None
+    return model
+
+
+def _keys_beside(location: list[int | str]) -> list[str]:
+    if location[0] == "sources":
+        return sorted({key for kind in get_args(get_args(SourceSettings)[0]) for key in kind.model_fields})
+    model = _model_at(location[:-1])
+    return list(model.model_fields) if model else []
+
+
+def _limits(location: list[int | str]) -> str | None:
+    """``1..65535`` for a field that has both bounds."""
+    model = _model_at(location[:-1])
+    field = model.model_fields.get(str(location[-1])) if model else None
+    if field is None:
+        return None
+    metadata = list(field.metadata)
+    for part in get_args(field.annotation):
+        if get_origin(part) is Annotated:
+            metadata += [bound for item in part.__metadata__ for bound in (*getattr(item, "metadata", ()), item)]
+    low = next((m.ge if hasattr(m, "ge") else m.gt for m in metadata if hasattr(m, "ge") or hasattr(m, "gt")), None)
+    high = next((m.le if hasattr(m, "le") else m.lt for m in metadata if hasattr(m, "le") or hasattr(m, "lt")), None)
+    if low is None and high is None:
+        return None
+    return f"{'' if low is None else low}..{'' if high is None else high}"
+
+
+def _anchored(settings: Settings, folder: Path) -> Settings:
+    """The same settings with relative file paths taken from the settings file's folder."""
+
+    def anchor(value: Any) -> Any:  # noqa: ANN401 - walks a tree of any settings value
+        if isinstance(value, Path):
+            return folder / value.expanduser()
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={name: anchor(getattr(value, name)) for name in type(value).model_fields})
+        if isinstance(value, tuple):
+            return tuple(anchor(item) for item in value)
+        return value
+
+    return anchor(settings)  # type: ignore[no-any-return]
