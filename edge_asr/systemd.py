@@ -1,0 +1,69 @@
+"""Carries the daemon's state to systemd: ready, reloading, stopping, alive and one line for people (sd_notify(3)).
+
+Outside systemd every call is a no-op that returns False.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+log = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 1.0
+"""Nothing here may hold up the daemon: a service manager that takes no datagram for a second is in worse trouble."""
+
+
+def ready(status: str) -> bool:
+    """Report that start-up or a reload is complete."""
+    return _notify("READY=1", _status(status))
+
+
+def status(text: str) -> bool:
+    """Show one line in `systemctl status`."""
+    return _notify(_status(text))
+
+
+def reloading() -> bool:
+    """Report the beginning of a reload; :func:`ready` ends it. The time stamp is what Type=notify-reload asks for."""
+    return _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def stopping(status: str) -> bool:
+    """Report that shutting down has begun."""
+    return _notify("STOPPING=1", _status(status))
+
+
+def alive() -> bool:
+    """Feed the watchdog; to be called every :func:`watchdog_interval_s` and only while the daemon really works."""
+    return _notify("WATCHDOG=1")
+
+
+def watchdog_interval_s() -> float | None:
+    """Seconds between two :func:`alive`: half of WatchdogSec=; None where systemd does not watch this process."""
+    timeout_us = os.environ.get("WATCHDOG_USEC", "")
+    if not timeout_us.isdigit() or os.environ.get("WATCHDOG_PID") not in {None, str(os.getpid())}:
+        return None
+    return int(timeout_us) / 2 / 1_000_000 or None
+
+
+def _status(text: str) -> str:
+    # A line feed would begin the next assignment.
+    return "STATUS=" + " ".join(text.split())
+
+
+def _notify(*assignments: str) -> bool:
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    path = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(_SEND_TIMEOUT_S)
+        try:
+            sender.sendto("\n".join(assignments).encode(), path)
+        except OSError as error:
+            log.warning("systemd did not take %s: %s", assignments[0], error)
+            return False
+    return True
