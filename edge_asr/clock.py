@@ -1,12 +1,12 @@
-"""The three clocks: monotonic time since boot for ages, wall time for people, and how far the wall clock can be trusted.
+"""The clocks: time since boot for ages, wall time for people, and how far the wall clock can be trusted.
 
-Law: an age or a deadline is a difference of two :func:`boottime_ns` readings of the same :func:`boot_id`. The wall clock
-is read once per message, for display, and never compared: gateways without a battery start in 1970.
+Law: an age or a deadline is a difference of two :func:`boottime_ns` readings of the same :func:`boot_id`. The wall
+clock is read once per message, for display, and never compared: gateways without a battery start in 1970.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import time
 from pathlib import Path
@@ -32,7 +32,7 @@ def wall_ns() -> int:
 
 def iso(wall_time_ns: int) -> str:
     """ISO 8601 with the local offset and milliseconds, e.g. ``2026-11-22T07:02:26.123+01:00``."""
-    moment = datetime.datetime.fromtimestamp(wall_time_ns / NS_PER_S, tz=datetime.timezone.utc)
+    moment = dt.datetime.fromtimestamp(wall_time_ns / NS_PER_S, tz=dt.timezone.utc)
     return moment.astimezone().isoformat(timespec="milliseconds")
 
 

@@ -30,7 +30,14 @@ Category = Literal["command", "transcript", "rejection", "alarm"]
 """Message classes of the outbox; when space runs out transcripts go first and commands last."""
 
 RejectionReason = Literal[
-    "not-understood", "ambiguous", "no-speech", "language", "unsafe-number", "too-noisy", "overload", "recognizer-failed"
+    "not-understood",
+    "ambiguous",
+    "no-speech",
+    "language",
+    "unsafe-number",
+    "too-noisy",
+    "overload",
+    "recognizer-failed",
 ]
 
 
@@ -101,11 +108,12 @@ class Transcript:
     event: str
     """``Speech``, ``BGM``, ``Laughter`` ..., SenseVoice's own names."""
     confidence: float
-    """0..1: the geometric mean posterior of the emitted tokens; 0 where nothing was emitted or the engine keeps it secret."""
+    """0..1: the geometric mean posterior of the emitted tokens; 0: nothing was emitted, or the engine
+    keeps its posteriors to itself."""
     tokens: tuple[Token, ...]
 
 
-SlotValue = Union[str, int, float]
+SlotValue = str | int | float
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_asr.audio import to_float
-from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Transcript
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Token, Transcript
 from edge_asr.model_store import ModelError
 from edge_asr.posteriors import FRAME_S, TAG_FRAMES, WORD_START, Recognition, TokenTable, log_softmax, transcribe
 
@@ -86,7 +86,9 @@ def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
             vocabulary=int(meta["vocab_size"]),
         )
     except KeyError as error:
-        raise ModelError(f"{path}: metadata {error} is missing; export it with sherpa-onnx's SenseVoice metadata") from None
+        raise ModelError(
+            f"{path}: metadata {error} is missing; export it with sherpa-onnx's SenseVoice metadata"
+        ) from None
     except ValueError as error:
         raise ModelError(f"{path}: metadata is damaged ({error}); import the model again") from None
     dim = session.get_inputs()[0].shape[2]
@@ -104,11 +106,13 @@ def _open_session(path: Path, *, provider: str = "cpu", threads: int = 1) -> ort
     options.log_severity_level = 3
     wanted = _PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
-        log.warning("onnxruntime here has no %s provider: the model runs on the CPU; install a matching wheel", provider)
+        log.warning(
+            "onnxruntime here has no %s provider: the model runs on the CPU; install a matching wheel", provider
+        )
         wanted = _PROVIDERS["cpu"]
     try:
         return ort.InferenceSession(str(path), options, providers=[wanted, *({_PROVIDERS["cpu"]} - {wanted})])
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes, all meaning: not a usable model
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated classes: not a usable model
         reason = str(error).splitlines()[0][:160]
         raise ModelError(f"{path}: onnxruntime cannot load it ({reason}); import the model again") from None
 
@@ -205,8 +209,6 @@ class SherpaRecognizer:
         stream.accept_waveform(SAMPLE_RATE, _checked(pcm))
         self._recognizer.decode_stream(stream)
         result = stream.result
-        from edge_asr.events import Token  # noqa: PLC0415
-
         transcript = Transcript(
             text=result.text.strip(),
             language=result.lang.strip("<|>"),

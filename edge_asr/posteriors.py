@@ -110,5 +110,7 @@ def transcribe(log_posteriors: NDArray[np.float32], tags: Sequence[str], table: 
         emotion=tags[1],
         event=tags[2],
         confidence=float(np.exp(np.mean(heard))) if heard else 0.0,
-        tokens=tuple(Token(table.pieces[token].replace(WORD_START, " "), round(s * FRAME_S, 3)) for token, s, _ in runs),
+        tokens=tuple(
+            Token(table.pieces[token].replace(WORD_START, " "), round(s * FRAME_S, 3)) for token, s, _ in runs
+        ),
     )

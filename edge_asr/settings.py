@@ -1,7 +1,7 @@
 """The settings tree: one YAML file, typed and checked before anything starts.
 
-Law: every error names the key, the value and what was expected (``mqtt.port: 99999 is not 1..65535``), all errors of a
-file come at once, and an unknown key is an error, because a misspelt key that silently does nothing costs a night shift.
+Law: every error names the key, the value and what was expected (``mqtt.port: 99999 is not 1..65535``), all errors of
+a file come at once, and an unknown key is an error, because a misspelt key that silently does nothing costs a night shift.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,7 +54,7 @@ class Model(_Section):
     name: str = "micro-en"
     """Name of a bundled model, or the path of a directory in SenseVoice's contract (model.int8.onnx, tokens.txt)."""
     engine: Literal["onnxruntime", "sherpa-onnx"] = "onnxruntime"
-    """sherpa-onnx gives text only: commands are then matched on the text, and confidence is unknown."""
+    """sherpa-onnx gives text only: commands are then matched on the text."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     language: Literal["auto", "zh", "en", "yue", "ja", "ko"] = "auto"
     """Fixed language, or auto."""
@@ -97,7 +97,7 @@ class MicrophoneSource(_Section):
     type: Literal["microphone"]
     name: TopicSegment = "microphone"
     device: str | int = "default"
-    """``default``, part of a device's name, an ALSA card id (``hw:CARD=Array``), or an index; see `edge-asr devices`."""
+    """``default``, part of a name, an ALSA card id (``hw:CARD=Array``) or an index; see `edge-asr devices`."""
     channel: Annotated[int, Field(ge=1, le=64)] = 1
     """Which channel of a microphone array, counted from 1."""
     rate: Annotated[int, Field(ge=8000, le=192_000)] | None = None
@@ -122,7 +122,7 @@ class StdinSource(_Section):
     rate: Annotated[int, Field(ge=8000, le=192_000)] = 16_000
 
 
-SourceSettings = Annotated[Union[MicrophoneSource, FilesSource, StdinSource], Field(discriminator="type")]
+SourceSettings = Annotated[MicrophoneSource | FilesSource | StdinSource, Field(discriminator="type")]
 
 
 class Commands(_Section):
@@ -248,7 +248,9 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{origin}: {_explain(problem)}" for problem in error.errors())) from None
+        raise SettingsError(
+            "\n".join(f"{origin}: {explain(problem, Settings)}" for problem in error.errors())
+        ) from None
     return settings if path is None else _anchored(settings, path.resolve().parent)
 
 
@@ -293,15 +295,15 @@ def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
     tree[last] = value
 
 
-def _explain(problem: ErrorDetails) -> str:
-    """One line: key, value, expectation."""
-    tags = {"microphone", "files", "stdin"}
-    location = [part for i, part in enumerate(problem["loc"]) if not (part in tags and i == 2)]  # noqa: PLR2004
+def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
+    """One line: key, value, expectation; ``root`` is the model that was validated."""
+    union_tags = {"microphone", "files", "stdin"}  # pydantic puts the chosen kind of source into the location
+    location = [part for i, part in enumerate(problem["loc"]) if not (part in union_tags and i == 2)]
     key = ".".join(str(part) for part in location)
     value, context = problem["input"], problem.get("ctx", {})
     kind = problem["type"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), _keys_beside(location), n=1)
+        near = difflib.get_close_matches(str(location[-1]), _keys_beside(location, root), n=1)
         return f"{key}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "; remove it")
     if kind == "union_tag_invalid":
         return f"{key}.type: {context['tag']!r} is not one of {context['expected_tags']}"
@@ -313,37 +315,46 @@ def _explain(problem: ErrorDetails) -> str:
         reason = str(context.get("error", problem["msg"]))
         shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} "
         return f"{key}: {shown}{reason}" if key else reason
-    limits = _limits(location)
+    limits = _limits(location, root)
     if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
         return f"{key}: {value!r} is not {limits}"
     expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {value!r} is wrong: {expected}"
+    return f"{key}: {value!r} is wrong: {expected}" if key else f"holds {value!r}: {expected}"
 
 
-def _model_at(location: list[int | str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Settings
+def _model_at(location: list[int | str], root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that holds the last key of a location; numbers and dictionary keys in between are stepped over."""
+    model = root
     for part in location:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        for candidate in (inner, *get_args(inner)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-                break
-        else:
+        if field is None:
+            continue
+        nested = [inner for inner in _types_in(field.annotation) if issubclass(inner, BaseModel)]
+        if not nested:
             return None
+        model = nested[0]
     return model
 
 
-def _keys_beside(location: list[int | str]) -> list[str]:
-    if location[0] == "sources":
-        return sorted({key for kind in get_args(get_args(SourceSettings)[0]) for key in kind.model_fields})
-    model = _model_at(location[:-1])
+def _types_in(annotation: object) -> list[type]:
+    """Every class named anywhere in an annotation."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _types_in(part)]
+
+
+def _keys_beside(location: list[int | str], root: type[BaseModel]) -> list[str]:
+    if location[0] == "sources" and root is Settings:
+        return sorted(
+            {key for kind in _types_in(SourceSettings) if issubclass(kind, _Section) for key in kind.model_fields}
+        )
+    model = _model_at(location[:-1], root)
     return list(model.model_fields) if model else []
 
 
-def _limits(location: list[int | str]) -> str | None:
-    """``1..65535`` for a field that has both bounds."""
-    model = _model_at(location[:-1])
+def _limits(location: list[int | str], root: type[BaseModel]) -> str | None:
+    """``1..65535`` for a field that has bounds."""
+    model = _model_at(location[:-1], root)
     field = model.model_fields.get(str(location[-1])) if model else None
     if field is None:
         return None

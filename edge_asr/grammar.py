@@ -1,0 +1,419 @@
+"""The grammar language: YAML files of sentence templates become one acyclic word graph whose paths mean commands.
+
+Law: the graph accepts exactly the sentences of its files, and a path's meaning is the sequence of its marks. The
+template syntax stays close to hassil's, which integrators of voice assistants know::
+
+    [optional]   (one|or|other)   (in;any;order)   {slot}   {slot:name}   <rule>
+
+An upper-case word such as RCCB is also heard letter by letter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edge_asr.events import Risk, SlotValue
+from edge_asr.numbers import Language, digits_of, spoken_digits, spoken_forms, value_of
+from edge_asr.settings import explain
+from edge_asr.wordgraph import Automaton, Mark, Meaning, Number, Sketch, Step, Value, WordGraph, minimal_trie
+
+MAX_NUMBERS = 100_000
+"""Values of one range; more would take minutes to spell out."""
+
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_PIECES = re.compile(r"\{[^{}]*\}|<[^<>]*>|[\[\]()|;]|[^\s\[\](){}<>|;]+")
+
+
+class GrammarError(Exception):
+    """A grammar cannot be used; one line per problem, naming the file, the place and the remedy. Exit code 78."""
+
+
+# ---------------------------------------------------------------- the file
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Intent(_Part):
+    """One thing that can be commanded."""
+
+    sentences: Annotated[tuple[str, ...], Field(min_length=1)]
+    risk: Risk = "normal"
+    ttl_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    """Life of the command; None: the site's default."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] | None = None
+    """None: the site's default."""
+
+
+class Enumeration(_Part):
+    """A slot whose values are listed, each with the ways people say it."""
+
+    values: Annotated[tuple[str | int | dict[str, str | tuple[str, ...]], ...], Field(min_length=1)]
+
+    def phrases(self) -> Iterator[tuple[str, str]]:
+        """(value, template) for every way of saying every value."""
+        for entry in self.values:
+            for value, said in entry.items() if isinstance(entry, dict) else ((str(entry), str(entry)),):
+                for template in (said,) if isinstance(said, str) else said:
+                    yield value, template
+
+
+class NumberRange(_Part):
+    """A slot that holds a number; integer when bounds and step are."""
+
+    range: tuple[Decimal, Decimal]
+    step: Annotated[Decimal, Field(gt=0)] = Decimal(1)
+    unit: str = ""
+
+    @model_validator(mode="after")
+    def _sane(self) -> NumberRange:
+        low, high = self.range
+        if not low <= high:
+            raise ValueError(f"range: {low}..{high} is empty; write the lower bound first")
+        if (high - low) / self.step >= MAX_NUMBERS:
+            raise ValueError(f"range: {low}..{high} by {self.step} has more than {MAX_NUMBERS} values; widen the step")
+        return self
+
+    def values(self) -> Iterator[Decimal]:
+        """Every value from the lower to the upper bound."""
+        low, high = self.range
+        for index in range(int((high - low) / self.step) + 1):
+            yield low + index * self.step
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether payloads carry an int."""
+        return all(x == x.to_integral_value() for x in (*self.range, self.step))
+
+
+class Digits(_Part):
+    """A slot that holds an id said digit by digit; a string, so leading zeros stay."""
+
+    digits: Annotated[int, Field(ge=1, le=4)]
+
+
+class Expectation(_Part):
+    """A sentence and what it must mean; `edge-asr grammar test` checks them."""
+
+    say: str
+    intent: str | None
+    slots: dict[str, SlotValue] = {}
+
+
+class Grammar(_Part):
+    """One grammar file."""
+
+    language: Language
+    intents: Annotated[dict[str, Intent], Field(min_length=1)]
+    slots: dict[str, Enumeration | NumberRange | Digits] = {}
+    rules: dict[str, str] = {}
+    tests: tuple[Expectation, ...] = ()
+
+
+def load(path: Path) -> Grammar:
+    """Read and check one grammar file. Raises GrammarError."""
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise GrammarError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise GrammarError(f"{path}: {where}{getattr(error, 'problem', None) or 'not YAML'}; mend it there") from None
+    if isinstance(tree, dict) and isinstance(tree.get("slots"), dict):
+        problems = list(_slot_kind_problems(path, tree["slots"]))
+        if problems:
+            raise GrammarError("\n".join(problems))
+    try:
+        return Grammar.model_validate(tree)
+    except ValidationError as error:
+        raise GrammarError("\n".join(f"{path}: {explain(problem, Grammar)}" for problem in error.errors())) from None
+
+
+def _slot_kind_problems(path: Path, slots: Mapping[str, object]) -> Iterator[str]:
+    """Said before pydantic tries every kind of slot in turn and reports three times as much."""
+    kinds: dict[str, type[_Part]] = {"values": Enumeration, "range": NumberRange, "digits": Digits}
+    for name, body in slots.items():
+        kind = next((k for k in kinds if isinstance(body, dict) and k in body), None)
+        if kind is None:
+            yield f"{path}: slots.{name}: expected `values: [...]`, `range: [low, high]` or `digits: n`"
+            continue
+        try:
+            kinds[kind].model_validate(body)
+        except ValidationError as error:
+            yield from (f"{path}: slots.{name}.{explain(problem, kinds[kind])}" for problem in error.errors())
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a complete path means."""
+
+    intent: str
+    language: Language
+    slots: tuple[tuple[str, SlotValue], ...]
+    """Sorted by name, so that two paths with one meaning compare equal."""
+    units: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """``SetSpeed(machine=press, speed=1200 rpm)``."""
+        units = dict(self.units)
+        inside = ", ".join(f"{k}={v} {units[k]}" if k in units else f"{k}={v}" for k, v in self.slots)
+        return f"{self.intent}({inside})"
+
+
+def read(steps: Sequence[Step], ending: Sequence[Mark]) -> Reading:
+    """The meaning of a path: its marks in order, its spoken numbers as values."""
+    slots: dict[str, SlotValue] = {}
+    units: dict[str, str] = {}
+    for number, group in itertools.groupby(steps, key=lambda step: step.number):
+        if number is None:
+            continue
+        slots[number.slot] = _number([step.word for step in group], number)
+        if number.unit:
+            units[number.slot] = number.unit
+    for mark in itertools.chain(*(step.marks for step in steps), ending):
+        if isinstance(mark, Value):
+            slots[mark.slot] = mark.value
+    meaning = next(mark for mark in ending if isinstance(mark, Meaning))
+    return Reading(meaning.intent, meaning.language, tuple(sorted(slots.items())), tuple(sorted(units.items())))
+
+
+def _number(words: Sequence[str], number: Number) -> SlotValue:
+    value = (digits_of if number.kind == "digits" else value_of)(words, number.language)
+    if value is None:
+        raise ValueError(f"{' '.join(words)!r} stands in the graph for {number.slot} and is no number")
+    if isinstance(value, str):
+        return value
+    return int(value) if number.kind == "integer" else float(value)
+
+
+# ---------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    parts: tuple[_Template, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    parts: tuple[_Template, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _AnyOrder:
+    parts: tuple[_Template, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    kind: str
+    name: str
+
+
+_Template = Union[_Text, _Sequence, _Choice, _AnyOrder, _Slot]  # noqa: UP007 - names itself
+
+
+class _TemplateParser:
+    """Recursive descent over one template; ``where`` prefixes every error."""
+
+    def __init__(self, grammar: Grammar, where: str, inside: tuple[str, ...] = ()) -> None:
+        self._grammar, self._where, self._inside = grammar, where, inside
+
+    def parse(self, template: str) -> _Template:
+        stripped = _PIECES.sub("", template).strip()
+        if stripped:
+            raise GrammarError(f"{self._where}: {template!r}: unpaired {stripped[0]!r}")
+        self._template = template
+        self._pieces = _PIECES.findall(template)
+        self._at = 0
+        parsed = self._group("")
+        if not self._pieces:
+            raise GrammarError(f"{self._where}: the sentence is empty")
+        return parsed
+
+    def _group(self, closing: str) -> _Template:
+        branches: list[list[_Template]] = [[]]
+        separators: set[str] = set()
+        while True:
+            if self._at == len(self._pieces):
+                if closing:
+                    raise GrammarError(f"{self._where}: {self._template!r}: `{closing}` is missing")
+                break
+            piece = self._pieces[self._at]
+            self._at += 1
+            if piece == closing:
+                break
+            if piece in {"|", ";"}:
+                separators.add(piece)
+                branches.append([])
+            else:
+                branches[-1].append(self._one(piece))
+        if len(separators) > 1:
+            raise GrammarError(f"{self._where}: {self._template!r}: `|` and `;` in one bracket; add brackets")
+        parts = tuple(branch[0] if len(branch) == 1 else _Sequence(tuple(branch)) for branch in branches)
+        if ";" in separators:
+            if len(parts) > 5:
+                raise GrammarError(f"{self._where}: {self._template!r}: at most 5 parts in any order")
+            return _AnyOrder(parts)
+        return _Choice(parts) if separators else parts[0]
+
+    def _one(self, piece: str) -> _Template:
+        if piece == "[":
+            return _Choice((self._group("]"), _Sequence(())))
+        if piece == "(":
+            return self._group(")")
+        if piece.startswith("{"):
+            kind, _, name = piece[1:-1].strip().partition(":")
+            if kind not in self._grammar.slots:
+                raise GrammarError(f"{self._where}: {piece}: no such slot; define slots.{kind}")
+            return _Slot(kind, name or kind)
+        if piece.startswith("<"):
+            rule = piece[1:-1].strip()
+            if rule in self._inside:
+                raise GrammarError(f"{self._where}: <{rule}> contains itself; rules must end")
+            if rule not in self._grammar.rules:
+                raise GrammarError(f"{self._where}: <{rule}>: no such rule; define rules.{rule}")
+            return _TemplateParser(self._grammar, f"{self._where}: <{rule}>", (*self._inside, rule)).parse(
+                self._grammar.rules[rule]
+            )
+        if piece in {"]", ")", "}", ">"}:
+            raise GrammarError(f"{self._where}: {self._template!r}: unpaired {piece!r}")
+        return _spelled(piece)
+
+
+def _spelled(piece: str) -> _Template:
+    """One written word as the words of the graph."""
+    words = tuple(words_of(piece))
+    if len(piece) > 1 and piece.isascii() and piece.isalpha() and piece.isupper():
+        return _Choice((_Text(words), _Text(tuple(piece.lower()))))
+    return _Text(words)
+
+
+def words_of(text: str) -> list[str]:
+    """A text as the graph's words: lower case, punctuation dropped, every CJK character a word of its own."""
+    spaced = _CJK.sub(lambda match: f" {match[0]} ", text.lower())
+    kept = re.sub(r"[^\w' ]|_", " ", spaced)
+    return [word for word in (part.strip("'") for part in kept.split()) if word]
+
+
+# ---------------------------------------------------------------- templates -> graph
+
+
+class _Compiler:
+    """Appends templates to a sketch of the graph."""
+
+    def __init__(self, sketch: Sketch, grammar: Grammar, where: str) -> None:
+        self._sketch, self._grammar, self._where = sketch, grammar, where
+
+    def add(self, template: _Template, source: int) -> int:
+        """Append a template after ``source`` and return the node where it ends."""
+        if isinstance(template, _Text):
+            for word in template.words:
+                source = self._sketch.word(source, word)
+            return source
+        if isinstance(template, _Sequence):
+            for part in template.parts:
+                source = self.add(part, source)
+            return source
+        if isinstance(template, _Choice):
+            end = self._sketch.node()
+            for part in template.parts:
+                self._sketch.empty[self.add(part, source)].append(((), end))
+            return end
+        if isinstance(template, _AnyOrder):
+            return self._any_order(template, source)
+        return self._slot(template, source)
+
+    def _any_order(self, template: _AnyOrder, source: int) -> int:
+        """One node per set of parts already said: 2^n nodes instead of n! orders."""
+        every = frozenset(range(len(template.parts)))
+        said = {frozenset[int](): source}
+        for size in range(len(every)):
+            for subset in map(frozenset, itertools.combinations(sorted(every), size)):
+                for part in sorted(every - subset):
+                    grown = subset | {part}
+                    end = self.add(template.parts[part], said[subset])
+                    said.setdefault(grown, self._sketch.node())
+                    self._sketch.empty[end].append(((), said[grown]))
+        return said[every]
+
+    def _slot(self, slot: _Slot, source: int) -> int:
+        definition = self._grammar.slots[slot.kind]
+        end = self._sketch.node()
+        if isinstance(definition, Enumeration):
+            parser = _TemplateParser(self._grammar, f"{self._where}: slots.{slot.kind}")
+            for value, template in definition.phrases():
+                last = self.add(parser.parse(template), source)
+                self._sketch.empty[last].append(((Value(slot.name, value),), end))
+            return end
+        if isinstance(definition, Digits):
+            number = Number(slot.name, self._grammar.language, "digits")
+            arcs, finals = _digit_graph(definition.digits, self._grammar.language)
+        else:
+            kind: Literal["integer", "decimal"] = "integer" if definition.is_integer else "decimal"
+            number = Number(slot.name, self._grammar.language, kind, definition.unit)
+            arcs, finals = _number_graph(tuple(definition.values()), self._grammar.language)
+        own: dict[int, int] = {0: source}
+        for a, word, b in arcs:
+            for node in (a, b):
+                if node not in own:
+                    own[node] = self._sketch.node()
+            self._sketch.words[own[a]].append((word, number, own[b]))
+        for final in finals:
+            self._sketch.empty[own[final]].append(((), end))
+        return end
+
+
+@lru_cache(maxsize=64)
+def _number_graph(values: tuple[Decimal, ...], language: Language) -> Automaton:
+    forms = (form for value in values for form in spoken_forms(value, language))
+    return minimal_trie(forms)
+
+
+@lru_cache(maxsize=8)
+def _digit_graph(count: int, language: Language) -> Automaton:
+    return minimal_trie(f for n in range(10**count) for f in spoken_digits(f"{n:0{count}d}", language))
+
+
+@dataclass(frozen=True)
+class CommandGraph:
+    """Every sentence of every grammar file, and what is known of its intents."""
+
+    words: WordGraph
+    intents: Mapping[tuple[str, Language], Intent]
+
+
+def compile_graph(grammars: Mapping[str, Grammar]) -> CommandGraph:
+    """All sentences of all files (name -> grammar) as one graph. Raises GrammarError."""
+    sketch = Sketch()
+    final = sketch.node()
+    intents: dict[tuple[str, Language], Intent] = {}
+    for name, grammar in grammars.items():
+        for intent_name, intent in grammar.intents.items():
+            key = (intent_name, grammar.language)
+            if key in intents:
+                raise GrammarError(f"{name}: intents.{intent_name}: defined twice for language {grammar.language}")
+            intents[key] = intent
+            where = f"{name}: intents.{intent_name}"
+            compiler = _Compiler(sketch, grammar, where)
+            for sentence in intent.sentences:
+                end = compiler.add(_TemplateParser(grammar, where).parse(sentence), 0)
+                sketch.empty[end].append(((Meaning(intent_name, grammar.language),), final))
+    return CommandGraph(sketch.finish(final), intents)

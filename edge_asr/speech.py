@@ -1,0 +1,138 @@
+"""Decides when someone speaks: frames and their speech probabilities go in, utterances come out.
+
+Law: pure; no clock, no I/O, no logger. Every utterance is one unbroken stretch of its source's samples: pre-roll,
+speech, and the part of the closing silence that the recognizer needs. A jump in the frames' positions (lost audio)
+closes the utterance at the jump. No utterance is longer than ``max_utterance_s``: continuous speech, or a machine that
+sounds like it, is cut at the quietest moment of the last seconds, and the rest goes on as the next utterance.
+"""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+from edge_asr import settings
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, AudioFrame, Utterance, new_id
+
+CLOSE_BELOW = 0.15
+"""How much lower than the threshold the probability must fall to count as silence (silero's own hysteresis)."""
+
+KEEP_SILENCE_S = 0.3
+"""Closing silence that stays in the utterance: word endings are quieter than the detector thinks."""
+
+CUT_WINDOW_S = 3.0
+"""An overlong utterance is cut at the quietest frame among its last seconds."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """An utterance while it grows."""
+
+    frames: list[AudioFrame]
+    speech_samples: int = 0
+    silence_samples: int = 0
+    """Since the last frame of speech."""
+    id: str = field(default_factory=new_id)
+
+
+class SpeechGate:
+    """Turns one source's frames into utterances."""
+
+    def __init__(self, options: settings.Vad) -> None:
+        self._options = options
+        self._pre_roll: deque[AudioFrame] = deque()
+        self._open: _Open | None = None
+        self._expected: int | None = None
+
+    @property
+    def speaking(self) -> bool:
+        """Whether an utterance is open."""
+        return self._open is not None
+
+    def feed(self, frame: AudioFrame, probability: float) -> list[Utterance]:
+        """Take the next frame with its speech probability; return the utterances that it closed."""
+        closed = self.flush() if self._expected not in {None, frame.position} else []
+        self._expected = frame.end
+        if self._open is None:
+            self._wait(frame, probability)
+            return closed
+        return closed + self._grow(self._open, frame, probability)
+
+    def flush(self) -> list[Utterance]:
+        """Close what is open: the source ended, or its next frame does not follow."""
+        utterance, self._open = self._open, None
+        self._pre_roll.clear()
+        return self._closed(utterance) if utterance is not None else []
+
+    def growing(self) -> Utterance | None:
+        """The open utterance as far as it has come, for a partial result."""
+        return None if self._open is None else _joined(self._open.id, self._open.frames)
+
+    def _wait(self, frame: AudioFrame, probability: float) -> None:
+        self._pre_roll.append(frame)
+        if probability >= self._options.threshold:
+            self._open = _Open(list(self._pre_roll), speech_samples=_samples(frame))
+            self._pre_roll.clear()
+            return
+        while self._pre_roll and frame.end - self._pre_roll[0].position > self._options.pre_roll_s * SAMPLE_RATE:
+            self._pre_roll.popleft()
+
+    def _grow(self, utterance: _Open, frame: AudioFrame, probability: float) -> list[Utterance]:
+        utterance.frames.append(frame)
+        if probability >= self._options.threshold - CLOSE_BELOW:
+            utterance.speech_samples += _samples(frame)
+            utterance.silence_samples = 0
+        else:
+            utterance.silence_samples += _samples(frame)
+        if utterance.silence_samples >= self._options.min_silence_s * SAMPLE_RATE:
+            self._open = None
+            self._pre_roll.extend(_tail(utterance.frames, self._options.pre_roll_s))
+            return self._closed(utterance)
+        if frame.end - utterance.frames[0].position >= self._options.max_utterance_s * SAMPLE_RATE:
+            return self._cut(utterance)
+        return []
+
+    def _cut(self, utterance: _Open) -> list[Utterance]:
+        """Close an overlong utterance at its quietest late frame; the rest stays open."""
+        frames = utterance.frames
+        late = [i for i in range(1, len(frames)) if frames[-1].end - frames[i].position <= CUT_WINDOW_S * SAMPLE_RATE]
+        quietest = min(late, key=lambda i: _energy(frames[i]))
+        rest = frames[quietest:]
+        self._open = _Open(rest, speech_samples=sum(map(_samples, rest)))
+        return [_joined(utterance.id, frames[:quietest])]
+
+    def _closed(self, utterance: _Open) -> list[Utterance]:
+        if utterance.speech_samples < self._options.min_speech_s * SAMPLE_RATE:
+            return []
+        surplus = utterance.silence_samples - KEEP_SILENCE_S * SAMPLE_RATE
+        frames = utterance.frames
+        while surplus >= _samples(frames[-1]):
+            surplus -= _samples(frames.pop())
+        return [_joined(utterance.id, frames)]
+
+
+def _samples(frame: AudioFrame) -> int:
+    return len(frame.pcm) // BYTES_PER_SAMPLE
+
+
+def _energy(frame: AudioFrame) -> int:
+    samples = array.array("h", frame.pcm)
+    if sys.byteorder == "big":
+        samples.byteswap()
+    return sum(sample * sample for sample in samples)
+
+
+def _tail(frames: list[AudioFrame], seconds: float) -> list[AudioFrame]:
+    return [frame for frame in frames if frames[-1].end - frame.position <= seconds * SAMPLE_RATE]
+
+
+def _joined(identifier: str, frames: list[AudioFrame]) -> Utterance:
+    return Utterance(
+        id=identifier,
+        source=frames[0].source,
+        start=frames[0].position,
+        pcm=b"".join(frame.pcm for frame in frames),
+        ended_ns=frames[-1].captured_ns,
+    )
