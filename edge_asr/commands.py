@@ -41,8 +41,8 @@ class Interpreter:
 
     def interpret(self, recognition: Recognition) -> Command | Rejection:
         """The command in one utterance, or why there is none."""
-        if recognition.transcript.event != "Speech" and not recognition.transcript.text:
-            return Rejection("no-speech", f"the model heard {recognition.transcript.event}, no words")
+        if not recognition.transcript.text:
+            return Rejection("no-speech", f"the model heard no words ({recognition.transcript.event})")
         if recognition.log_posteriors is None:
             return self._from_text(recognition.transcript.text)
         match = self._decoder.match(recognition.log_posteriors)

@@ -85,7 +85,7 @@ class Recognition:
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Normalise [frames, vocabulary] logits (or posteriors of any scale) row by row, in place where possible."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
 

@@ -1,7 +1,8 @@
 """The settings tree: one YAML file, typed and checked before anything starts.
 
 Law: every error names the key, the value and what was expected (``mqtt.port: 99999 is not 1..65535``), all errors of
-a file come at once, and an unknown key is an error, because a misspelt key that silently does nothing costs a night shift.
+a file come at once, and an unknown key is an error, because a misspelt key that silently does nothing costs a night
+shift.
 """
 
 from __future__ import annotations

@@ -1,0 +1,336 @@
+"""One utterance's way: listen -> understand -> append. Read here how a frame becomes a message.
+
+1. A source yields frames (``sources``: its bounded buffer is the only place where audio may be lost, visibly).
+2. Each source's :class:`Ear` gives the frame its speech probability and feeds the gate (``speech``).
+3. A closed utterance enters the bounded queue of finals (:class:`_Work`). A full queue makes the listener wait, the
+   source's buffer fill, and at last the oldest audio go: finals themselves are never dropped.
+4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``) and interprets
+   it (``commands``); :meth:`Pipeline._append` appends transcript, command or rejection to the outbox in one commit
+   (``outbox``). While there is no final, the growing utterance of whoever speaks is recognized: a partial.
+5. From there the publisher takes over; nothing here knows or waits for a broker.
+
+Stopping: a closed source ends its frames, the listener flushes the gate, and the last final is committed before
+:meth:`Pipeline.run` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_asr import clock, contract, settings
+from edge_asr.audio import level_dbfs
+from edge_asr.events import (
+    FRAME_SAMPLES,
+    AudioFrame,
+    Command,
+    Draft,
+    Json,
+    Message,
+    Rejection,
+    Transcript,
+    Utterance,
+)
+from edge_asr.inference import RecognizerError
+from edge_asr.outbox import OutboxError
+from edge_asr.posteriors import Recognition
+from edge_asr.speech import SpeechGate
+
+log = logging.getLogger(__name__)
+
+FINALS = 8
+"""Utterances that may wait for the recognizer; at 20 s each the memory they hold stays under 6 MB."""
+
+DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
+"""After so much silence below the energy gate the detector's memory is stale and is cleared."""
+
+APPEND_RETRY_S = 2.0
+"""Pause before a failed commit is tried again: a full disk may be freed by a person or by the outbox's own quota."""
+
+
+class Source(Protocol):
+    """Where audio comes from."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the sources."""
+
+    def frames(self) -> AsyncIterator[AudioFrame]:
+        """Frames in order; ends when the source does, or after :meth:`close`."""
+
+    async def close(self) -> None:
+        """End :meth:`frames` soon; what was captured is still yielded."""
+
+
+class SpeechDetector(Protocol):
+    """Tells speech from everything else, one source's frames in order."""
+
+    def probability(self, pcm: bytes) -> float:
+        """Probability 0..1 that the frame holds speech."""
+
+    def reset(self) -> None:
+        """Forget the past: the next frame does not follow the last."""
+
+
+class Recognizer(Protocol):
+    """Turns an utterance into text and posteriors; blocking, called from one thread."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, for the payloads."""
+
+    def recognize(self, pcm: bytes) -> Recognition:
+        """Decode 16 kHz mono int16. Raises RecognizerError."""
+
+
+class Interpreter(Protocol):
+    """Finds the command in an utterance."""
+
+    def interpret(self, recognition: Recognition) -> Command | Rejection:
+        """The command, or why there is none."""
+
+
+class Outbox(Protocol):
+    """Keeps messages until the broker has them."""
+
+    async def append(self, *drafts: Draft) -> tuple[Message, ...]:
+        """Commit all or none; returns after the commit. Raises OutboxError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Understanding:
+    """Everything that came of one utterance."""
+
+    utterance: Utterance
+    transcript: Transcript | None
+    """None where nothing was said or the recognizer failed."""
+    decision: Command | Rejection | None
+    """None where the site has no grammar."""
+
+
+Live = Callable[[str, Mapping[str, Json]], None]
+"""Publishes (topic suffix, payload) at once or not at all."""
+
+
+class Ear:
+    """One source's detector and gate: frames go in, utterances come out."""
+
+    def __init__(self, detector: SpeechDetector, options: settings.Vad) -> None:
+        self._detector = detector
+        self._energy_gate_dbfs = options.energy_gate_dbfs
+        self._gate = SpeechGate(options)
+        self._quiet_samples = 0
+
+    def feed(self, frame: AudioFrame) -> list[Utterance]:
+        """Take the next frame; return the utterances it closed."""
+        return self._gate.feed(frame, self._probability(frame))
+
+    def flush(self) -> list[Utterance]:
+        """Close what is open: no frame will follow."""
+        return self._gate.flush()
+
+    def growing(self) -> Utterance | None:
+        """The open utterance so far; None while nobody speaks."""
+        return self._gate.growing()
+
+    @property
+    def speaking(self) -> bool:
+        """Whether an utterance is open."""
+        return self._gate.speaking
+
+    def _probability(self, frame: AudioFrame) -> float:
+        """The detector's answer; silence does not even reach it, unless somebody speaks."""
+        if self._gate.speaking or level_dbfs(frame.pcm) >= self._energy_gate_dbfs:
+            self._quiet_samples = 0
+            return self._detector.probability(frame.pcm)
+        self._quiet_samples += FRAME_SAMPLES
+        if self._quiet_samples == DETECTOR_REST_SAMPLES:
+            self._detector.reset()
+        return 0.0
+
+
+def understand(utterance: Utterance, recognizer: Recognizer, interpreter: Interpreter | None) -> Understanding:
+    """Recognize and interpret one utterance; blocking."""
+    try:
+        recognition = recognizer.recognize(utterance.pcm)
+    except RecognizerError as error:
+        return Understanding(utterance, None, Rejection("recognizer-failed", str(error)))
+    transcript = recognition.transcript
+    decision = interpreter.interpret(recognition) if interpreter is not None else None
+    return Understanding(utterance, transcript if transcript.text else None, decision)
+
+
+class _Work:
+    """What waits for the recognizer: finals in order, at most :data:`FINALS`; one partial per source, newest only."""
+
+    def __init__(self) -> None:
+        self._finals: deque[Utterance] = deque()
+        self._partials: dict[str, Utterance] = {}
+        self._finished = False
+        self._changed = asyncio.Condition()
+
+    async def final(self, utterance: Utterance) -> None:
+        """Add a final; waits while the queue is full."""
+        async with self._changed:
+            self._partials.pop(utterance.source, None)
+            await self._changed.wait_for(lambda: len(self._finals) < FINALS)
+            self._finals.append(utterance)
+            self._changed.notify_all()
+
+    async def partial(self, utterance: Utterance) -> None:
+        """Offer a partial; it replaces the source's older one and is forgotten when finals wait."""
+        async with self._changed:
+            if not self._finals:
+                self._partials[utterance.source] = utterance
+                self._changed.notify_all()
+
+    async def finish(self) -> None:
+        """Say that nothing will be added."""
+        async with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    async def take(self) -> tuple[Utterance, bool] | None:
+        """(utterance, whether it is final), finals first; None when all is done."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._finals or self._partials or self._finished)
+            if self._finals:
+                self._changed.notify_all()
+                return self._finals.popleft(), True
+            if self._partials:
+                return self._partials.pop(next(iter(self._partials))), False
+            return None
+
+
+class Pipeline:
+    """Connects the sources to the outbox."""
+
+    def __init__(
+        self,
+        options: settings.Settings,
+        *,
+        sources: Sequence[Source],
+        new_detector: Callable[[], SpeechDetector],
+        recognizer: Recognizer,
+        interpreter: Interpreter | None,
+        outbox: Outbox,
+        live: Live,
+    ) -> None:
+        self._options = options
+        self._sources = sources
+        self._new_detector = new_detector
+        self._recognizer = recognizer
+        self.interpreter = interpreter
+        """May be replaced between two utterances (SIGHUP)."""
+        self._outbox = outbox
+        self._live = live
+        self._work = _Work()
+        self._growing: dict[str, str] = {}
+        """Source -> id of its open utterance; a partial that comes after its final is dropped."""
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="recognizer")
+        self.busy_since_ns: int | None = None
+        """CLOCK_BOOTTIME at which the current decode or commit began; None: idle. The watchdog's question."""
+        self.utterances = 0
+        """Finals committed since start."""
+
+    async def run(self) -> None:
+        """Listen to all sources until all have ended and everything heard is committed."""
+        try:
+            await asyncio.gather(self._listen_to_all(), self._understand())
+        finally:
+            self._executor.shutdown(wait=False)
+
+    async def close(self) -> None:
+        """Close the sources; :meth:`run` then ends by itself."""
+        for source in self._sources:
+            await source.close()
+
+    async def _listen_to_all(self) -> None:
+        await asyncio.gather(*(self._listen(source) for source in self._sources))
+        await self._work.finish()
+
+    async def _listen(self, source: Source) -> None:
+        """Gate one source's frames into finals, and offer partials while somebody speaks."""
+        ear = Ear(self._new_detector(), self._options.vad)
+        interval_ns = int(self._options.partials.interval_s * clock.NS_PER_S)
+        next_partial_ns = 0
+        async for frame in source.frames():
+            for utterance in ear.feed(frame):
+                await self._close(utterance)
+            if not ear.speaking:
+                next_partial_ns = frame.captured_ns + interval_ns
+            elif self._options.partials.enabled and frame.captured_ns >= next_partial_ns:
+                next_partial_ns = frame.captured_ns + interval_ns
+                growing = ear.growing()
+                if growing is not None:
+                    self._growing[source.name] = growing.id
+                    await self._work.partial(growing)
+        for utterance in ear.flush():
+            await self._close(utterance)
+
+    async def _close(self, utterance: Utterance) -> None:
+        self._growing.pop(utterance.source, None)
+        await self._work.final(utterance)
+
+    async def _understand(self) -> None:
+        """Recognize what waits, one at a time, until nothing will come."""
+        loop = asyncio.get_running_loop()
+        while (work := await self._work.take()) is not None:
+            utterance, final = work
+            self.busy_since_ns = clock.boottime_ns()
+            interpreter = self.interpreter if final else None
+            heard = await loop.run_in_executor(self._executor, understand, utterance, self._recognizer, interpreter)
+            if final:
+                await self._append(heard)
+            elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
+                self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
+            self.busy_since_ns = None
+
+    async def _append(self, heard: Understanding) -> None:
+        """Commit everything that came of an utterance; a full disk delays it and loses nothing."""
+        drafts = self._drafts(heard)
+        while drafts:
+            try:
+                await self._outbox.append(*drafts)
+                break
+            except OutboxError as error:
+                log.warning("cannot commit, trying again in %g s: %s", APPEND_RETRY_S, error)
+                await asyncio.sleep(APPEND_RETRY_S)
+        self.utterances += 1
+        _tell(heard)
+
+    def _drafts(self, heard: Understanding) -> list[Draft]:
+        utterance, decision, model = heard.utterance, heard.decision, self._recognizer.name
+        drafts = []
+        if heard.transcript is not None:
+            drafts.append(contract.transcript_draft(utterance, heard.transcript, model=model))
+        if isinstance(decision, Rejection):
+            drafts.append(contract.rejection_draft(utterance, decision, heard.transcript, model=model))
+        elif decision is not None and heard.transcript is not None:
+            drafts.append(contract.command_draft(utterance, heard.transcript, decision, model=model))
+        return drafts
+
+
+def _tell(heard: Understanding) -> None:
+    """One log line per utterance, findable by its id in the journal. Texts are personal: debug level only."""
+    decision = heard.decision
+    if isinstance(decision, Command):
+        outcome = f"command {decision.intent}, confidence {decision.confidence:.2f}"
+    elif decision is not None:
+        outcome = f"rejected: {decision.reason}"
+    else:
+        outcome = "transcript"
+    log.info(
+        "%s: %.1f s of speech: %s",
+        heard.utterance.source,
+        heard.utterance.duration_s,
+        outcome,
+        extra={"utterance_id": heard.utterance.id, "source": heard.utterance.source},
+    )
+    if heard.transcript is not None:
+        log.debug("heard %r", heard.transcript.text, extra={"utterance_id": heard.utterance.id})
