@@ -27,38 +27,18 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 languages = st.sampled_from(LANGUAGES)
 
 # Everything a number is made of, so that random rubbish looks like numbers.
+# fmt: off
 VOCABULARY: dict[Language, list[str]] = {
-    # fmt: off
     "en": [
-        "zero",
-        "oh",
-        "one",
-        "two",
-        "five",
-        "seven",
-        "ten",
-        "twelve",
-        "nineteen",
-        "twenty",
-        "fifty",
-        "hundred",
-        "thousand",
-        "million",
-        "and",
-        "a",
-        "half",
-        "point",
-        "minus",
-        "negative",
-        "double",
-        "triple",
+        "zero", "oh", "one", "two", "five", "seven", "ten", "twelve", "nineteen", "twenty", "fifty", "hundred",
+        "thousand", "million", "and", "a", "half", "point", "minus", "negative", "double", "triple",
     ],
-    # fmt: on
     "zh": list("零〇一幺二两兩五九十百千万萬点點负零下"),
     "yue": list("零〇一二兩两五九十廿卅百千萬万點点負"),
     "ja": list("零〇一二四七九十百千万点ゼロよんなつ"),
     "ko": list("영공일이오구십백천만점하나한둘두열스물무"),
 }
+# fmt: on
 
 
 def words(text: str, language: Language) -> Form:
