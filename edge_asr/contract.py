@@ -1,0 +1,307 @@
+"""What leaves the box: the topics, the payload of each and its JSON Schema; everything a consumer may rely on.
+
+Law:
+
+- Every payload's data is flat, carries ``id``, ``device``, ``boot_id``, ``time`` and ``time_quality``, and validates
+  against ``schemas/<name>.json``; fields are only ever added, so consumers must ignore what they do not know.
+- ``evt/command`` carries only a command whose life is not over; afterwards the same message leaves as ``evt/expired``.
+- No topic is another's parent, and no field name holds a character that tag-based SCADA cannot take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edge_asr import clock
+from edge_asr.events import Command, Draft, Json, Message, Rejection, Transcript, Utterance, new_id
+
+TRANSCRIPT = "evt/transcript"
+COMMAND = "evt/command"
+REJECTED = "evt/rejected"
+EXPIRED = "evt/expired"
+ALARM = "evt/alarm"
+STATUS = "status"
+META = "meta"
+HEALTH = "health"
+PARTIAL = "live/partial"
+
+TOPICS: Mapping[str, str] = {
+    TRANSCRIPT: "transcript",
+    COMMAND: "command",
+    REJECTED: "rejected",
+    EXPIRED: "expired",
+    ALARM: "alarm",
+    STATUS: "status",
+    META: "meta",
+    HEALTH: "health",
+    PARTIAL: "partial",
+}
+"""Topic below the device's root -> name of its schema."""
+
+MIN_LIFE_S = 1.0
+"""A command with less left is expired: MQTT counts message expiry in whole seconds, and 0 would mean at once."""
+
+PayloadMode = Literal["cloudevents", "plain"]
+State = Literal["online", "degraded", "offline"]
+Severity = Literal["warning", "critical"]
+Data = dict[str, Json]
+
+_ENDED = "ended_ns"
+"""Kept with the stored data only: CLOCK_BOOTTIME of the end of speech, which becomes ``latency_ms``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One MQTT message, ready to send."""
+
+    topic: str
+    body: bytes
+    content_type: str
+    user_properties: tuple[tuple[str, str], ...] = ()
+    expires_s: int | None = None
+    """MQTT message expiry interval: the broker drops it for subscribers that come later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the device is made of."""
+
+    version: str
+    model: str
+    model_sha256: str
+    languages: Sequence[str]
+    engine: str
+    provider: str
+    """The execution provider really in use: an engine without CUDA falls back to the CPU in silence."""
+    provider_wanted: str
+    grammars: Mapping[str, str]
+    """SHA-256 of each grammar by name."""
+    sources: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class MicrophoneHealth:
+    """How one source does; None: not measured yet."""
+
+    alive: bool
+    """Audio arrives and is not digital silence."""
+    level_dbfs: float | None
+    noise_dbfs: float | None
+    snr_db: float | None
+    clipped: float
+    """Share of samples at full scale."""
+    lost_s: float
+    """Seconds of audio lost since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxHealth:
+    """What waits for the broker."""
+
+    waiting: int
+    dropped: int
+    dead_letters: int
+    oldest_age_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How the device does; None: not measurable here."""
+
+    uptime_s: float
+    microphones: Mapping[str, MicrophoneHealth]
+    outbox: OutboxHealth
+    real_time_factor: float | None
+    cpu_load: float
+    """Cores in use by the daemon."""
+    memory_bytes: int
+    temperature_c: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """Turns messages and states into payloads for one device."""
+
+    root: str
+    """Topic root, e.g. ``acme/hall-2/voice/edge01``."""
+    device: str
+    mode: PayloadMode = "cloudevents"
+
+    def message(self, message: Message, *, replayed: bool, life_left_s: float | None) -> Payload:
+        """Render a committed message; ``life_left_s`` (see ``outbox``) decides whether a command is still one."""
+        expired = life_left_s is not None and life_left_s < MIN_LIFE_S
+        topic = EXPIRED if expired else message.topic
+        data = {
+            **self._common(message.id, message.boot_id, message.created_wall_ns, message.time_quality),
+            "seq": message.seq,
+            "replayed": replayed,
+            **message.data,
+        }
+        ended_ns = data.pop(_ENDED, None)
+        if isinstance(ended_ns, int):
+            data["latency_ms"] = round((message.created_ns - ended_ns) / 1e6, 1)
+        properties = (
+            ("seq", str(message.seq)),
+            ("replayed", str(replayed).lower()),
+            ("time_quality", message.time_quality),
+        )
+        expires_s = int(life_left_s) if life_left_s is not None and not expired else None
+        return self._payload(topic, data, properties, expires_s)
+
+    def state(self, topic: str, data: Mapping[str, Json]) -> Payload:
+        """Render what is not a message: a status, meta, health or partial of this moment."""
+        common = self._common(new_id(), clock.boot_id(), clock.wall_ns(), clock.time_quality())
+        return self._payload(topic, {**common, **data})
+
+    def _common(self, payload_id: str, boot_id: str, wall_ns: int, time_quality: str) -> Data:
+        return {
+            "id": payload_id,
+            "device": self.device,
+            "boot_id": boot_id,
+            "time": clock.iso(wall_ns),
+            "time_quality": time_quality,
+        }
+
+    def _payload(
+        self,
+        topic: str,
+        data: Mapping[str, Json],
+        user_properties: tuple[tuple[str, str], ...] = (),
+        expires_s: int | None = None,
+    ) -> Payload:
+        content: Mapping[str, object] = data
+        content_type = "application/json"
+        if self.mode == "cloudevents":
+            name = TOPICS[topic]
+            content_type = "application/cloudevents+json"
+            content = {
+                "specversion": "1.0",
+                "id": data["id"],
+                "source": self.root,
+                "type": f"edge-asr.{name}",
+                "time": data["time"],
+                "datacontenttype": "application/json",
+                "dataschema": schema_id(name),
+                "data": data,
+            }
+        body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        return Payload(f"{self.root}/{topic}", body, content_type, user_properties, expires_s)
+
+
+def transcript_draft(utterance: Utterance, transcript: Transcript, *, model: str) -> Draft:
+    """What was said."""
+    return Draft(TRANSCRIPT, "transcript", {**_heard(utterance), **_said(transcript, model)})
+
+
+def command_draft(
+    utterance: Utterance, transcript: Transcript, command: Command, *, model: str, confirmed: bool = False
+) -> Draft:
+    """What is to be done, until its life is over."""
+    expires_ns = utterance.ended_ns + round(command.ttl_s * clock.NS_PER_S)
+    data: Data = {
+        **_heard(utterance),
+        **_said(transcript, model),
+        "intent": command.intent,
+        "slots": dict(command.slots),
+        "units": dict(command.units),
+        "words": command.words,
+        "confidence": _share(command.confidence),
+        "risk": command.risk,
+        "confirmed": confirmed,
+        "expires_at": _wall_time(expires_ns),
+    }
+    return Draft(COMMAND, "command", data, expires_ns)
+
+
+def rejection_draft(
+    utterance: Utterance, rejection: Rejection, transcript: Transcript | None = None, *, model: str
+) -> Draft:
+    """What was heard and not acted upon, and why."""
+    data: Data = {
+        **_heard(utterance),
+        **(_said(transcript, model) if transcript is not None else {"model": model}),
+        "reason": rejection.reason,
+        "detail": rejection.detail,
+        "confidence": _share(rejection.confidence),
+        "candidates": list(rejection.candidates),
+    }
+    return Draft(REJECTED, "rejection", data)
+
+
+def alarm_draft(kind: str, detail: str, *, severity: Severity) -> Draft:
+    """Device trouble worth a human; ``kind`` is a stable name like ``outbox-dropped``, ``detail`` one sentence."""
+    return Draft(ALARM, "alarm", {"kind": kind, "severity": severity, "detail": detail})
+
+
+def partial_data(utterance: Utterance, transcript: Transcript) -> Data:
+    """Text while someone still speaks; ``utterance`` is what has been heard of it so far."""
+    data = {**_heard(utterance), "text": transcript.text, "language": transcript.language}
+    del data[_ENDED]
+    return data
+
+
+def status_data(state: State, reason: str = "") -> Data:
+    """Whether the device works; ``reason`` is one sentence unless everything is well."""
+    return {"state": state, "reason": reason}
+
+
+def meta_data(meta: Meta) -> Data:
+    """What the device is made of."""
+    return dataclasses.asdict(meta)
+
+
+def health_data(health: Health) -> Data:
+    """How the device does."""
+    return dataclasses.asdict(health)
+
+
+def schema_id(name: str) -> str:
+    """The identifier by which payloads and other schemas refer to a schema."""
+    return f"urn:edge-asr:schema:{name}:1"
+
+
+@functools.cache
+def schemas() -> Mapping[str, Mapping[str, Any]]:
+    """Every shipped JSON Schema (2020-12) by its identifier, those that others build on included."""
+    folder = importlib.resources.files("edge_asr").joinpath("schemas")
+    files = (file for file in folder.iterdir() if file.name.endswith(".json"))
+    found = (json.loads(file.read_text("utf-8")) for file in files)
+    return {schema["$id"]: schema for schema in found}
+
+
+def _heard(utterance: Utterance) -> Data:
+    return {
+        "utterance_id": utterance.id,
+        "source": utterance.source,
+        "start": _wall_time(utterance.ended_ns - round(utterance.duration_s * clock.NS_PER_S)),
+        "end": _wall_time(utterance.ended_ns),
+        "duration_s": round(utterance.duration_s, 3),
+        _ENDED: utterance.ended_ns,
+    }
+
+
+def _said(transcript: Transcript, model: str) -> Data:
+    return {
+        "text": transcript.text,
+        "language": transcript.language,
+        "emotion": transcript.emotion,
+        "event": transcript.event,
+        "confidence": _share(transcript.confidence),
+        "tokens": [{"text": token.text, "start_s": round(token.start_s, 3)} for token in transcript.tokens],
+        "model": model,
+    }
+
+
+def _share(value: float) -> float:
+    return round(value, 4)
+
+
+def _wall_time(boottime_ns: int) -> str:
+    """ISO 8601 of a CLOCK_BOOTTIME reading of this boot, by what the wall clock shows now."""
+    return clock.iso(clock.wall_ns() - (clock.boottime_ns() - boottime_ns))

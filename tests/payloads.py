@@ -1,0 +1,38 @@
+"""Holds payloads to the shipped JSON Schemas with somebody else's validator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+from edge_asr import contract
+
+REGISTRY: Registry[Any] = Registry().with_resources(
+    (name, Resource.from_contents(schema)) for name, schema in contract.schemas().items()
+)
+
+
+@functools.cache
+def validator(name: str) -> Draft202012Validator:
+    """Stricter than what ships: a consumer must ignore unknown fields, but we must not send undescribed ones."""
+    strict = {"$ref": contract.schema_id(name), "unevaluatedProperties": False}
+    return Draft202012Validator(strict, registry=REGISTRY, format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
+def check(topic: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Validate one received payload, CloudEvents or plain, and return its data."""
+    suffix = next(suffix for suffix in contract.TOPICS if topic.endswith(f"/{suffix}"))
+    name = contract.TOPICS[suffix]
+    data: Mapping[str, Any] = payload
+    if "specversion" in payload:
+        data = payload["data"]
+        assert payload["type"] == f"edge-asr.{name}"
+        assert payload["dataschema"] == contract.schema_id(name)
+        assert (payload["id"], payload["time"]) == (data["id"], data["time"])
+        assert topic == f"{payload['source']}/{suffix}"
+    validator(name).validate(data)
+    return data
