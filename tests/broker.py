@@ -32,30 +32,36 @@ HOST = "127.0.0.1"
 PATIENCE_S = 20.0
 """The deadline of every wait here: long for a busy machine, and never waited out when things work."""
 
-# Without the last three mosquitto forgets on SIGKILL what it has acknowledged, and drops after 1000 queued messages.
+# Without the last two mosquitto forgets on SIGKILL what it has acknowledged.
 _DURABLE = """\
 persistence true
 persistence_location {folder}/
 autosave_on_changes true
 autosave_interval 1
-max_queued_messages 0
 """
 
 
 class Broker:
     """A mosquitto process that keeps its port and its persistent store across restarts; a context manager."""
 
-    def __init__(self, folder: Path, *, extra: str = "", anonymous: bool = True, tls: Pki | None = None) -> None:
-        """``extra`` is added to mosquitto.conf; with ``tls`` the broker asks clients for a certificate."""
+    def __init__(
+        self, folder: Path, *, extra: str = "", anonymous: bool = True, tls: Pki | None = None, durable: bool = True
+    ) -> None:
+        """``extra`` is added to mosquitto.conf; with ``tls`` the broker asks clients for a certificate.
+
+        Durable, it saves its whole store with every change: right for killing it, slow under many messages.
+        """
         self.folder = folder
         self.port = free_port()
         lines = [f"user {getpass.getuser()}", f"log_dest file {folder}/mosquitto.log", f"listener {self.port} {HOST}"]
-        lines.append(f"allow_anonymous {str(anonymous).lower()}")
+        lines += [f"allow_anonymous {str(anonymous).lower()}", "max_queued_messages 0"]
         if tls is not None:
             lines += [f"cafile {tls.ca}", f"certfile {tls.cert('server')}", f"keyfile {tls.key('server')}"]
             lines += ["require_certificate true", "use_identity_as_username true"]
         self._config = folder / "mosquitto.conf"
-        self._config.write_text("\n".join([*lines, _DURABLE.format(folder=folder), extra]), encoding="utf-8")
+        self._config.write_text(
+            "\n".join([*lines, _DURABLE.format(folder=folder) if durable else "", extra]), encoding="utf-8"
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
