@@ -30,7 +30,7 @@ from edge_asr.wordgraph import Automaton, Mark, Meaning, Number, Sketch, Step, V
 MAX_NUMBERS = 100_000
 """Values of one range; more would take minutes to spell out."""
 
-_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_CJK = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 _PIECES = re.compile(r"\{[^{}]*\}|<[^<>]*>|[\[\]()|;]|[^\s\[\](){}<>|;]+")
 
 

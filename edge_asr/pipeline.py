@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_asr import clock, contract, settings
-from edge_asr.audio import level_dbfs
+from edge_asr.audio import level_dbfs, peak_dbfs
 from edge_asr.events import (
     FRAME_SAMPLES,
     AudioFrame,
@@ -36,6 +36,7 @@ from edge_asr.events import (
     Transcript,
     Utterance,
 )
+from edge_asr.health import SourceMeter
 from edge_asr.inference import RecognizerError
 from edge_asr.outbox import OutboxError
 from edge_asr.posteriors import Recognition
@@ -125,6 +126,7 @@ class Ear:
         self._energy_gate_dbfs = options.energy_gate_dbfs
         self._gate = SpeechGate(options)
         self._quiet_samples = 0
+        self.meter = SourceMeter()
 
     def feed(self, frame: AudioFrame) -> list[Utterance]:
         """Take the next frame; return the utterances it closed."""
@@ -145,7 +147,9 @@ class Ear:
 
     def _probability(self, frame: AudioFrame) -> float:
         """The detector's answer; silence does not even reach it, unless somebody speaks."""
-        if self._gate.speaking or level_dbfs(frame.pcm) >= self._energy_gate_dbfs:
+        level = level_dbfs(frame.pcm)
+        self.meter.feed(frame, level, peak_dbfs(frame.pcm))
+        if self._gate.speaking or level >= self._energy_gate_dbfs:
             self._quiet_samples = 0
             return self._detector.probability(frame.pcm)
         self._quiet_samples += FRAME_SAMPLES
@@ -223,7 +227,8 @@ class Pipeline:
     ) -> None:
         self._options = options
         self._sources = sources
-        self._new_detector = new_detector
+        self.ears = {source.name: Ear(new_detector(), options.vad) for source in sources}
+        """Source -> its ear, whose meter tells the source's health."""
         self._recognizer = recognizer
         self.interpreter = interpreter
         """May be replaced between two utterances (SIGHUP)."""
@@ -237,6 +242,8 @@ class Pipeline:
         """CLOCK_BOOTTIME at which the current decode or commit began; None: idle. The watchdog's question."""
         self.utterances = 0
         """Finals committed since start."""
+        self.real_time_factor: float | None = None
+        """Recognition time of the last final over its duration."""
 
     async def run(self) -> None:
         """Listen to all sources until all have ended and everything heard is committed."""
@@ -256,7 +263,7 @@ class Pipeline:
 
     async def _listen(self, source: Source) -> None:
         """Gate one source's frames into finals, and offer partials while somebody speaks."""
-        ear = Ear(self._new_detector(), self._options.vad)
+        ear = self.ears[source.name]
         interval_ns = int(self._options.partials.interval_s * clock.NS_PER_S)
         next_partial_ns = 0
         async for frame in source.frames():
@@ -286,6 +293,8 @@ class Pipeline:
             interpreter = self.interpreter if final else None
             heard = await loop.run_in_executor(self._executor, understand, utterance, self._recognizer, interpreter)
             if final:
+                taken_s = (clock.boottime_ns() - self.busy_since_ns) / clock.NS_PER_S
+                self.real_time_factor = taken_s / utterance.duration_s
                 await self._append(heard)
             elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
                 self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
@@ -295,11 +304,13 @@ class Pipeline:
         """Commit everything that came of an utterance; a full disk delays it and loses nothing."""
         drafts = self._drafts(heard)
         while drafts:
+            self.busy_since_ns = clock.boottime_ns()
             try:
                 await self._outbox.append(*drafts)
                 break
             except OutboxError as error:
                 log.warning("cannot commit, trying again in %g s: %s", APPEND_RETRY_S, error)
+                self.busy_since_ns = None  # waiting, not hanging: a restart would lose the utterance
                 await asyncio.sleep(APPEND_RETRY_S)
         self.utterances += 1
         _tell(heard)

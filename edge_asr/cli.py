@@ -1,0 +1,297 @@
+"""The command line: every verb of `edge-asr`, its options, its exit code. No other room prints or exits.
+
+Exit codes (sysexits.h): 0 done; 1 a test, a check or the demo found something wrong; 2 wrong usage; 66 an input file
+cannot be read; 69 a microphone, broker or other service is not there; 74 the outbox cannot be written; 78 settings,
+model or grammar cannot be used (systemd does not restart on this one); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+
+import edge_asr
+from edge_asr import demo, inference, logs, model_store, settings
+from edge_asr.audio import AudioFileError, read_file
+from edge_asr.broker import BrokerError
+from edge_asr.daemon import Daemon, Engine
+from edge_asr.events import SAMPLE_RATE, Command, Rejection
+from edge_asr.grammar import GrammarError
+from edge_asr.model_store import ModelError, bundled_manifests
+from edge_asr.outbox import OutboxError, read_statistics
+from edge_asr.pipeline import Understanding
+from edge_asr.publisher import PublisherError
+from edge_asr.settings import Mqtt, Settings
+from edge_asr.sources import SourceError, audio_files, list_devices, measure_level
+from edge_asr.subscriber import Screen, Subscriber, SubscriberError
+
+_EPILOG = 'Shell completion:  eval "$(_EDGE_ASR_COMPLETE=bash_source edge-asr)"   (zsh_source, fish_source)'
+
+EXIT_FOUND = 1
+EXIT_NO_INPUT = 66
+EXIT_UNAVAILABLE = 69
+EXIT_IO = 74
+EXIT_CONFIG = 78
+
+
+class _ExamplesLast(click.Group):
+    """A group whose commands keep the line breaks of their examples and are listed in the order of this file."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Every expected error is one clear line and a documented exit code; a bug keeps its traceback."""
+    codes: dict[type[Exception], int] = {
+        settings.SettingsError: EXIT_CONFIG,
+        ModelError: EXIT_CONFIG,
+        GrammarError: EXIT_CONFIG,
+        AudioFileError: EXIT_NO_INPUT,
+        SourceError: EXIT_UNAVAILABLE,
+        BrokerError: EXIT_UNAVAILABLE,
+        SubscriberError: EXIT_UNAVAILABLE,
+        PublisherError: EXIT_UNAVAILABLE,
+        OutboxError: EXIT_IO,
+    }
+    try:
+        yield
+    except tuple(codes) as error:
+        for line in str(error).splitlines():
+            click.echo(f"edge-asr: {line}", err=True)
+        raise SystemExit(codes[type(error)]) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --settings and --set, and hand the command its ``options: Settings``."""
+
+    @click.option("--settings", "-s", "path", type=click.Path(path_type=Path), help="YAML settings file.")
+    @click.option(
+        "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. mqtt.host=mes."
+    )
+    def wrapped(path: Path | None, changes: tuple[str, ...], **rest: Any) -> Any:  # noqa: ANN401 - click's arguments
+        with _one_line_errors():
+            return command(options=_load(path, changes), path=path, changes=changes, **rest)
+
+    wrapped.__name__ = command.__name__
+    wrapped.__doc__ = command.__doc__
+    wrapped.__click_params__ = wrapped.__click_params__ + getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _load(path: Path | None, changes: tuple[str, ...]) -> Settings:
+    overrides: dict[str, Any] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise settings.SettingsError(f"--set {change}: expected KEY=VALUE")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise settings.SettingsError(f"--set {key}: {value!r} is not a YAML value") from None
+    return settings.load(path, overrides)
+
+
+@click.group(cls=_ExamplesLast, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(edge_asr.__version__, prog_name="edge-asr")
+def main() -> None:
+    """Offline-first speech recognition and voice commands, published over MQTT."""
+
+
+@main.command(epilog=_example("edge-asr run --settings /etc/edge-asr/settings.yaml", "edge-asr run --watch"))
+@_with_settings
+@click.option("--watch", is_flag=True, help="Show what a subscriber sees; starts a private broker where none is set.")
+def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch: bool) -> None:
+    """Listen and publish until stopped: the service."""
+    if watch:
+        _quiet_logs(options)
+        if _has_no_microphone(options):
+            _console().print("No microphone found: playing the bundled recordings instead.\n")
+            raise SystemExit(0 if asyncio.run(demo.play(options, _console())) else EXIT_FOUND)
+        asyncio.run(demo.watch(options, _console()))
+        return
+    logs.configure(options.log)
+
+    async def serve() -> None:
+        await Daemon(options, reload=lambda: _load(path, changes)).run()
+
+    asyncio.run(serve())
+
+
+@main.command("demo", epilog=_example("edge-asr demo"))
+@_with_settings
+def play(options: Settings, **_: object) -> None:
+    """Play the bundled recordings through the whole product in real time; exit code 0 only if everything arrived."""
+    _quiet_logs(options)
+    raise SystemExit(0 if asyncio.run(demo.play(options, _console())) else EXIT_FOUND)
+
+
+@main.command(epilog=_example("edge-asr transcribe examples/recordings --json"))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_with_settings
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per utterance.")
+def transcribe(options: Settings, files: tuple[Path, ...], *, as_json: bool, **_: object) -> None:
+    """Recognize recordings as the daemon would hear them: text and command of every utterance."""
+    engine = Engine.build(options)
+    failed = False
+    for path in files:
+        try:
+            for file in audio_files(path):
+                for heard in engine.hear(read_file(file), options.vad):
+                    row = _row(file, heard)
+                    click.echo(json.dumps(row, ensure_ascii=False) if as_json else _sentence(row))
+        except AudioFileError as error:
+            failed = True
+            click.echo(f"edge-asr: {error}", err=True)
+    raise SystemExit(EXIT_NO_INPUT if failed else 0)
+
+
+@main.command(epilog=_example("edge-asr listen --set mqtt.host=broker.plant", "edge-asr listen --topic '#' --json"))
+@_with_settings
+@click.option("--topic", help="MQTT topic filter; the device's own topics by default.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per message: topic and data.")
+def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) -> None:
+    """Show what a subscriber sees."""
+    mqtt = options.mqtt if options.mqtt.host is not None else Mqtt(**{**options.mqtt.model_dump(), "host": "127.0.0.1"})
+    screen = Screen(_console())
+
+    async def show() -> None:
+        async with Subscriber(mqtt, topic or f"{options.topic_root}/#") as subscriber:
+            async for delivery in subscriber:
+                if as_json:
+                    click.echo(json.dumps({"topic": delivery.topic, "data": delivery.data}, ensure_ascii=False))
+                else:
+                    screen.show(delivery)
+
+    asyncio.run(show())
+
+
+@main.command(epilog=_example("edge-asr devices --levels"))
+@click.option("--levels", is_flag=True, help="Listen to each for a second and show its level.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per device.")
+def devices(*, levels: bool, as_json: bool) -> None:
+    """List the microphones under the names that settings can use."""
+    with _one_line_errors():
+        found = list_devices()
+        if not found:
+            raise SourceError("no microphone found; plug one in, or use a source of type files, stdin or the demo")
+        for device in found:
+            level = measure_level(device.index) if levels else None
+            if as_json:
+                click.echo(json.dumps({**asdict(device), "level": level and asdict(level)}))
+                continue
+            star = "*" if device.is_default else " "
+            shown = f"  rms {level.rms_dbfs:6.1f} dBFS, peak {level.peak_dbfs:6.1f}" if level else ""
+            name = f"{device.name} ({device.alsa_id})" if device.alsa_id else device.name
+            click.echo(f"{star} {device.index:3d}  {name:50s} {device.channels} ch  {device.rate:6d} Hz{shown}")
+
+
+@main.group(cls=_ExamplesLast)
+def models() -> None:
+    """The models on this box."""
+
+
+@models.command("list", epilog=_example("edge-asr models list"))
+def models_list() -> None:
+    """List the bundled models."""
+    with _one_line_errors():
+        for manifest in bundled_manifests():
+            languages = ", ".join(manifest.languages) or "any language"
+            click.echo(
+                f"{manifest.name:14s} {manifest.version:10s} {manifest.kind:12s} {languages}; {manifest.licence}"
+            )
+
+
+@models.command("verify", epilog=_example("edge-asr models verify micro-en"))
+@click.argument("name")
+def models_verify(name: str) -> None:
+    """Check every file of a model (a bundled name or a directory) and load it once."""
+    with _one_line_errors():
+        files = model_store.locate(name)
+        inference.open_recognizer(files, settings.Model(name=name))
+        click.echo(f"{files.name} {files.manifest.version}: sound, SHA-256 {files.sha256}")
+
+
+@main.group(cls=_ExamplesLast)
+def outbox() -> None:
+    """The queue between the microphone and the broker."""
+
+
+@outbox.command("status", epilog=_example("edge-asr outbox status"))
+@_with_settings
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
+    """Show what waits for the broker and what was dropped; the daemon may be running."""
+    statistics = asdict(read_statistics(options.outbox_path))
+    if as_json:
+        click.echo(json.dumps(statistics))
+        return
+    for name, value in statistics.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) or "none" if isinstance(value, dict) else value
+        click.echo(f"{name.replace('_', ' '):14s} {shown}")
+
+
+def _has_no_microphone(options: Settings) -> bool:
+    """Whether the settings want a microphone and the machine has none at all."""
+    if not any(isinstance(source, settings.MicrophoneSource) for source in options.sources):
+        return False
+    try:
+        return not list_devices()
+    except SourceError:
+        return True
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _quiet_logs(options: Settings) -> None:
+    """Beside a subscriber's view only trouble is worth a line."""
+    logs.configure(options.log.model_copy(update={"level": "warning", "format": "text"}))
+
+
+def _row(file: Path, heard: Understanding) -> dict[str, Any]:
+    """The JSON object of one utterance."""
+    utterance, transcript, decision = heard.utterance, heard.transcript, heard.decision
+    start_s = utterance.start / SAMPLE_RATE
+    said = asdict(transcript) if transcript is not None else {"text": "", "language": "nospeech", "tokens": []}
+    return {
+        "file": str(file),
+        "start": round(start_s, 3),
+        "end": round(start_s + utterance.duration_s, 3),
+        **{key: said.get(key) for key in ("text", "language", "emotion", "event", "confidence", "tokens")},
+        "command": asdict(decision) if isinstance(decision, Command) else None,
+        "rejected": asdict(decision) if isinstance(decision, Rejection) else None,
+    }
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    """The same for people."""
+    command, rejected = row["command"], row["rejected"]
+    outcome = ""
+    if command is not None:
+        outcome = f"  -> {command['intent']} {json.dumps(command['slots'], ensure_ascii=False)}"
+    elif rejected is not None:
+        outcome = f"  -> rejected: {rejected['reason']}"
+    return f"{row['file']} {row['start']:.2f}-{row['end']:.2f} s: {row['text']}{outcome}"

@@ -1,0 +1,254 @@
+"""Builds the product from its settings and runs it: the only room, with ``cli``, that names concrete classes.
+
+Start: settings, models and grammars are checked before anything is opened; then outbox, publisher, sources. SIGTERM
+and SIGINT close the sources and let the pipeline commit what was heard. SIGHUP reads the settings again and applies
+what can be applied between two utterances.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import edge_asr
+from edge_asr import clock, commands, contract, grammar, inference, logs, model_store, settings, systemd
+from edge_asr.audio import FrameCutter
+from edge_asr.commands import Interpreter
+from edge_asr.contract import Meta, Renderer
+from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
+from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
+from edge_asr.model_store import ModelFiles
+from edge_asr.outbox import Outbox, OutboxError
+from edge_asr.pipeline import Ear, Pipeline, Source, Understanding, understand
+from edge_asr.publisher import Publisher
+from edge_asr.settings import Settings
+from edge_asr.sources import Files, Microphone, Stdin
+
+log = logging.getLogger(__name__)
+
+HEALTH_INTERVAL_S = 30.0
+DRAIN_LIMIT_S = 10.0
+"""Sources that ended by themselves (recordings, a pipe) leave the broker so long to take the rest."""
+
+STATUS_INTERVAL_S = 5.0
+
+
+def grammar_paths(options: settings.Commands) -> dict[str, Path]:
+    """Name -> file for every grammar of the settings: a bundled name or a path. Raises GrammarError."""
+    folder = model_store.bundled("grammars")
+    found: dict[str, Path] = {}
+    for name in options.grammars:
+        shipped = folder / f"{name}.yaml"
+        found[name] = shipped if shipped.exists() else Path(name)
+        if not found[name].exists():
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise grammar.GrammarError(f"commands.grammars: {name!r} is neither a file nor one of: {names}")
+    return found
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The ears and the understanding that the settings ask for; the daemon's, and those of files away from it."""
+
+    files: ModelFiles
+    recognizer: OnnxRecognizer | SherpaRecognizer
+    interpreter: Interpreter | None
+    new_detector: Callable[[], SileroDetector]
+
+    @classmethod
+    def build(cls, options: Settings) -> Engine:
+        """Check and load models and grammars. Raises ModelError, GrammarError."""
+        files = model_store.locate(options.model.name)
+        vad = model_store.locate_vad()
+        recognizer = inference.open_recognizer(files, options.model)
+        interpreter = build_interpreter(options.commands, recognizer)
+        return cls(files, recognizer, interpreter, lambda: SileroDetector(vad))
+
+    def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
+        """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
+        ear = Ear(self.new_detector(), options)
+        cutter = FrameCutter("file")
+        now_ns = clock.boottime_ns()
+        for frame in (*cutter.feed(pcm, now_ns), *cutter.flush(now_ns)):
+            for utterance in ear.feed(frame):
+                yield understand(utterance, self.recognizer, self.interpreter)
+        for utterance in ear.flush():
+            yield understand(utterance, self.recognizer, self.interpreter)
+
+
+def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
+    """The site's grammars under the model's tokens; None without grammars. Raises GrammarError."""
+    if not options.grammars:
+        return None
+    graph = commands.load_graph(list(grammar_paths(options).values()))
+    interpreter = Interpreter(graph, recognizer.table, options)
+    if interpreter.unspellable:
+        words = ", ".join(interpreter.unspellable)
+        log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)
+    return interpreter
+
+
+def build_source(options: settings.SourceSettings) -> Source:
+    """The source that the settings describe."""
+    if isinstance(options, settings.MicrophoneSource):
+        return Microphone(options)
+    return Files(options) if isinstance(options, settings.FilesSource) else Stdin(options)
+
+
+class Daemon:
+    """One running box. Construction checks everything that can be wrong; :meth:`run` does the work."""
+
+    def __init__(self, options: Settings, reload: Callable[[], Settings] | None = None) -> None:
+        self._options = options
+        self._reload = reload
+        self._engine = Engine.build(options)
+        self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
+        self._meter = ProcessMeter()
+        self._stopping = False
+
+    async def run(self, sources: Sequence[Source] | None = None) -> None:
+        """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
+        chosen = [build_source(each) for each in self._options.sources] if sources is None else sources
+        renderer = Renderer(self._options.topic_root, self._options.device, self._options.mqtt.payload)
+        self._publisher = Publisher(self._options.mqtt, renderer, self.outbox, on_change=self._show_status)
+        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        self._pipeline = Pipeline(
+            self._options,
+            sources=chosen,
+            new_detector=self._engine.new_detector,
+            recognizer=self._engine.recognizer,
+            interpreter=self._engine.interpreter,
+            outbox=self.outbox,
+            live=self._publisher.publish_live,
+        )
+        background = [
+            asyncio.create_task(self._publisher.run(), name="publish"),
+            asyncio.create_task(self._report_health(), name="health"),
+            asyncio.create_task(self._watch(), name="watchdog"),
+        ]
+        with self._signals():
+            systemd.ready(self._status())
+            log.info("listening to %s", ", ".join(source.name for source in chosen))
+            try:
+                await self._pipeline.run()
+                if not self._stopping:
+                    await self._drain()
+            finally:
+                systemd.stopping("committing what was heard")
+                for task in background:
+                    task.cancel()
+                await asyncio.gather(*background, return_exceptions=True)
+                self.outbox.close()
+
+    async def stop(self) -> None:
+        """Close the sources; :meth:`run` returns when everything heard is committed."""
+        log.info("stopping")
+        self._stopping = True
+        await self._pipeline.close()
+
+    async def _drain(self) -> None:
+        """Wait until the broker has everything, or too long."""
+        deadline = asyncio.get_running_loop().time() + DRAIN_LIMIT_S
+        while self._options.mqtt.host is not None and asyncio.get_running_loop().time() < deadline:
+            if not await self.outbox.oldest(1):
+                return
+            await asyncio.sleep(0.02)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        tasks: set[asyncio.Task[None]] = set()
+
+        def stop() -> None:
+            task = asyncio.create_task(self.stop(), name="stop")
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        handlers: dict[signal.Signals, Callable[[], None]] = {signal.SIGTERM: stop, signal.SIGINT: stop}
+        if self._reload is not None:
+            handlers[signal.SIGHUP] = self._apply_settings
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+    def _apply_settings(self) -> None:
+        """Take over what may change while running: the log and the commands. Bad settings change nothing."""
+        systemd.reloading()
+        try:
+            assert self._reload is not None  # noqa: S101 - the handler is installed only then
+            fresh = self._reload()
+            interpreter = build_interpreter(fresh.commands, self._engine.recognizer)
+        except (settings.SettingsError, grammar.GrammarError) as error:
+            log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
+        else:
+            logs.configure(fresh.log)
+            self._pipeline.interpreter = interpreter
+            old = self._options.model_copy(update={"log": fresh.log, "commands": fresh.commands})
+            later = sorted(name for name in Settings.model_fields if getattr(old, name) != getattr(fresh, name))
+            self._options = old
+            self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+            log.info("reloaded%s", f"; a restart is needed for: {', '.join(later)}" if later else "")
+        systemd.ready(self._status())
+
+    def _meta(self) -> Meta:
+        manifest = self._engine.files.manifest
+        paths = grammar_paths(self._options.commands)
+        return Meta(
+            version=edge_asr.__version__,
+            model=f"{manifest.name} {manifest.version}",
+            model_sha256=self._engine.files.sha256,
+            languages=list(manifest.languages),
+            engine=self._options.model.engine,
+            provider=self._engine.recognizer.provider,
+            provider_wanted=self._options.model.provider,
+            grammars={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()},
+            sources=[source.name for source in self._options.sources],
+        )
+
+    def _status(self) -> str:
+        """One line for `systemctl status`."""
+        if self._options.mqtt.host is None:
+            broker = "no broker set"
+        elif self._publisher.connected:
+            broker = f"connected to {self._options.mqtt.host}"
+        else:
+            broker = self._publisher.trouble or "connecting"
+        return f"Listening with {self._engine.recognizer.name}; {self._pipeline.utterances} utterances; {broker}"
+
+    def _show_status(self) -> None:
+        systemd.status(self._status())
+
+    async def _watch(self) -> None:
+        """Feed the watchdog while the loop turns and neither recognizer nor outbox hangs."""
+        interval_s = systemd.watchdog_interval_s()
+        while True:
+            since = self._pipeline.busy_since_ns
+            busy_s = 0.0 if since is None else (clock.boottime_ns() - since) / clock.NS_PER_S
+            if busy_s < BUSY_LIMIT_S:
+                systemd.alive()
+            else:
+                log.error("one utterance has been worked on for %.0f s; without an end systemd restarts us", busy_s)
+            self._show_status()
+            await asyncio.sleep(interval_s or STATUS_INTERVAL_S)
+
+    async def _report_health(self) -> None:
+        while True:
+            microphones = {name: ear.meter.read() for name, ear in self._pipeline.ears.items()}
+            try:
+                statistics = await self.outbox.statistics()
+            except OutboxError as error:
+                log.warning("no health: %s", error)
+            else:
+                health = self._meter.read(microphones, statistics, self._pipeline.real_time_factor)
+                self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
+            await asyncio.sleep(HEALTH_INTERVAL_S)

@@ -1,0 +1,183 @@
+"""Measures on labelled recordings: which commands are accepted, what is accepted wrongly, how right the text is.
+
+A manifest has one JSON object a line: ``{audio, text?, intent?, slots?, language?}``; ``audio`` is relative to the
+manifest; without ``intent`` no command may come of it. Noise is mixed as in the public speech-to-intent benchmark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
+
+from edge_asr import settings
+from edge_asr.audio import from_float, read_file, to_float
+from edge_asr.daemon import Engine
+from edge_asr.events import SAMPLE_RATE, Command, Rejection, SlotValue
+from edge_asr.grammar import words_of
+from edge_asr.pipeline import Understanding
+
+ENERGY_FRAME = 2048
+"""Samples in a frame when speech and noise are compared by their loudest frames (the benchmark's choice)."""
+
+PEAK = 0.5
+"""Level to which a noisy mixture is normalised (the benchmark's choice)."""
+
+
+class ManifestError(Exception):
+    """The manifest cannot be used; the message names the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One labelled recording."""
+
+    audio: Path
+    text: str | None
+    intent: str | None
+    slots: Mapping[str, SlotValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one recording under one condition."""
+
+    item: Item
+    duration_s: float
+    cpu_s: float
+    """Thread CPU time of gate, recognition and interpretation."""
+    text: str
+    commands: tuple[Command, ...]
+    rejections: tuple[Rejection, ...]
+
+    @property
+    def accepted(self) -> bool:
+        """Exactly the labelled command came, intent and every slot."""
+        return len(self.commands) == 1 and self._is_right(self.commands[0])
+
+    @property
+    def wrong_numbers(self) -> int:
+        """Commands that were acted on with another number than was said."""
+        return sum(self._has_wrong_number(command) for command in self.commands)
+
+    def _is_right(self, command: Command) -> bool:
+        return command.intent == self.item.intent and dict(command.slots) == dict(self.item.slots)
+
+    def _has_wrong_number(self, command: Command) -> bool:
+        labels = self.item.slots
+        return any(
+            not isinstance(value, str) and (name not in labels or labels[name] != value)
+            for name, value in command.slots.items()
+        )
+
+
+def read_manifest(path: Path) -> list[Item]:
+    """Read a manifest. Raises ManifestError."""
+    items = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            audio = path.parent / entry["audio"]
+        except (ValueError, KeyError, TypeError):
+            raise ManifestError(f"{path}: line {number}: expected a JSON object with `audio`") from None
+        items.append(Item(audio, entry.get("text"), entry.get("intent"), entry.get("slots") or {}))
+    if not items:
+        raise ManifestError(f"{path}: holds no recording")
+    return items
+
+
+def mix(speech: NDArray[np.float32], noise: NDArray[np.float32], snr_db: float, seed: str) -> NDArray[np.float32]:
+    """Add a random stretch of noise so that the loudest frames of speech and noise differ by ``snr_db``."""
+    if len(noise) <= len(speech):
+        noise = np.tile(noise, 2 + len(speech) // len(noise))
+    offset = int(hashlib.sha256(seed.encode()).hexdigest(), 16) % (len(noise) - len(speech))
+    stretch = noise[offset : offset + len(speech)]
+    ratio = _loudest(speech) / max(_loudest(stretch), 1e-12)
+    mixed: NDArray[np.float32] = speech + np.float32(np.sqrt(ratio / 10 ** (snr_db / 10))) * stretch
+    return (mixed / max(float(np.abs(mixed).max()), 1e-9) * PEAK).astype(np.float32)
+
+
+def _loudest(samples: NDArray[np.float32]) -> float:
+    count = len(samples) // ENERGY_FRAME
+    if count == 0:
+        return float(np.square(samples).sum())
+    return float(np.square(samples[: count * ENERGY_FRAME]).reshape(count, ENERGY_FRAME).sum(axis=1).max())
+
+
+def run(
+    engine: Engine,
+    items: Sequence[Item],
+    vad: settings.Vad,
+    *,
+    noise: NDArray[np.float32] | None = None,
+    snr_db: float | None = None,
+    seed: int = 0,
+) -> Iterator[Outcome]:
+    """Hear every recording as the daemon would, clean or in noise. Raises AudioFileError."""
+    for item in items:
+        pcm = read_file(item.audio)
+        if noise is not None and snr_db is not None:
+            pcm = from_float(mix(to_float(pcm), noise, snr_db, f"{seed}:{item.audio.name}:{snr_db:g}"))
+        began = time.thread_time()
+        heard = list(engine.hear(pcm, vad))
+        yield _outcome(item, heard, len(pcm) / 2 / SAMPLE_RATE, time.thread_time() - began)
+
+
+def _outcome(item: Item, heard: Sequence[Understanding], duration_s: float, cpu_s: float) -> Outcome:
+    return Outcome(
+        item=item,
+        duration_s=duration_s,
+        cpu_s=cpu_s,
+        text=" ".join(h.transcript.text for h in heard if h.transcript is not None),
+        commands=tuple(h.decision for h in heard if isinstance(h.decision, Command)),
+        rejections=tuple(h.decision for h in heard if isinstance(h.decision, Rejection)),
+    )
+
+
+def summarize(outcomes: Sequence[Outcome], snr_db: float | None) -> dict[str, Any]:
+    """The figures of one condition."""
+    with_intent = [o for o in outcomes if o.item.intent is not None]
+    without = [o for o in outcomes if o.item.intent is None]
+    accepted = sum(o.accepted for o in with_intent)
+    hours = sum(o.duration_s for o in without) / 3600
+    audio_s = sum(o.duration_s for o in outcomes)
+    errors, words = _word_errors(outcomes)
+    return {
+        "snr": snr_db,
+        "n": len(outcomes),
+        "accepted": accepted,
+        "acceptance": round(accepted / len(with_intent), 4) if with_intent else None,
+        "wrong_commands": sum(len(o.commands) for o in with_intent) - accepted,
+        "wrong_numbers": sum(o.wrong_numbers for o in outcomes),
+        "false_accepts": sum(len(o.commands) for o in without),
+        "false_accepts_per_hour": round(sum(len(o.commands) for o in without) / hours, 3) if without else None,
+        "wer": round(errors / words, 4) if words else None,
+        "rtf": round(sum(o.cpu_s for o in outcomes) / audio_s, 4),
+        "rejections": dict(Counter(r.reason for o in outcomes for r in o.rejections).most_common()),
+    }
+
+
+def _word_errors(outcomes: Sequence[Outcome]) -> tuple[int, int]:
+    """(substitutions + insertions + deletions, words of the references); CJK counts characters."""
+    errors = words = 0
+    for outcome in outcomes:
+        if outcome.item.text is not None:
+            reference = words_of(outcome.item.text)
+            errors += Levenshtein.distance(reference, words_of(outcome.text))
+            words += len(reference)
+    return errors, words
