@@ -156,7 +156,7 @@ def _base_prefix_inside() -> str:
 
 def _nspawn(root: Path) -> list[str]:
     binds = ["/usr", f"{sysconfig.get_path('purelib')}:{INSTALLED}/packages"]
-    binds += [f"{CHECKOUT / part}:{INSTALLED}/checkout/{part}" for part in ("edge_asr", "models", "examples")]
+    binds += [f"{CHECKOUT / part}:{INSTALLED}/checkout/{part}" for part in ("edge_asr", "models", "examples", "tools")]
     if _base_prefix_inside() != sys.base_prefix:
         binds.append(f"{sys.base_prefix}:{_base_prefix_inside()}")
     return [
