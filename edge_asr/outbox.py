@@ -297,17 +297,15 @@ class _Database:
         try:
             try:
                 results = self._transact(works, durable=durable)
-            except sqlite3.OperationalError as error:
-                if "full" not in str(error) and not self._ballast.needed():
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if _is_damage(error):
+                    self._heal(str(error))
+                elif "full" in str(error) or self._ballast.needed():
+                    self._make_do_without_disk()
+                else:
                     raise
-                self._make_do_without_disk()
                 results = self._transact(works, durable=durable)
-            except sqlite3.DatabaseError as error:
-                if not _is_damage(error):
-                    raise
-                self._heal(str(error))
-                results = self._transact(works, durable=durable)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise OutboxError(_cannot(self._path, str(error))) from None
         if self._ballast.missing and self._ballast.restore():
             self._limit_pages(_UNLIMITED_PAGES)
@@ -398,6 +396,9 @@ class _Database:
         So a checkpoint never needs the file to grow, the log is reused in place, and acknowledgements keep freeing
         pages however long the disk stays full. Nothing committed is dropped for it.
         """
+        if self._ballast.missing and self._ballast.restore():
+            self._limit_pages(_UNLIMITED_PAGES)
+            return
         if not self._ballast.missing:
             self._ballast.release()
             log.error("%s: the disk is full; only as much is kept as the broker takes off; free some space", self._path)
@@ -420,7 +421,7 @@ class _Database:
         try:
             _swap_in_rescued(self._path)
             return self._connect()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if _is_damage(error):
                 _rescue(self._path, self._mark.value, str(error))
             elif self._ballast.needed():
@@ -431,24 +432,34 @@ class _Database:
             raise OutboxError(_cannot(self._path, error.strerror or str(error))) from None
         try:
             return self._connect()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             raise OutboxError(_cannot(self._path, str(error))) from None
 
     def _connect(self) -> sqlite3.Connection:
         os.close(os.open(self._path, os.O_CREAT | os.O_CLOEXEC, 0o640))  # what was said is not for everybody's eyes
         connection = _new_connection(str(self._path))
         try:
+            version = _refuse_foreign(connection, self._path)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             connection.execute("PRAGMA synchronous = FULL")
-            if _migrate(connection, self._path) == 0 and self._mark.value:
-                log.error("%s: the outbox had vanished; numbering continues after %d", self._path, self._mark.value)
-                _continue_after(connection, self._mark.value)
+            _migrate(connection, version)
+            self._number_on(connection, is_new=version == 0)
         except BaseException:
             connection.close()
             raise
         self._synchronous = "FULL"
         return connection
+
+    def _number_on(self, connection: sqlite3.Connection, *, is_new: bool) -> None:
+        """Never use a number twice: the lock file outlives a database that was deleted, emptied or restored."""
+        (newest,) = connection.execute("SELECT max(seq) FROM message").fetchone()
+        known = max(_last_seq(connection), newest or 0)
+        if known < self._mark.value - (0 if is_new else _SEQ_BLOCK):
+            known = self._mark.value
+            log.error("%s: lost or older than it was; numbering continues after %d", self._path, known)
+        if known != _last_seq(connection):
+            _continue_after(connection, known)
 
 
 class _Mark:
@@ -470,7 +481,7 @@ class _Mark:
     def reserve(self, seq: int) -> None:
         """Make sure that ``seq`` is remembered as used, whatever becomes of the database."""
         if seq > self.value:
-            value = seq + _SEQ_BLOCK
+            value = seq - 1 + _SEQ_BLOCK
             try:
                 os.pwrite(self._file, b"%20d\n" % value, 0)
                 os.fdatasync(self._file)
@@ -488,7 +499,6 @@ class _Ballast:
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._size = size
-        self._asked_at = -60.0
         self.missing = not path.exists()
 
     def release(self) -> None:
@@ -504,12 +514,8 @@ class _Ballast:
         return space.f_bavail * space.f_frsize
 
     def restore(self) -> bool:
-        """Occupy the space again if there is plenty; asked at most once a second."""
-        now = time.monotonic()
-        if not self.missing or now - self._asked_at < 1.0:
-            return False
-        self._asked_at = now
-        if self._free_bytes() < 4 * self._size:
+        """Occupy the space again if there is plenty."""
+        if not self.missing or self._free_bytes() < 2 * self._size:
             return False
         try:
             with self._path.open("wb") as file:
@@ -562,13 +568,11 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> int:
-    """Bring the file to this program's schema; the version it had, 0 for a new file."""
-    found = _refuse_foreign(connection, path)
+def _migrate(connection: sqlite3.Connection, found: int) -> None:
+    """Bring the file from the version that was found to this program's."""
     for version in range(found + 1, _SCHEMA_VERSION + 1):
         script = importlib.resources.files("edge_asr").joinpath(f"schemas/outbox.{version}.sql").read_text("utf-8")
         connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {version}; COMMIT;")
-    return found
 
 
 def _last_seq(connection: sqlite3.Connection) -> int:
@@ -628,9 +632,12 @@ def _message(row: Sequence[Any]) -> Message:
     return Message(seq, message_id, boot_id, topic, category, json.loads(data), *times)
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    """SQLITE_CORRUPT and SQLITE_NOTADB are the ones that the sqlite3 module raises as DatabaseError itself."""
-    return type(error) is sqlite3.DatabaseError
+def _is_damage(error: Exception) -> bool:
+    """Whether the file, not its surroundings, is at fault; we violate no constraint and miss no table ourselves."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "no such" in str(error) or "malformed" in str(error)
+    # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, a spoilt name in the schema as UnicodeDecodeError.
+    return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, UnicodeDecodeError}
 
 
 def _cannot(path: Path, reason: str) -> str:
@@ -654,7 +661,7 @@ def _rescue(path: Path, highest_seq: int, reason: str) -> None:
     unfinished = _beside(path, ".unfinished")
     unfinished.unlink(missing_ok=True)
     with contextlib.closing(_new_connection(str(unfinished))) as target:
-        _migrate(target, unfinished)
+        _migrate(target, 0)
         target.execute("BEGIN")
         rescued = _copy_readable(path, target, highest_seq)
         _continue_after(target, highest_seq)
@@ -708,6 +715,7 @@ def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> 
     insert_dead = "INSERT OR IGNORE INTO dead_letter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     rescued = 0
     with contextlib.closing(_new_connection(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as source:
+        source.execute("PRAGMA writable_schema = ON")  # else SQLite refuses a file that was cut off altogether
         for row in _readable_rows(source, "message", _COLUMNS, highest_seq):
             target.execute(f"INSERT OR IGNORE {_INSERT}", row)
             rescued += 1
