@@ -1,10 +1,10 @@
 """Scores a grammar against a model's posteriors: which sentence of the word graph was said, and how sure is that.
 
-Law: everything is a CTC Viterbi score in natural logarithms. A sentence's score is its best alignment over any spelling
-the token table allows; the free score is the best alignment of anything at all, so the gap between the two is what
-saying exactly this sentence costs, and it is never positive. The second reading is exact too: from the backward pass
-every word has the score of the best sentence through it (its max-marginal), so the best sentence with another meaning
-is found, not guessed.
+Law: everything is a CTC Viterbi score in nats, relative to the free path, which is the best alignment of anything at
+all. A sentence's gap is the score of its best alignment over any spelling the token table allows: what saying exactly
+this concedes to the free path, never positive. The second reading is exact too: from the backward pass every word has
+the score of the best sentence through it (its max-marginal), so the best sentence with another meaning is found, not
+guessed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from numpy.typing import NDArray
 
 from edge_asr.grammar import Reading, read
 from edge_asr.posteriors import BLANK, WORD_START, TokenTable
-from edge_asr.wordgraph import Arc, WordGraph
+from edge_asr.wordgraph import WordGraph
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 IMPOSSIBLE = np.float32(-1e30)
 """Stands for log 0: adding to it never overflows, unlike -inf it never makes a NaN."""
+
+BEAM = np.float32(40.0)
+"""Nats a sentence may fall behind the free path and still be looked at; none that concedes so much is accepted."""
+
+IDLE = -0.001
+"""Log-posterior of the blank above which a frame that follows another such frame says nothing and is skipped."""
 
 RUNNERS_UP = 24
 """Words tried, best first, in search of a second meaning; beyond that the margin is wide anyway."""
@@ -35,21 +41,20 @@ class Hypothesis:
 
     reading: Reading
     words: tuple[str, ...]
-    score: float
-    """Log probability of the alignment, summed over all frames."""
-    tokens: int
-    """Tokens on the path."""
+    gap: float
+    """What the sentence concedes to the free path, in nats; 0 if it is the free path, else negative."""
+    word_gaps: tuple[float, ...]
+    """The same per word, from its first frame to the next word's; they sum up to ``gap``."""
+    word_tokens: tuple[int, ...]
+    """Tokens per word."""
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarMatch:
-    """The best sentence, the best one with another meaning, and the free path."""
+    """The best sentence and the best one with another meaning."""
 
     best: Hypothesis
     second: Hypothesis | None
-    free_score: float
-    """Score of the greedy path, an upper bound of every sentence's."""
-    frames: int
 
 
 def spellings(word: str, table: TokenTable) -> list[tuple[int, int, int]]:
@@ -96,18 +101,79 @@ class TokenGraph:
                         count += 1
                 arcs.append((inner[start], token, inner[end], index))
         self.nodes = count
-        self.source, self.token, self.target, self.word = np.array(arcs, np.int64).reshape(-1, 4).T
-        first = np.zeros(count, bool)
-        first[0] = True
-        final = np.zeros(count, bool)
-        final[list(words.endings)] = True
-        self.onward = _Direction(self.source, self.target, self.token, first)
-        self.backward = _Direction(self.target, self.source, self.token, final)
+        self.source, self.token, self.target, self.word = np.array(arcs, np.int64).reshape(-1, 4).T.copy()
+        self._by_source = np.argsort(self.source, kind="stable")
+        self._bounds = np.searchsorted(self.source[self._by_source], np.arange(count + 1))
 
-    def words_of(self, path: Sequence[int]) -> list[Arc]:
-        """Word arcs of a path of token arcs; a word begins with the token that leaves a node of the word graph."""
-        arcs = self.words.arcs
-        return [arcs[self.word[a]] for a in path if self.source[a] == arcs[self.word[a]].source]
+    def plausible(self, log_posteriors: Floats) -> _Lattice | None:
+        """The arcs of every sentence that concedes at most :data:`BEAM` nats to the free path; None without any."""
+        keep = np.flatnonzero(self._reached(log_posteriors))
+        keep = keep[_connected(self.source[keep], self.target[keep], self.nodes, [0], list(self.words.endings))]
+        return _Lattice(self, keep) if len(keep) else None
+
+    def _reached(self, log_posteriors: Floats) -> NDArray[np.bool_]:
+        """Which arcs a forward beam search enters.
+
+        It overlooks the blank between equal tokens, so it reaches more than the exact passes that follow, never less.
+        """
+        reached = np.zeros(len(self.token), bool)
+        score = np.full(len(self.token), IMPOSSIBLE, np.float32)
+        rest = np.full(self.nodes, IMPOSSIBLE, np.float32)
+        rest[0] = 0.0
+        arcs, nodes = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        for frame in log_posteriors:
+            free = frame.max()
+            np.maximum.at(rest, self.target[arcs], score[arcs])  # now: standing at the node, ready for the next token
+            nodes = np.union1d(nodes, self.target[arcs])
+            arcs = np.union1d(arcs, self._leaving(nodes))
+            # Scores are kept relative to the free path: 0 is its own.
+            score[arcs] = np.maximum(score[arcs], rest[self.source[arcs]]) + (frame[self.token[arcs]] - free)
+            rest[nodes] += frame[BLANK] - free
+            lost = score[arcs] < -BEAM
+            score[arcs[lost]] = IMPOSSIBLE
+            arcs = arcs[~lost]
+            lost = rest[nodes] < -BEAM
+            rest[nodes[lost]] = IMPOSSIBLE
+            nodes = nodes[~lost]
+            reached[arcs] = True
+        return reached
+
+    def _leaving(self, nodes: Ints) -> Ints:
+        """All arcs out of some nodes."""
+        first, count = self._bounds[nodes], np.diff(self._bounds)[nodes]
+        ends = np.cumsum(count)
+        places = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count, count) + np.repeat(first, count)
+        leaving: Ints = self._by_source[places]
+        return leaving
+
+
+def _connected(
+    source: Ints, target: Ints, nodes: int, starts: Sequence[int], finals: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Which arcs of an acyclic graph lie on a path from a start to a final node."""
+
+    def reached(enter: Ints, leave: Ints, seeds: Sequence[int]) -> NDArray[np.bool_]:
+        found = np.zeros(nodes, bool)
+        found[list(seeds)] = True
+        count = 0
+        while count < (count := int(found.sum())):
+            found[leave[found[enter]]] = True
+        return found
+
+    return reached(source, target, starts)[source] & reached(target, source, finals)[target]
+
+
+class _Lattice:
+    """The part of a token graph that one utterance can be, with nodes numbered anew, in both directions of time."""
+
+    def __init__(self, graph: TokenGraph, arcs: Ints) -> None:
+        self.words = graph.words
+        nodes, numbered = np.unique(np.concatenate([graph.source[arcs], graph.target[arcs]]), return_inverse=True)
+        source, target = np.split(numbered, 2)
+        self.token, self.word = graph.token[arcs], graph.word[arcs]
+        self.begins_word = graph.source[arcs] == np.array([arc.source for arc in graph.words.arcs])[self.word]
+        self.onward = _Direction(source, target, self.token, nodes == 0)
+        self.backward = _Direction(target, source, self.token, np.isin(nodes, list(graph.words.endings)))
 
 
 class _Direction:
@@ -118,45 +184,41 @@ class _Direction:
     """
 
     def __init__(self, source: Ints, target: Ints, token: Ints, starts: NDArray[np.bool_]) -> None:
-        self.source, self.token, self.starts = source, token, starts
-        self.nodes = len(starts)
+        self.source, self.target, self.token, self.starts = source, target, token, starts
         self._order = np.argsort(target, kind="stable")
         self._arrived, self._offsets = np.unique(target[self._order], return_index=True)
-        self.arrivals: dict[int, NDArray[np.int64]] = dict(
-            zip(self._arrived.tolist(), np.split(self._order, self._offsets[1:]), strict=True)
-        )
-        self._repeats: list[int] = []
-        others: list[NDArray[np.int64]] = []
+        self._bounds = np.searchsorted(target[self._order], np.arange(len(starts) + 1))
+        width = int(token.max(initial=0)) + 1
+        follows_itself = np.isin(source * width + token, target * width + token)
+        self._repeats = np.flatnonzero(follows_itself)
         nobody = np.array([len(token)])
-        for arc, node in enumerate(source.tolist()):
-            before = self.arrivals.get(node, nobody[:0])
-            different = before[token[before] != token[arc]]
-            if different.size < before.size:
-                self._repeats.append(arc)
-                others.append(different if different.size else nobody)
-        self._others = np.concatenate(others) if others else nobody[:0]
-        self._others_at = np.cumsum([0, *(len(o) for o in others[:-1])]) if others else nobody[:0]
+        others = [self.arrivals(int(source[arc]), but=int(token[arc])) for arc in self._repeats]
+        others = [arcs if len(arcs) else nobody for arcs in others]
+        self._others = np.concatenate(others) if others else nobody
+        self._others_at = np.cumsum([0, *map(len, others[:-1])])
 
-    def into_nodes(self, per_arc: Floats) -> Floats:
-        """[arcs] -> [nodes]: the best arc into each node."""
-        best = np.full(self.nodes, IMPOSSIBLE, np.float32)
-        if len(per_arc):
-            best[self._arrived] = np.maximum.reduceat(per_arc[self._order], self._offsets)
-        return best
+    def arrivals(self, node: int, but: int = -1) -> Ints:
+        """Arcs into a node, except those with the token ``but``."""
+        arcs: Ints = self._order[self._bounds[node] : self._bounds[node + 1]]
+        kept: Ints = arcs[self.token[arcs] != but]
+        return kept
 
     def scores(self, emitted: Floats, blank: Floats) -> tuple[Floats, Floats]:
         """Viterbi over the frames: [frames, arcs] best score that emits the arc now, [frames, nodes] that rests now."""
         emitting = np.empty_like(emitted)
-        resting = np.empty((len(blank), self.nodes), np.float32)
+        resting = np.empty((len(blank), len(self.starts)), np.float32)
         score = np.full(emitted.shape[1] + 1, IMPOSSIBLE, np.float32)  # one more: "nobody"
         rest = np.where(self.starts, np.float32(0), IMPOSSIBLE)
         for t in range(len(blank)):
-            standing = np.maximum(rest, self.into_nodes(score[:-1]))
+            standing = rest.copy()
+            best = np.maximum.reduceat(score[self._order], self._offsets)
+            standing[self._arrived] = np.maximum(standing[self._arrived], best)
             entering = standing[self.source]
-            if self._repeats:
+            if len(self._repeats):
                 arriving = np.maximum.reduceat(score[self._others], self._others_at)
                 entering[self._repeats] = np.maximum(arriving, rest[self.source[self._repeats]])
-            score[:-1] = np.maximum(score[:-1], entering) + emitted[t]
+            np.maximum(score[:-1], entering, out=score[:-1])
+            score[:-1] += emitted[t]
             rest = standing + blank[t]
             emitting[t], resting[t] = score[:-1], rest
         return emitting, resting
@@ -174,71 +236,99 @@ class GrammarDecoder:
         return self._graph.unspellable
 
     def match(self, log_posteriors: Floats) -> GrammarMatch | None:
-        """The best reading of [frames, vocabulary] log-posteriors; None if no sentence fits into the frames."""
-        graph = self._graph
-        if not len(log_posteriors) or not len(graph.token):
+        """The best reading of [frames, vocabulary] log-posteriors; None if no sentence is anywhere near them."""
+        blank = log_posteriors[:, BLANK] > IDLE
+        log_posteriors = log_posteriors[~(blank & np.roll(blank, 1))]
+        if not len(log_posteriors):
             return None
-        emitted = np.ascontiguousarray(log_posteriors[:, graph.token])
-        alignment = _Alignment(graph, emitted, np.ascontiguousarray(log_posteriors[:, BLANK]))
+        lattice = self._graph.plausible(log_posteriors)
+        if lattice is None:
+            return None
+        alignment = _Alignment(lattice, log_posteriors)
         best = next(alignment.hypotheses(), None)
         if best is None:
             return None
         second = next((h for h in alignment.hypotheses() if h.reading != best.reading), None)
-        return GrammarMatch(best, second, float(log_posteriors.max(axis=1).sum()), len(log_posteriors))
+        return GrammarMatch(best, second)
 
 
 class _Alignment:
     """Forward and backward Viterbi scores of one utterance, and the sentences they hold."""
 
-    def __init__(self, graph: TokenGraph, emitted: Floats, blank: Floats) -> None:
-        self._graph = graph
-        self._last = len(blank) - 1
-        self._before = graph.onward.scores(emitted, blank)
-        self._after = graph.backward.scores(emitted[::-1], blank[::-1])
-        through = self._before[0] + self._after[0][::-1] - emitted
+    def __init__(self, lattice: _Lattice, log_posteriors: Floats) -> None:
+        self._lattice = lattice
+        free = log_posteriors.max(axis=1)
+        # Relative to the free path: what a frame of a sentence concedes, never positive.
+        self._emitted = log_posteriors[:, lattice.token] - free[:, None]
+        self._blank = log_posteriors[:, BLANK] - free
+        self._last = len(free) - 1
+        self._before = lattice.onward.scores(self._emitted, self._blank)
+        self._after = lattice.backward.scores(self._emitted[::-1], self._blank[::-1])
+        through = self._before[0] + self._after[0][::-1] - self._emitted
         self._frame = through.argmax(axis=0)
         self._through = through[self._frame, np.arange(through.shape[1])]
 
     def hypotheses(self) -> Iterator[Hypothesis]:
         """Sentences from best to worse: the best one through each word, at most :data:`RUNNERS_UP` of them."""
-        graph = self._graph
-        by_word: dict[int, int] = {}
+        seen: set[int] = set()
+        sentences = 0
         for arc in np.argsort(-self._through, kind="stable").tolist():
-            if self._through[arc] < IMPOSSIBLE / 2 or len(by_word) > RUNNERS_UP:
+            if self._through[arc] < IMPOSSIBLE / 2 or sentences > RUNNERS_UP:
                 return
-            if int(graph.word[arc]) in by_word:
+            if int(self._lattice.word[arc]) in seen:
                 continue
-            t = int(self._frame[arc])
-            path = self._trace(graph.onward, self._before, t, arc)[::-1]
-            path += self._trace(graph.backward, self._after, self._last - t, arc)[1:]
-            words = graph.words_of(path)
-            by_word.update((int(graph.word[a]), a) for a in path)
-            steps = [word.step for word in words]
-            for ending in graph.words.endings[words[-1].target]:
-                spoken = tuple(step.word for step in steps)
-                yield Hypothesis(read(steps, ending), spoken, float(self._through[arc]), len(path))
+            sentences += 1
+            frames = self._frames_through(arc)
+            seen.update(self._lattice.word[frames[frames >= 0]].tolist())
+            yield from self._sentences(frames)
 
-    @staticmethod
-    def _trace(direction: _Direction, scores: tuple[Floats, Floats], t: int, arc: int) -> list[int]:
-        """Token arcs of the best path that emits ``arc`` at frame t, latest first."""
-        emitting, resting = scores
-        nobody = np.zeros(0, np.int64)
-        path = [arc]
-        node: int | None = None  # set while the path rests in a blank
-        for before in range(t - 1, -1, -1):
-            at = int(direction.source[arc]) if node is None else node
-            candidates = direction.arrivals.get(at, nobody)
-            if node is None:
-                candidates = candidates[direction.token[candidates] != direction.token[arc]]
-            arrived = emitting[before, candidates].max(initial=IMPOSSIBLE)
-            rested = resting[before, at]
-            stayed = emitting[before, arc] if node is None else IMPOSSIBLE
-            if stayed >= max(arrived, rested):
-                continue
-            if rested >= arrived:
-                node = at
-                continue
+    def _frames_through(self, arc: int) -> Ints:
+        """The best complete path through an arc: per frame the arc it emits, -1 for a blank."""
+        t = int(self._frame[arc])
+        before = _trace(self._lattice.onward, self._before, t, arc)
+        after = _trace(self._lattice.backward, self._after, self._last - t, arc)
+        return np.array(before[::-1] + after[1:])
+
+    def _sentences(self, frames: Ints) -> Iterator[Hypothesis]:
+        """A path as a sentence; more than one where equal words mean different things."""
+        lattice = self._lattice
+        conceded = np.where(frames < 0, self._blank, self._emitted[np.arange(len(frames)), frames])
+        starts = np.flatnonzero((frames >= 0) & (frames != np.roll(frames, 1)))
+        path = frames[starts]
+        begins = lattice.begins_word[path]
+        words = [lattice.words.arcs[index] for index in lattice.word[path[begins]]]
+        word_frames = np.concatenate([[0], starts[begins][1:]])
+        gaps = np.add.reduceat(conceded, word_frames)
+        tokens = np.add.reduceat(np.ones(len(path), np.int64), np.flatnonzero(begins))
+        steps = [arc.step for arc in words]
+        for ending in lattice.words.endings[words[-1].target]:
+            yield Hypothesis(
+                reading=read(steps, ending),
+                words=tuple(step.word for step in steps),
+                gap=float(conceded.sum()),
+                word_gaps=tuple(gaps.tolist()),
+                word_tokens=tuple(tokens.tolist()),
+            )
+
+
+def _trace(direction: _Direction, scores: tuple[Floats, Floats], t: int, arc: int) -> list[int]:
+    """The best path that emits ``arc`` at frame t: the arc emitted at t, t-1, ... 0, or -1 for a blank."""
+    emitting, resting = scores
+    path = [arc]
+    node: int | None = None  # set while the path rests in a blank
+    for before in range(t - 1, -1, -1):
+        at = int(direction.source[arc]) if node is None else node
+        candidates = direction.arrivals(at, but=int(direction.token[arc]) if node is None else -1)
+        arrived = emitting[before, candidates].max(initial=IMPOSSIBLE)
+        rested = resting[before, at]
+        stayed = emitting[before, arc] if node is None else IMPOSSIBLE
+        if stayed >= max(arrived, rested):
+            path.append(arc)
+        elif rested >= arrived:
+            node = at
+            path.append(-1)
+        else:
             arc = int(candidates[emitting[before, candidates].argmax()])
             node = None
             path.append(arc)
-        return path
+    return path

@@ -56,7 +56,9 @@ class PrivateBroker:
         # Ends with us even when we are killed, where util-linux's setpriv is there to arrange it.
         leash = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         # Not in our process group: Ctrl-C must stop the publisher first, then the broker.
-        self._process = subprocess.Popen([*leash, program, "-c", str(configuration)], start_new_session=True)
+        self._process = subprocess.Popen(
+            [*leash, program, "-c", str(configuration)], start_new_session=True, stderr=subprocess.DEVNULL
+        )
         try:
             self._wait_until_open(folder)
         except BrokerError:

@@ -2,7 +2,7 @@
 
 Law: nothing becomes a command unless one sentence of the grammar explains the audio almost as well as the model's free
 text does (else ``not-understood``), and clearly better than any sentence with another meaning (else ``ambiguous``). A
-command's confidence is the likelihood it concedes to the free text, per token: exp((score - free score) / tokens).
+command's confidence is the likelihood it concedes to the free text, per token: exp(gap / tokens).
 Without posteriors (sherpa-onnx) the words of the text must be a sentence of the grammar exactly.
 """
 
@@ -48,11 +48,11 @@ class Interpreter:
         match = self._decoder.match(recognition.log_posteriors)
         if match is None:
             return Rejection("not-understood", "the audio is too short for any sentence of the grammar")
-        confidence = math.exp(min(0.0, (match.best.score - match.free_score) / match.best.tokens))
+        confidence = math.exp(match.best.gap / sum(match.best.word_tokens))
         if confidence < self._threshold(match.best.reading):
             heard = recognition.transcript.text
             return Rejection("not-understood", f"heard {heard!r}, no command", confidence, (str(match.best.reading),))
-        if match.second is not None and match.best.score - match.second.score < MIN_MARGIN:
+        if match.second is not None and match.best.gap - match.second.gap < MIN_MARGIN:
             candidates = (str(match.best.reading), str(match.second.reading))
             return Rejection("ambiguous", f"{candidates[0]} or {candidates[1]}", confidence, candidates)
         return self._command(match.best.reading, confidence, " ".join(match.best.words))
