@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import click
@@ -22,10 +23,11 @@ import yaml
 from rich.console import Console
 
 import edge_asr
-from edge_asr import demo, inference, logs, model_store, settings
+from edge_asr import commands, demo, doctor, inference, logs, model_store, settings
+from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file
 from edge_asr.broker import BrokerError
-from edge_asr.daemon import Daemon, Engine
+from edge_asr.daemon import Daemon, Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.grammar import GrammarError
 from edge_asr.model_store import ModelError, bundled_manifests
@@ -205,6 +207,82 @@ def devices(*, levels: bool, as_json: bool) -> None:
             shown = f"  rms {level.rms_dbfs:6.1f} dBFS, peak {level.peak_dbfs:6.1f}" if level else ""
             name = f"{device.name} ({device.alsa_id})" if device.alsa_id else device.name
             click.echo(f"{star} {device.index:3d}  {name:50s} {device.channels} ch  {device.rate:6d} Hz{shown}")
+
+
+@main.command(epilog=_example("edge-asr check --settings /etc/edge-asr/settings.yaml"))
+@_with_settings
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per finding.")
+def check(options: Settings, *, as_json: bool, **_: object) -> None:
+    """Look over settings, model, grammars, microphone, broker, clock and disk; exit code 1 if something fails."""
+    marks = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
+    failed = False
+    for finding in doctor.examine(options):
+        failed |= finding.state == "failed"
+        if as_json:
+            click.echo(json.dumps(asdict(finding), ensure_ascii=False))
+        else:
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            click.echo(f"{marks[finding.state]}  {finding.subject}: {finding.found}{remedy}")
+    raise SystemExit(EXIT_FOUND if failed else 0)
+
+
+@main.group(cls=_ExamplesLast)
+def grammar() -> None:
+    """What may be commanded: try, test and look through grammar files."""
+
+
+@grammar.command("list", epilog=_example("edge-asr grammar list"))
+def grammar_list() -> None:
+    """List the bundled grammars: names for the setting commands.grammars."""
+    with _one_line_errors():
+        for file in sorted(model_store.bundled("grammars").glob("*.yaml")):
+            loaded = grammars.load(file)
+            click.echo(f"{file.stem:14s} {loaded.language:4s} {', '.join(loaded.intents)}")
+
+
+@grammar.command("test", epilog=_example("edge-asr grammar test factory.en", "edge-asr grammar test site.yaml"))
+@click.argument("names", nargs=-1, required=True)
+def grammar_test(names: tuple[str, ...]) -> None:
+    """Run the `tests:` of grammars, each by itself: what each sentence must mean."""
+    with _one_line_errors():
+        wrong = 0
+        for name, file in grammar_paths(settings.Commands(grammars=names)).items():
+            tests = grammars.load(file).tests
+            failed = commands.failed_expectations(commands.load_graph([file]), tests)
+            for sentence, reading in failed.items():
+                click.echo(f"{name}: {sentence!r} is read as {reading}")
+            click.echo(f"{name}: {len(tests) - len(failed)} of {len(tests)} sentences mean what they must")
+            wrong += len(failed)
+    raise SystemExit(EXIT_FOUND if wrong else 0)
+
+
+@grammar.command("say", epilog=_example("edge-asr grammar say factory.en --count 20"))
+@click.argument("name")
+@click.option("--count", default=10, show_default=True, help="How many sentences.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other sentences.")
+def grammar_say(name: str, count: int, seed: int) -> None:
+    """Show random sentences of a grammar with their meaning."""
+    with _one_line_errors():
+        graph = commands.load_graph(list(grammar_paths(settings.Commands(grammars=(name,))).values()))
+        random = Random(seed)  # noqa: S311 - samples, no secrets
+        for _ in range(count):
+            steps, ending = graph.words.walk(random)
+            click.echo(f"{grammars.sentence(steps):60s} -> {grammars.read(steps, ending)}")
+
+
+@grammar.command("parse", epilog=_example("edge-asr grammar parse factory.en 'set mixer speed to 1200 rpm'"))
+@click.argument("name")
+@click.argument("text")
+def grammar_parse(name: str, text: str) -> None:
+    """Show what a text means, word for word; exit code 1 if nothing or not one thing."""
+    with _one_line_errors():
+        graph = commands.load_graph(list(grammar_paths(settings.Commands(grammars=(name,))).values()))
+        readings = commands.TextMatcher(graph).readings(text)
+        for reading in readings:
+            click.echo(str(reading))
+        if len(readings) != 1:
+            click.echo("ambiguous" if readings else "no command", err=True)
+            raise SystemExit(EXIT_FOUND)
 
 
 @main.group(cls=_ExamplesLast)

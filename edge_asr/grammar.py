@@ -189,6 +189,12 @@ def read(steps: Sequence[Step], ending: Sequence[Mark]) -> Reading:
     return Reading(meaning.intent, meaning.language, tuple(sorted(slots.items())), tuple(sorted(units.items())))
 
 
+def sentence(steps: Sequence[Step]) -> str:
+    """The words of a path as people write them."""
+    text = " ".join(step.word for step in steps)
+    return re.sub(f"(?<={_CJK.pattern}) | (?={_CJK.pattern})", "", text)
+
+
 def _number(words: Sequence[str], number: Number) -> SlotValue:
     value = (digits_of if number.kind == "digits" else value_of)(words, number.language)
     if value is None:

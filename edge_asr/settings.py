@@ -303,6 +303,12 @@ def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in location)
     value, context = problem["input"], problem.get("ctx", {})
     kind = problem["type"]
+    if not location:
+        return (
+            str(context["error"])
+            if kind == "value_error"
+            else f"holds {str(value)[:40]!r}, expected `key: value` lines"
+        )
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _keys_beside(location, root), n=1)
         return f"{key}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "; remove it")
@@ -315,12 +321,12 @@ def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "value_error":
         reason = str(context.get("error", problem["msg"]))
         shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} "
-        return f"{key}: {shown}{reason}" if key else reason
+        return f"{key}: {shown}{reason}"
     limits = _limits(location, root)
     if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
         return f"{key}: {value!r} is not {limits}"
     expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {value!r} is wrong: {expected}" if key else f"holds {value!r}: {expected}"
+    return f"{key}: {value!r} is wrong: {expected}"
 
 
 def _model_at(location: list[int | str], root: type[BaseModel]) -> type[BaseModel] | None:

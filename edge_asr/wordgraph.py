@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 from edge_asr.numbers import Language
@@ -75,6 +76,18 @@ class WordGraph:
         for arc in self.arcs:
             found[arc.source].append(arc)
         return found
+
+    def walk(self, random: Random) -> tuple[list[Step], tuple[Mark, ...]]:
+        """A random sentence: its steps and the marks of its ending."""
+        outgoing = self.outgoing()
+        node, steps = 0, list[Step]()
+        while True:
+            ends, onward = self.endings.get(node, ()), outgoing.get(node, [])
+            chosen = random.choice([*ends, *onward])
+            if not isinstance(chosen, Arc):
+                return steps, chosen
+            steps.append(chosen.step)
+            node = chosen.target
 
 
 class Sketch:

@@ -1,0 +1,148 @@
+"""Looks the box over before a person must: settings, model, grammars, microphone, broker, clock, disk.
+
+Every finding says what was looked at, what was found, and what to do if it is not well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_asr import clock, inference, model_store
+from edge_asr.audio import SILENCE_DBFS, read_file
+from edge_asr.daemon import build_interpreter
+from edge_asr.grammar import GrammarError
+from edge_asr.health import DEAD_BELOW_DBFS
+from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
+from edge_asr.model_store import ModelError
+from edge_asr.outbox import OutboxError, read_statistics
+from edge_asr.settings import MicrophoneSource, Settings
+from edge_asr.sources import SourceError, measure_level
+from edge_asr.subscriber import Subscriber, SubscriberError
+
+State = Literal["ok", "warning", "failed"]
+
+GOLDEN = "golden.flac"
+GOLDEN_TEXT = "start conveyor three"
+"""What the bundled self-test recording says."""
+
+LITTLE_SPACE_BYTES = 100 * 1024 * 1024
+NOISY_DBFS = -35.0
+CLIPPING_DBFS = -0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def examine(options: Settings) -> Iterator[Finding]:
+    """Look at everything the settings name, one after the other."""
+    recognizer: list[OnnxRecognizer | SherpaRecognizer] = []
+    yield _model(options, recognizer.append)
+    if recognizer:
+        yield _grammars(options, recognizer[0])
+    for source in options.sources:
+        if isinstance(source, MicrophoneSource):
+            yield _microphone(source)
+    yield asyncio.run(_broker(options))
+    yield _clock()
+    yield _state_directory(options.outbox_path.parent)
+    if options.outbox_path.exists():
+        yield _outbox(options.outbox_path)
+
+
+def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognizer], None]) -> Finding:
+    try:
+        files = model_store.locate(options.model.name)
+        recognizer = inference.open_recognizer(files, options.model)
+    except ModelError as error:
+        return Finding("model", "failed", str(error), "choose another with model.name; see `edge-asr models list`")
+    loaded(recognizer)
+    if "en" not in files.manifest.languages:
+        return Finding("model", "ok", f"{files.name} loads")
+    heard = recognizer.recognize(read_file(model_store.bundled("recordings") / GOLDEN)).transcript.text
+    if heard.casefold().strip(" .") == GOLDEN_TEXT:
+        return Finding("model", "ok", f"{files.name} on {recognizer.provider} hears the test recording right")
+    remedy = "import the model again; its files or this CPU's arithmetic are not what they were"
+    return Finding("model", "failed", f"{files.name} hears {heard!r} for {GOLDEN_TEXT!r}", remedy)
+
+
+def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:
+    try:
+        interpreter = build_interpreter(options.commands, recognizer)
+    except GrammarError as error:
+        return Finding("grammars", "failed", str(error).splitlines()[0], "mend it; `edge-asr grammar test` shows more")
+    if interpreter is None:
+        return Finding("grammars", "ok", "none: transcripts only")
+    if interpreter.unspellable:
+        words = ", ".join(interpreter.unspellable[:8])
+        return Finding("grammars", "warning", f"the model cannot write: {words}", "say it in other words")
+    return Finding("grammars", "ok", ", ".join(options.commands.grammars))
+
+
+def _microphone(source: MicrophoneSource) -> Finding:
+    subject = f"microphone {source.name}"
+    try:
+        level = measure_level(source.device, 1.0, source.channel)
+    except SourceError as error:
+        return Finding(subject, "failed", str(error), "see `edge-asr devices`, and that the user is in the group audio")
+    found = f"rms {level.rms_dbfs:.0f} dBFS, peak {level.peak_dbfs:.0f} dBFS"
+    if level.peak_dbfs <= max(DEAD_BELOW_DBFS, SILENCE_DBFS):
+        return Finding(
+            subject, "failed", f"digital silence ({found})", "unmute it (`alsamixer`), check cable and channel"
+        )
+    if level.peak_dbfs >= CLIPPING_DBFS:
+        return Finding(subject, "warning", f"overdriven ({found})", "lower its gain (`alsamixer`)")
+    if level.rms_dbfs > NOISY_DBFS:
+        return Finding(subject, "warning", f"loud surroundings ({found})", "move it closer to the speaker")
+    return Finding(subject, "ok", found)
+
+
+async def _broker(options: Settings) -> Finding:
+    if options.mqtt.host is None:
+        return Finding("broker", "warning", "none is set: the outbox keeps everything", "set mqtt.host")
+    try:
+        async with Subscriber(options.mqtt, f"{options.topic_root}/#"):
+            return Finding("broker", "ok", f"{options.mqtt.host} accepts us")
+    except SubscriberError as error:
+        return Finding("broker", "failed", str(error), "until then the outbox keeps everything")
+
+
+def _clock() -> Finding:
+    if clock.time_quality() == "synchronized":
+        return Finding("clock", "ok", clock.iso(clock.wall_ns()))
+    found = f"{clock.iso(clock.wall_ns())}, set by no time service"
+    return Finding("clock", "warning", found, "enable systemd-timesyncd or chrony; ages stay right, dates may not")
+
+
+def _state_directory(folder: Path) -> Finding:
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return Finding("state directory", "failed", f"{existing} is not writable", "chown it, or set state_dir")
+    free = shutil.disk_usage(existing).free
+    found = f"{folder}, {free // 2**20} MiB free"
+    if free < LITTLE_SPACE_BYTES:
+        return Finding("state directory", "warning", found, "free space; when full, the oldest transcripts go first")
+    return Finding("state directory", "ok", found)
+
+
+def _outbox(path: Path) -> Finding:
+    try:
+        statistics = read_statistics(path)
+    except OutboxError as error:
+        return Finding("outbox", "failed", str(error), "the daemon rescues what is readable when it starts")
+    waiting, dropped = sum(statistics.waiting.values()), sum(statistics.dropped.values())
+    state: State = "warning" if dropped or statistics.dead_letters else "ok"
+    found = f"{waiting} waiting, {dropped} dropped, {statistics.dead_letters} refused by the broker"
+    return Finding("outbox", state, found, "see `edge-asr outbox status`" if state == "warning" else "")
