@@ -84,6 +84,9 @@ _OLDEST_OF = "SELECT seq FROM message WHERE category = :category ORDER BY seq LI
 _OLDEST_DEAD_LETTER = "SELECT seq FROM dead_letter ORDER BY seq LIMIT 1"
 _SEQ_AT, _CRC_AT = 0, 10
 
+_SURROUNDINGS = ("full", "disk I/O", "unable to open", "locked", "readonly")
+"""In the messages of SQLite errors that say nothing about the file's content."""
+
 
 class OutboxError(Exception):
     """The outbox cannot do what was asked; the message is one line that names the file and the remedy."""
@@ -348,11 +351,19 @@ class _Database:
         query = f"{_SELECT} FROM message WHERE seq > ? {of_category} ORDER BY seq LIMIT ?"
         while True:
             rows = self.connection.execute(query, (after_seq, limit)).fetchall()
+            self._require_reachable([row[_SEQ_AT] for row in rows])
             spoilt = [row[_SEQ_AT] for row in rows if not _is_sound(row)]
             for seq in spoilt:
                 self._park(seq, "its checksum is wrong: the disk changed it")
             if not rows or len(spoilt) < len(rows):
                 return [_message(row) for row in rows if row[_SEQ_AT] not in spoilt]
+
+    def _require_reachable(self, seqs: Sequence[int]) -> None:
+        """A row that a scan finds and its number does not could never be deleted and would be sent for ever."""
+        listed = ",".join(map(str, seqs))
+        (found,) = self.connection.execute(f"SELECT count(*) FROM message WHERE seq IN ({listed})").fetchone()  # noqa: S608
+        if found != len(seqs):
+            raise sqlite3.DatabaseError("the tree of messages is out of order")
 
     def acknowledge(self, seqs: Sequence[int]) -> None:
         self.connection.executemany("DELETE FROM message WHERE seq = ?", ((seq,) for seq in seqs))
@@ -633,11 +644,11 @@ def _message(row: Sequence[Any]) -> Message:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the file, not its surroundings, is at fault; we violate no constraint and miss no table ourselves."""
+    """Whether the file is at fault, not its surroundings: our SQL is fixed, so it fails only where the file does."""
     if isinstance(error, sqlite3.OperationalError):
-        return "no such" in str(error) or "malformed" in str(error)
+        return not any(surroundings in str(error) for surroundings in _SURROUNDINGS)
     # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, a spoilt name in the schema as UnicodeDecodeError.
-    return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, UnicodeDecodeError}
+    return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, sqlite3.DataError, UnicodeDecodeError}
 
 
 def _cannot(path: Path, reason: str) -> str:
