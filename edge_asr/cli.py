@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 
 import edge_asr
-from edge_asr import commands, demo, doctor, inference, logs, model_store, settings
+from edge_asr import bench, commands, demo, doctor, inference, logs, model_store, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file
 from edge_asr.broker import BrokerError
@@ -224,6 +224,22 @@ def check(options: Settings, *, as_json: bool, **_: object) -> None:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
             click.echo(f"{marks[finding.state]}  {finding.subject}: {finding.found}{remedy}")
     raise SystemExit(EXIT_FOUND if failed else 0)
+
+
+@main.command("bench", epilog=_example("edge-asr bench"))
+@_with_settings
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def measure(options: Settings, *, as_json: bool, **_: object) -> None:
+    """Measure what hearing costs on this machine, stage by stage."""
+    result = bench.run(options)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    click.echo(f"{machine}; model {result['model']}, ready in {result['ready_s']} s, {result['resident_mb']} MB")
+    click.echo(f"Thread CPU time, milliseconds per second of audio ({result['audio_s']} s, median of {bench.ROUNDS}):")
+    for stage in result["stages"]:
+        click.echo(f"  {stage['name']:28s} {stage['cpu_ms_per_audio_s']:8.3f}")
 
 
 @main.group(cls=_ExamplesLast)

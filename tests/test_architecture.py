@@ -12,7 +12,7 @@ import edge_asr
 ORDER = (
     *("events", "clock", "settings", "audio", "speech", "posteriors", "numbers", "wordgraph", "grammar", "biasing"),
     *("commands", "outbox", "model_store", "inference", "sources", "contract", "publisher", "systemd", "logs"),
-    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "evaluation", "cli"),
+    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))
