@@ -389,3 +389,7 @@ def _sentence(row: dict[str, Any]) -> str:
     elif rejected is not None:
         outcome = f"  -> rejected: {rejected['reason']}"
     return f"{row['file']} {row['start']:.2f}-{row['end']:.2f} s: {row['text']}{outcome}"
+
+
+if __name__ == "__main__":
+    main(prog_name="edge-asr")

@@ -1,0 +1,181 @@
+"""The command line as people type it: help, output, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from click.testing import CliRunner
+
+from edge_asr import cli, model_store
+from tests.broker import HOST, Broker, free_port
+
+RECORDINGS = model_store.bundled("recordings")
+
+
+def edge_asr(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_asr.cli", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **variables},
+    )
+
+
+def verbs(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from verbs(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+ALL_VERBS = list(verbs(cli.main))
+
+
+@pytest.mark.parametrize("path", [path for path, _ in ALL_VERBS], ids=" ".join)
+def test_every_verb_explains_itself_with_an_example(path: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli.main, [*path, "--help"], prog_name="edge-asr")
+    assert done.exit_code == 0
+    assert f"edge-asr {' '.join(path)}" in done.output.partition("Example:")[2]
+
+
+def test_the_house_plan_has_all_its_verbs() -> None:
+    wanted = ["run", "demo", "transcribe", "listen", "devices", "check", "grammar", "models", "outbox", "eval", "bench"]
+    assert set(wanted) <= set(cli.main.commands)
+
+
+def test_transcribe_prints_one_json_object_per_utterance() -> None:
+    labels = [json.loads(x) for x in (RECORDINGS / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    done = edge_asr("transcribe", *(str(RECORDINGS / label["audio"]) for label in labels), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    wanted = set(
+        ["file", "start", "end", "text", "language", "emotion", "event", "confidence", "tokens", "command", "rejected"]
+    )
+    assert all(set(row) == wanted for row in rows)
+    heard = {Path(row["file"]).name: row["command"]["intent"] for row in rows if row["command"]}
+    assert heard == {label["audio"]: label["intent"] for label in labels if label["intent"]}
+
+
+def test_transcribe_names_each_bad_file_and_goes_on_with_the_good(tmp_path: Path) -> None:
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("no audio", encoding="ascii")
+    rng = np.random.default_rng(1)
+    soundfile.write(tmp_path / "cut.flac", rng.normal(0, 0.1, 48_000), 48_000)
+    whole = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    bad = [str(tmp_path / name) for name in ("empty.wav", "text.wav", "cut.flac", "missing.wav")]
+    done = edge_asr("transcribe", *bad, str(RECORDINGS / "golden.flac"), "--json")
+    assert done.returncode == 66
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(bad)
+    assert all(name in line for name, line in zip(bad, lines, strict=True))
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("subtype", "rate", "channels"), [("PCM_U8", 16_000, 1), ("PCM_24", 96_000, 2), ("FLOAT", 44_100, 6)]
+)
+def test_transcribe_hears_the_same_in_any_format(tmp_path: Path, subtype: str, rate: int, channels: int) -> None:
+
+    samples, own_rate = soundfile.read(RECORDINGS / "golden.flac", dtype="float32")
+    other = soxr.resample(samples, own_rate, rate)
+    soundfile.write(tmp_path / "other.wav", np.repeat(other[:, None], channels, axis=1), rate, subtype=subtype)
+    texts = [
+        json.loads(edge_asr("transcribe", str(file), "--json").stdout.splitlines()[0])["text"]
+        for file in (RECORDINGS / "golden.flac", tmp_path / "other.wav")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_both_engines_hear_the_same() -> None:
+    texts = [
+        [json.loads(line)["text"] for line in done.stdout.splitlines()]
+        for engine in ("onnxruntime", "sherpa-onnx")
+        if (done := edge_asr("transcribe", str(RECORDINGS), "--json", "--set", f"model.engine={engine}")).returncode
+        == 0
+    ]
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("device: [a\nb: c", "line 2"),
+        ("mqtt: {hots: x}", "mqtt.hots: unknown key; did you mean `host`?"),
+        ("vad: {threshold: much}", "vad.threshold: 'much'"),
+        ("- a", "expected `key: value` lines"),
+    ],
+)
+def test_bad_settings_are_one_line_with_the_place_and_exit_code_78(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "s.yaml").write_text(content, encoding="utf-8")
+    done = edge_asr("check", "--settings", str(tmp_path / "s.yaml"))
+    assert done.returncode == 78
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_listen_to_a_broker_that_is_not_there_is_one_line_and_exit_code_69() -> None:
+    done = edge_asr("listen", "--set", f"mqtt.host={HOST}", "--set", f"mqtt.port={free_port()}")
+    assert done.returncode == 69
+    assert done.stderr.startswith("edge-asr: 127.0.0.1:")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_microphone_is_one_line_and_exit_code_69(tmp_path: Path) -> None:
+    done = edge_asr("devices", PULSE_SERVER=f"unix:{tmp_path}/nothing", ALSA_CONFIG_PATH="/dev/null")
+    assert done.returncode == 69
+    assert "no microphone found" in done.stderr
+
+
+def test_the_doctor_examines_everything_and_says_what_to_do(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker:
+        settings = tmp_path / "s.yaml"
+        settings.write_text(
+            f"mqtt: {{host: {HOST}, port: {broker.port}}}\nsources: [{{type: stdin}}]\nstate_dir: {tmp_path}/state",
+            encoding="utf-8",
+        )
+        done = edge_asr("check", "--settings", str(settings), "--json")
+    findings = {row["subject"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0
+    assert {"model", "grammars", "broker", "clock", "state directory"} <= set(findings)
+    assert findings["model"]["state"] == findings["broker"]["state"] == "ok"
+    failed = edge_asr("check", "--set", "model.name=nowhere", "--set", "sources=[{type: stdin}]")
+    assert failed.returncode == 1
+    assert "FAILED   model: nowhere" in failed.stdout
+
+
+def test_the_shell_completes_verbs_and_options() -> None:
+    script = edge_asr(_EDGE_ASR_COMPLETE="bash_source").stdout
+    assert "complete -o" in script
+    done = subprocess.run(
+        [sys.executable, "-c", "from edge_asr.cli import main; main(prog_name='edge-asr')"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "_EDGE_ASR_COMPLETE": "bash_complete", "COMP_WORDS": "edge-asr tr", "COMP_CWORD": "1"},
+    )
+    assert "transcribe" in done.stdout
+
+
+def test_grammars_can_be_listed_tested_sampled_and_asked() -> None:
+    assert "factory.en" in edge_asr("grammar", "list").stdout
+    assert edge_asr("grammar", "test", "factory.en", "factory.zh", "coffee.en").returncode == 0
+    samples = edge_asr("grammar", "say", "factory.en", "--count", "5").stdout.splitlines()
+    assert len(samples) == 5
+    sentence = samples[0].partition("->")[0].strip()
+    assert edge_asr("grammar", "parse", "factory.en", sentence).stdout.strip() == samples[0].partition("-> ")[2]
+    assert edge_asr("grammar", "parse", "factory.en", "hello world").returncode == 1

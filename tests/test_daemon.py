@@ -1,0 +1,222 @@
+"""The daemon as administrators and subscribers know it: a process, its settings file, a real broker, real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import yaml
+
+from edge_asr import model_store
+from edge_asr.audio import quiet, read_file
+from edge_asr.events import SAMPLE_RATE
+from edge_asr.outbox import read_statistics
+from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
+from tests.soundcard import sound_card
+
+RECORDINGS = model_store.bundled("recordings")
+GOLDEN = RECORDINGS / "golden.flac"
+SILENCE = quiet(SAMPLE_RATE)
+
+
+def labels() -> list[dict[str, Any]]:
+    """The manifest of the bundled recordings."""
+    lines = (RECORDINGS / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_settings(folder: Path, port: int, **more: Any) -> Path:
+    tree: dict[str, Any] = {
+        "device": "press-07",
+        "site": {"enterprise": "acme"},
+        "state_dir": str(folder / "state"),
+        "mqtt": {"host": HOST, "port": port, "max_retry_s": 1},
+        "sources": [{"type": "stdin"}],
+        "commands": {"grammars": ["factory.en"]},
+    }
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump({**tree, **more}), encoding="utf-8")
+    return path
+
+
+class Box:
+    """A running `edge-asr run`, spoken to through standard input."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self._log = process, log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def say(self, recording: Path) -> None:
+        """Speak a recording and fall silent, so that the gate closes."""
+        assert self.process.stdin
+        self.process.stdin.write(read_file(recording) + SILENCE)
+        self.process.stdin.flush()
+
+    def hang_up(self) -> int:
+        """End the input; the daemon ends with it."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        return self.process.wait(PATIENCE_S)
+
+    def wait_for_log(self, words: str) -> None:
+        wait_until(lambda: words in self.log or self.process.poll() is not None, f"{words!r} in the log")
+        assert words in self.log
+
+
+@contextlib.contextmanager
+def running(settings: Path, **environment: str) -> Iterator[Box]:
+    log = settings.parent / f"log-{time.monotonic_ns()}"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_asr.cli", "run", "--settings", str(settings)],
+            stdin=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **environment},
+        )
+    try:
+        yield Box(process, log)
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def sequence(messages: list[Received]) -> list[int]:
+    """Sequence numbers in the order of their first arrival."""
+    return list(dict.fromkeys(m.data["seq"] for m in messages if "seq" in m.data))
+
+
+def test_spoken_commands_arrive_at_a_subscriber_as_the_labels_say(tmp_path: Path) -> None:
+    spoken = labels()
+    files = [str(RECORDINGS / label["audio"]) for label in spoken]
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        source = {"type": "files", "paths": files, "realtime": False}
+        with running(write_settings(tmp_path, broker.port, sources=[source])) as box:
+            assert box.process.wait(60) == 0, box.log
+        subscriber.wait_for(lambda m: m[-1].topic.endswith("status") and m[-1].data["state"] == "offline", "farewell")
+        commands = [(m.data["intent"], m.data["slots"]) for m in subscriber.on("evt/command")]
+    assert commands == [(label["intent"], label["slots"]) for label in spoken if label["intent"]]
+
+
+def test_everything_committed_before_a_sigkill_arrives_later_and_in_order(tmp_path: Path) -> None:
+    port_file = write_settings(tmp_path, free_port())  # nobody listens there
+    outbox = tmp_path / "state" / "outbox.db"
+    with running(port_file) as box:
+        for _ in range(2):
+            box.say(GOLDEN)
+        wait_until(lambda: outbox.exists() and read_statistics(outbox).last_seq >= 4, "two utterances are committed")
+        box.process.kill()
+        box.process.wait()
+    committed = read_statistics(outbox).last_seq
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        with running(write_settings(tmp_path, broker.port)):
+            subscriber.wait_for(lambda m: committed in sequence(m), "the last one")
+        assert sequence(subscriber.messages) == list(range(1, committed + 1))
+        assert all(m.data["replayed"] for m in subscriber.messages if "seq" in m.data)
+
+
+def test_a_broker_restarted_under_load_costs_neither_message_nor_order(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        with running(write_settings(tmp_path, broker.port)) as box:
+            for restart in (True, True, False):
+                before = len(sequence(subscriber.messages))
+                box.say(GOLDEN)
+                subscriber.wait_for(lambda m, n=before: len(sequence(m)) > n, "the next message")  # type: ignore[misc]
+                if restart:
+                    broker.restart()
+            assert box.hang_up() == 0
+        committed = read_statistics(tmp_path / "state" / "outbox.db").last_seq
+        subscriber.wait_for(lambda m: committed in sequence(m), "the last one")
+        assert sequence(subscriber.messages) == list(range(1, committed + 1))
+        ids = {(m.data["seq"], m.data["id"]) for m in subscriber.messages if "seq" in m.data}
+        assert len(ids) == committed
+
+
+def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> None:
+    wav = tmp_path / "golden.wav"
+    samples, rate = soundfile.read(GOLDEN)
+    soundfile.write(wav, samples, rate)
+    with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, "#") as subscriber:
+        settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
+        with running(settings, **card.environment) as box:
+            for time_spoken in (1, 2):
+                wait_until(card.recording, "the microphone is open")
+                card.play(wav)
+                subscriber.wait_for(
+                    lambda m, n=time_spoken: sum(x.topic.endswith("evt/transcript") for x in m) >= n,  # type: ignore[misc]
+                    f"transcript {time_spoken}; {box.log}",
+                )
+                card.unplug()
+                wait_until(lambda: not card.recording(), "the microphone is let go")
+                card.plug()
+
+
+def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        with running(write_settings(tmp_path, broker.port)) as box:
+            assert box.process.stdin
+            box.process.stdin.write(read_file(GOLDEN)[: -SAMPLE_RATE // 2 * 2])  # no silence: the gate stays open
+            box.process.stdin.flush()
+            subscriber.wait_for(lambda m: any(x.topic.endswith("live/partial") for x in m) or m, "the daemon listens")
+            box.wait_for_log("listening to")
+            box.process.send_signal(signal.SIGTERM)
+            assert box.process.wait(PATIENCE_S) == 0
+        subscriber.wait_for(lambda m: m[-1].data.get("state") == "offline", "farewell")
+
+
+def test_sighup_takes_over_new_grammars_and_refuses_broken_ones(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        settings = write_settings(tmp_path, broker.port, commands={"grammars": ["coffee.en"]})
+        with running(settings) as box:
+            box.wait_for_log("listening to")
+            box.say(GOLDEN)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/rejected") for x in m), "no coffee")
+            settings.write_text("commands: [", encoding="utf-8")
+            box.process.send_signal(signal.SIGHUP)
+            box.wait_for_log("reload refused, nothing has changed")
+            write_settings(tmp_path, broker.port, device="another-name")
+            box.process.send_signal(signal.SIGHUP)
+            box.wait_for_log("a restart is needed for: device")
+            box.say(GOLDEN)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "now a command")
+            assert box.hang_up() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mqtt": {"port": 99_999}}, "mqtt.port: 99999 is not 1..65535"),
+        ({"model": {"name": "no-such-model"}}, "no-such-model"),
+        ({"commands": {"grammars": ["no-such-grammar"]}}, "commands.grammars: 'no-such-grammar'"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_78(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    path = write_settings(tmp_path, free_port(), **settings)
+    with running(path) as box:
+        assert box.process.wait(PATIENCE_S) == 78
+        assert words in box.log
+        assert len(box.log.splitlines()) == 1
+
+
+def test_two_daemons_on_one_outbox_are_told_apart(tmp_path: Path) -> None:
+    path = write_settings(tmp_path, free_port())
+    with running(path) as first:
+        first.wait_for_log("listening to")
+        with running(path) as second:
+            assert second.process.wait(PATIENCE_S) == 74
+            assert "outbox.db" in second.log
