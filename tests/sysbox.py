@@ -99,7 +99,9 @@ def booted(folder: Path) -> Iterator[Sysbox]:
     with console.open("wb") as output:
         nspawn = subprocess.Popen(_nspawn(root), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield Sysbox(root, _wait_until_running(nspawn, console))
+        machine = Sysbox(root, _wait_until_running(nspawn, console))
+        machine.run("ldconfig")  # how Python is found by its programs, and PortAudio by Python
+        yield machine
     finally:
         nspawn.send_signal(signal.SIGTERM)
         try:
@@ -127,7 +129,7 @@ def _furnish(root: Path) -> None:
         if Path("/usr", name).exists():
             (root / name).symlink_to(f"usr/{name}")
     shutil.copy("/etc/os-release", root / "etc/os-release")
-    shutil.copy("/etc/ld.so.cache", root / "etc/ld.so.cache")  # how Python finds PortAudio
+    (root / "etc/ld.so.conf").write_text(f"{_base_prefix_inside()}/lib\n", encoding="utf-8")
     (root / "etc/machine-id").write_text(uuid.uuid4().hex + "\n", encoding="ascii")
     (root / "etc/systemd/system").mkdir(parents=True)
     (root / "etc/systemd/system/default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import time
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +147,178 @@ def test_systemd_finds_nothing_to_complain_about_in_the_unit(box: Sysbox) -> Non
             name = f"/etc/systemd/system/edge-asr.service.d/{example.stem}"
             box.write(name, example.read_text(encoding="utf-8"))
     box.run("systemd-analyze", "verify", "--recursive-errors=yes", "edge-asr.service")
+
+
+MOSQUITTO = """
+[Service]
+Type=notify
+ExecStart=mosquitto -c /etc/mosquitto.conf
+"""
+
+SETTINGS = """
+device: box
+sources: [{type: files, paths: [REPEATED]}]
+commands: {grammars: [factory.en], min_confidence: 0.3}
+mqtt: {host: 127.0.0.1}
+log: {level: LEVEL}
+"""
+
+# Only the waits are shorter than in the shipped unit.
+SOONER = "[Service]\nRestartSec=0.1\nWatchdogSec=2\nTimeoutAbortSec=1\n"
+
+
+def settings_text(level: str = "info") -> str:
+    return SETTINGS.replace("REPEATED", ", ".join(200 * ["/etc/edge-asr/order.wav"])).replace("LEVEL", level)
+
+
+def speak(text: str, path: Path) -> None:
+    """A spoken sentence and two seconds of silence."""
+    subprocess.run(["espeak-ng", "-v", "en-us", "-s", "150", "-w", str(path), text], check=True)
+    with wave.open(str(path)) as spoken:
+        parameters, speech = spoken.getparams(), spoken.readframes(spoken.getnframes())
+    with wave.open(str(path), "wb") as padded:
+        padded.setparams(parameters)
+        padded.writeframes(speech + bytes(2 * 2 * parameters.framerate))
+
+
+@pytest.fixture(scope="module")
+def site(box: Sysbox) -> Sysbox:
+    """The machine with a broker, the shipped unit and one sentence that is said again and again."""
+    box.write(
+        "/etc/mosquitto.conf", "listener 1883 127.0.0.1\nallow_anonymous true\nconnection_messages false\nuser root\n"
+    )
+    box.start("mosquitto.service", MOSQUITTO)
+    box.write("/etc/edge-asr/settings.yaml", "")
+    speak("stop line two", box.root / "etc/edge-asr/order.wav")
+    (box.root / "etc/edge-asr/order.wav").chmod(0o644)
+    box.write("/etc/systemd/system/edge-asr.service", UNIT.read_text(encoding="utf-8"))
+    box.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
+    box.run("systemctl", "daemon-reload")
+    return box
+
+
+@pytest.fixture
+def service(site: Sysbox) -> Iterator[Sysbox]:
+    """The service, freshly started; `systemctl start` returns when it has said READY=1."""
+    site.write("/etc/edge-asr/settings.yaml", settings_text())
+    site.run("systemctl", "start", "edge-asr")
+    yield site
+    site.run("systemctl", "stop", "edge-asr")
+    site.run("systemctl", "reset-failed", "edge-asr", check=False)
+
+
+def main_pid(box: Sysbox) -> int:
+    return int(box.show("edge-asr", "MainPID"))
+
+
+def journal_of_service(box: Sysbox) -> str:
+    """What the current invocation has logged."""
+    invocation = box.show("edge-asr", "InvocationID")
+    box.run("journalctl", "--sync")
+    return box.run("journalctl", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={invocation}")
+
+
+def received(box: Sysbox, topic: str) -> dict[str, object]:
+    """The data of the next, or the retained, message of a topic as a foreign client gets it."""
+    subscribe = ("mosquitto_sub", "-h", "127.0.0.1", "-V", "mqttv5", "-q", "1", "-C", "1", "-W", "30")
+    data = json.loads(box.run(*subscribe, "-t", f"voice/box/{topic}"))["data"]
+    assert isinstance(data, dict)
+    return data
+
+
+def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(service: Sysbox) -> None:
+    command = received(service, "evt/command")
+    assert (command["intent"], command["slots"]) == ("StopMachine", {"machine": "line-2"})
+    status = service.show("edge-asr", "StatusText")
+    assert status.startswith("Listening with micro-en")
+    assert "connected to 127.0.0.1" in status
+    assert service.run("stat", "-c", "%u", f"/proc/{main_pid(service)}").strip() not in {"0", ""}
+    assert service.run("stat", "-c", "%a %F", "/var/lib/private/edge-asr/outbox.db").strip() == "600 regular file"
+
+
+# A microphone made of a file, by ALSA itself.
+ALSA_CONFIGURATION = """
+pcm.recorded { type file  file "/dev/null"  infile "/etc/recorded.raw"  slave.pcm null  format raw }
+"""
+
+READER = """
+from pathlib import Path
+import sounddevice
+with sounddevice.RawInputStream(16000, 512, "recorded", 1, "int16") as stream:
+    heard, _ = stream.read(512)
+print("heard", bytes(heard)[:8], "and", Path("/etc/card").read_text())
+"""
+
+
+def test_the_walls_let_portaudio_read_a_microphone_and_the_audio_group_open_its_device(box: Sysbox) -> None:
+    box.write("/etc/asound.conf", ALSA_CONFIGURATION)
+    box.write("/etc/recorded.raw", 4096 * "ab")
+    box.write("/etc/card", "opened")
+    box.run("chown", "root:audio", "/etc/card")
+    box.run("chmod", "640", "/etc/card")
+    box.write("/opt/reader.py", READER)
+    walls = UNIT.read_text(encoding="utf-8").replace("Type=notify", "Type=oneshot").replace("Restart=on-failure\n", "")
+    box.start("reader.service", re.sub("ExecStart=.*", f"ExecStart={PYTHON} /opt/reader.py", walls))
+    box.run("journalctl", "--sync")
+    assert "heard b'abababab' and opened" in box.run("journalctl", "--output=cat", "--unit=reader")
+
+
+def test_a_reload_takes_new_settings_over_in_the_same_process(service: Sysbox) -> None:
+    before = main_pid(service)
+    service.write("/etc/edge-asr/settings.yaml", settings_text("debug"))
+    service.run("systemctl", "reload", "edge-asr")
+    service.wait_for("the reload", lambda: "reloaded" in journal_of_service(service))
+    assert (service.show("edge-asr", "ActiveState"), main_pid(service)) == ("active", before)
+
+
+def test_a_reload_of_broken_settings_changes_nothing(service: Sysbox) -> None:
+    before = main_pid(service)
+    service.write("/etc/edge-asr/settings.yaml", "mqtt: {port: 99999}")
+    service.run("systemctl", "reload", "edge-asr")
+    service.wait_for("the refusal", lambda: "reload refused" in journal_of_service(service))
+    assert "mqtt.port: 99999 is not 1..65535" in journal_of_service(service)
+    assert (service.show("edge-asr", "ActiveState"), main_pid(service)) == ("active", before)
+
+
+def test_sigterm_stops_cleanly_in_time_and_says_goodbye_to_the_broker(service: Sysbox) -> None:
+    service.wait_for("the broker", lambda: "connected to" in service.show("edge-asr", "StatusText"))
+    service.wait_for("the hello", lambda: received(service, "status")["state"] == "online")
+    service.run("systemctl", "stop", "edge-asr")
+    assert (service.show("edge-asr", "Result"), service.show("edge-asr", "ExecMainStatus")) == ("success", "0")
+    assert received(service, "status")["state"] == "offline"
+
+
+def test_a_killed_service_comes_back(service: Sysbox) -> None:
+    before = main_pid(service)
+    service.run("kill", "-KILL", str(before))
+    service.wait_for("a new process", lambda: service.show("edge-asr", "NRestarts") == "1")
+    service.wait_for("readiness", lambda: service.show("edge-asr", "ActiveState") == "active")
+    assert main_pid(service) not in {0, before}
+
+
+def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service: Sysbox) -> None:
+    before = main_pid(service)
+    service.run("kill", "-STOP", str(before))
+    service.wait_for("a new process", lambda: service.show("edge-asr", "NRestarts") == "1")
+    service.wait_for("readiness", lambda: service.show("edge-asr", "ActiveState") == "active")
+    assert "Watchdog timeout" in service.run("journalctl", "--output=cat", "--unit=edge-asr")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ("mqtt: {port: 99999}", "settings.yaml: mqtt.port: 99999 is not 1..65535"),
+        ("model: {name: micro-fr}", "micro-fr: no such model"),
+    ],
+)
+def test_broken_settings_are_one_line_and_exit_78_without_a_restart(
+    site: Sysbox, settings: str, complaint: str
+) -> None:
+    site.write("/etc/edge-asr/settings.yaml", settings)
+    site.run("systemctl", "start", "edge-asr", check=False)
+    assert (site.show("edge-asr", "ActiveState"), site.show("edge-asr", "SubState")) == ("failed", "failed")
+    assert (site.show("edge-asr", "ExecMainStatus"), site.show("edge-asr", "NRestarts")) == ("78", "0")
+    lines = journal_of_service(site).splitlines()
+    assert sum(complaint in line for line in lines) == 1
+    assert not any("Traceback" in line for line in lines)
+    site.run("systemctl", "reset-failed", "edge-asr")
