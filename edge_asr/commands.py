@@ -80,6 +80,7 @@ class Interpreter:
             ttl_s=self._options.ttl_s if intent.ttl_s is None else intent.ttl_s,
             units=dict(reading.units),
             words=words,
+            answer=intent.answer,
         )
 
 

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edge_asr import clock
+from edge_asr.confirmation import Pending
 from edge_asr.events import Command, Draft, Json, Message, Rejection, Transcript, Utterance, new_id
 
 TRANSCRIPT = "evt/transcript"
 COMMAND = "evt/command"
 REJECTED = "evt/rejected"
 EXPIRED = "evt/expired"
+PENDING = "evt/pending"
 ALARM = "evt/alarm"
 STATUS = "status"
 META = "meta"
@@ -36,6 +38,7 @@ TOPICS: Mapping[str, str] = {
     COMMAND: "command",
     REJECTED: "rejected",
     EXPIRED: "expired",
+    PENDING: "pending",
     ALARM: "alarm",
     STATUS: "status",
     META: "meta",
@@ -200,23 +203,35 @@ def transcript_draft(utterance: Utterance, transcript: Transcript, *, model: str
 
 
 def command_draft(
-    utterance: Utterance, transcript: Transcript, command: Command, *, model: str, confirmed: bool = False
+    utterance: Utterance, transcript: Transcript, command: Command, *, model: str, confirmed_ns: int | None = None
 ) -> Draft:
-    """What is to be done, until its life is over."""
-    expires_ns = utterance.ended_ns + round(command.ttl_s * clock.NS_PER_S)
+    """What is to be done, until its life is over; it begins at the end of speech or at the confirmation."""
+    begins_ns = utterance.ended_ns if confirmed_ns is None else confirmed_ns
+    expires_ns = begins_ns + round(command.ttl_s * clock.NS_PER_S)
     data: Data = {
         **_heard(utterance),
         **_said(transcript, model),
-        "intent": command.intent,
-        "slots": dict(command.slots),
-        "units": dict(command.units),
-        "words": command.words,
-        "confidence": _share(command.confidence),
-        "risk": command.risk,
-        "confirmed": confirmed,
+        **_wanted(command),
+        "confirmed": confirmed_ns is not None,
         "expires_at": _wall_time(expires_ns),
     }
+    if confirmed_ns is not None:
+        data[_ENDED] = confirmed_ns
     return Draft(COMMAND, "command", data, expires_ns)
+
+
+def pending_draft(pending: Pending, *, model: str) -> Draft:
+    """A risky command that waits for a yes: nothing to act upon yet, something to read back to the speaker."""
+    data: Data = {
+        **_heard(pending.utterance),
+        **_said(pending.transcript, model),
+        **_wanted(pending.command),
+        "pending_id": pending.id,
+        "read_back": f"{pending.command.words}?",
+        "confirmations_left": pending.steps_left,
+        "confirm_until": _wall_time(pending.until_ns),
+    }
+    return Draft(PENDING, "rejection", data)
 
 
 def rejection_draft(
@@ -295,6 +310,17 @@ def _said(transcript: Transcript, model: str) -> Data:
         "confidence": _share(transcript.confidence),
         "tokens": [{"text": token.text, "start_s": round(token.start_s, 3)} for token in transcript.tokens],
         "model": model,
+    }
+
+
+def _wanted(command: Command) -> Data:
+    return {
+        "intent": command.intent,
+        "slots": dict(command.slots),
+        "units": dict(command.units),
+        "words": command.words,
+        "confidence": _share(command.confidence),
+        "risk": command.risk,
     }
 
 

@@ -26,6 +26,9 @@ Json = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]
 Risk = Literal["normal", "confirm", "two-step"]
 """How much harm a wrongly heard command does: run it, ask once, or ask twice."""
 
+Answer = Literal["confirm", "cancel"]
+"""What an intent may say to a command that waits for confirmation."""
+
 Category = Literal["command", "transcript", "rejection", "alarm"]
 """Message classes of the outbox; when space runs out transcripts go first and commands last."""
 
@@ -38,6 +41,9 @@ RejectionReason = Literal[
     "too-noisy",
     "overload",
     "recognizer-failed",
+    "not-confirmed",
+    "cancelled",
+    "not-allowed",
 ]
 
 
@@ -131,6 +137,8 @@ class Command:
     """Unit per numeric slot that has one, e.g. ``{"speed": "rpm"}``."""
     words: str = ""
     """The sentence of the grammar that was matched."""
+    answer: Answer | None = None
+    """Set where the intent answers a pending command."""
 
 
 @dataclass(frozen=True, slots=True)

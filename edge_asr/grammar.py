@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edge_asr.events import Risk, SlotValue
+from edge_asr.events import Answer, Risk, SlotValue
 from edge_asr.numbers import Language, digits_of, spoken_digits, spoken_forms, value_of
 from edge_asr.settings import explain
 from edge_asr.wordgraph import Automaton, Mark, Meaning, Number, Sketch, Step, Value, WordGraph, minimal_trie
@@ -54,6 +54,8 @@ class Intent(_Part):
     """Life of the command; None: the site's default."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     """None: the site's default."""
+    answer: Answer | None = None
+    """What this intent says to a command that waits for confirmation; alone it is a command like any other."""
 
 
 class Enumeration(_Part):

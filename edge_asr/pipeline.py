@@ -16,6 +16,7 @@ Stopping: a closed source ends its frames, the listener flushes the gate, and th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from edge_asr import clock, contract, settings
+from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import level_dbfs, peak_dbfs
 from edge_asr.events import (
     FRAME_SAMPLES,
@@ -234,6 +235,9 @@ class Pipeline:
         """May be replaced between two utterances (SIGHUP)."""
         self._outbox = outbox
         self._live = live
+        self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
+        self._confirming = asyncio.Event()
+        """Set whenever what is pending may have changed."""
         self._work = _Work()
         self._growing: dict[str, str] = {}
         """Source -> id of its open utterance; a partial that comes after its final is dropped."""
@@ -247,10 +251,14 @@ class Pipeline:
 
     async def run(self) -> None:
         """Listen to all sources until all have ended and everything heard is committed."""
+        clerk = asyncio.create_task(self._cancel_unconfirmed(), name="confirmation")
         try:
             await asyncio.gather(self._listen_to_all(), self._understand())
         finally:
+            clerk.cancel()
+            await asyncio.gather(clerk, return_exceptions=True)
             self._executor.shutdown(wait=False)
+        await self._commit(self._desk.close())
 
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
@@ -302,7 +310,13 @@ class Pipeline:
 
     async def _append(self, heard: Understanding) -> None:
         """Commit everything that came of an utterance; a full disk delays it and loses nothing."""
-        drafts = self._drafts(heard)
+        await self._commit(self._desk.judge(heard.utterance, heard.transcript, heard.decision))
+        self._confirming.set()
+        self.utterances += 1
+        _tell(heard)
+
+    async def _commit(self, outcomes: Sequence[confirmation.Outcome]) -> None:
+        drafts = [draft for outcome in outcomes for draft in self._drafts(outcome)]
         while drafts:
             self.busy_since_ns = clock.boottime_ns()
             try:
@@ -312,19 +326,40 @@ class Pipeline:
                 log.warning("cannot commit, trying again in %g s: %s", APPEND_RETRY_S, error)
                 self.busy_since_ns = None  # waiting, not hanging: a restart would lose the utterance
                 await asyncio.sleep(APPEND_RETRY_S)
-        self.utterances += 1
-        _tell(heard)
 
-    def _drafts(self, heard: Understanding) -> list[Draft]:
-        utterance, decision, model = heard.utterance, heard.decision, self._recognizer.name
+    def _drafts(self, outcome: confirmation.Outcome) -> list[Draft]:
+        model = self._recognizer.name
+        if isinstance(outcome, confirmation.Confirmed):
+            held = outcome.pending
+            return [
+                contract.command_draft(
+                    held.utterance, held.transcript, held.command, model=model, confirmed_ns=outcome.at_ns
+                )
+            ]
+        if isinstance(outcome, confirmation.Cancelled):
+            held = outcome.pending
+            return [contract.rejection_draft(held.utterance, outcome.rejection, held.transcript, model=model)]
+        utterance, transcript = outcome.utterance, outcome.transcript
         drafts = []
-        if heard.transcript is not None:
-            drafts.append(contract.transcript_draft(utterance, heard.transcript, model=model))
-        if isinstance(decision, Rejection):
-            drafts.append(contract.rejection_draft(utterance, decision, heard.transcript, model=model))
-        elif decision is not None and heard.transcript is not None:
-            drafts.append(contract.command_draft(utterance, heard.transcript, decision, model=model))
+        if transcript is not None:
+            drafts.append(contract.transcript_draft(utterance, transcript, model=model))
+        if isinstance(outcome, confirmation.Pending):
+            drafts.append(contract.pending_draft(outcome, model=model))
+        elif isinstance(outcome.decision, Rejection):
+            drafts.append(contract.rejection_draft(utterance, outcome.decision, transcript, model=model))
+        elif outcome.decision is not None and transcript is not None:
+            drafts.append(contract.command_draft(utterance, transcript, outcome.decision, model=model))
         return drafts
+
+    async def _cancel_unconfirmed(self) -> None:
+        """Cancel what nobody confirms in time; sleeps while nothing is pending."""
+        while True:
+            expiry_ns = self._desk.next_expiry_ns()
+            left_s = None if expiry_ns is None else max(0.0, (expiry_ns - clock.boottime_ns()) / clock.NS_PER_S)
+            self._confirming.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._confirming.wait(), left_s)
+            await self._commit(self._desk.expire(clock.boottime_ns()))
 
 
 def _tell(heard: Understanding) -> None:

@@ -83,7 +83,8 @@ class WordGraph:
         node, steps = 0, list[Step]()
         while True:
             ends, onward = self.endings.get(node, ()), outgoing.get(node, [])
-            chosen = random.choice([*ends, *onward])
+            ways: list[Arc | tuple[Mark, ...]] = [*ends, *onward]
+            chosen = random.choice(ways)
             if not isinstance(chosen, Arc):
                 return steps, chosen
             steps.append(chosen.step)

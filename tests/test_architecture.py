@@ -11,7 +11,7 @@ import edge_asr
 
 ORDER = (
     *("events", "clock", "settings", "audio", "speech", "posteriors", "numbers", "wordgraph", "grammar", "biasing"),
-    *("commands", "outbox", "model_store", "inference", "sources", "contract", "publisher", "systemd", "logs"),
+    *("commands", "confirmation", "outbox", "model_store", "inference", "sources", "contract", "publisher", "systemd", "logs"),
     *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent

@@ -1,0 +1,141 @@
+"""Holds risky commands until somebody says yes: per source at most one command is pending.
+
+Law: pure; time comes in as CLOCK_BOOTTIME nanoseconds. A pending command becomes a command only by the confirmation
+that follows it from the same source within the window (twice for risk ``two-step``), or by a request that names it.
+Everything else the source says cancels it, and so does time. Noise in which nobody spoke changes nothing. A confirmed
+command's life begins when it is confirmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from edge_asr.clock import NS_PER_S
+from edge_asr.events import Command, Rejection, Transcript, Utterance, new_id
+
+_STEPS: Mapping[str, int] = {"confirm": 1, "two-step": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A command that waits for a yes."""
+
+    id: str
+    utterance: Utterance
+    transcript: Transcript
+    command: Command
+    steps_left: int
+    """Confirmations still wanted."""
+    until_ns: int
+    """CLOCK_BOOTTIME at which it is cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A pending command that became one."""
+
+    pending: Pending
+    at_ns: int
+    """CLOCK_BOOTTIME of the confirmation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """A pending command that did not."""
+
+    pending: Pending
+    rejection: Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Immediate:
+    """A decision that needs nobody's yes."""
+
+    utterance: Utterance
+    transcript: Transcript | None
+    decision: Command | Rejection | None
+
+
+Outcome = Pending | Confirmed | Cancelled | Immediate
+
+
+class ConfirmationDesk:
+    """Every source's pending command."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._pending: dict[str, Pending] = {}
+
+    def judge(
+        self, utterance: Utterance, transcript: Transcript | None, decision: Command | Rejection | None
+    ) -> list[Outcome]:
+        """What follows from the next thing a source says, in order."""
+        outcomes: list[Outcome] = list(self.expire(utterance.ended_ns))
+        waiting = self._pending.get(utterance.source)
+        answer = decision.answer if isinstance(decision, Command) else None
+        if waiting is not None and answer == "confirm":
+            return [*outcomes, self._confirmed(waiting, utterance.ended_ns)]
+        if waiting is not None and not _is_noise(decision):
+            said = "cancelled by the speaker" if answer == "cancel" else "something else was said"
+            outcomes.append(self._cancelled(waiting, "cancelled" if answer == "cancel" else "not-confirmed", said))
+            if answer == "cancel":
+                return outcomes
+        if isinstance(decision, Command) and decision.risk != "normal" and transcript is not None:
+            pending = Pending(
+                id=new_id(),
+                utterance=utterance,
+                transcript=transcript,
+                command=decision,
+                steps_left=_STEPS[decision.risk],
+                until_ns=self._until(utterance.ended_ns),
+            )
+            self._pending[utterance.source] = pending
+            return [*outcomes, pending]
+        return [*outcomes, Immediate(utterance, transcript, decision)]
+
+    def request(self, pending_id: str, answer: Literal["confirm", "cancel"], now_ns: int) -> list[Outcome]:
+        """What follows from a request that names a pending command; empty if it is not pending (any more)."""
+        outcomes: list[Outcome] = list(self.expire(now_ns))
+        waiting = next((p for p in self._pending.values() if p.id == pending_id), None)
+        if waiting is None:
+            return outcomes
+        if answer == "confirm":
+            return [*outcomes, self._confirmed(waiting, now_ns)]
+        return [*outcomes, self._cancelled(waiting, "cancelled", "cancelled by request")]
+
+    def expire(self, now_ns: int) -> list[Cancelled]:
+        """Cancel what nobody confirmed in time."""
+        late = [pending for pending in self._pending.values() if pending.until_ns <= now_ns]
+        return [self._cancelled(pending, "not-confirmed", f"no answer in {self.window_s:g} s") for pending in late]
+
+    def close(self) -> list[Cancelled]:
+        """Cancel everything: the device stops."""
+        return [
+            self._cancelled(pending, "not-confirmed", "the device stopped") for pending in [*self._pending.values()]
+        ]
+
+    def next_expiry_ns(self) -> int | None:
+        """CLOCK_BOOTTIME at which :meth:`expire` has something to do; None while nothing is pending."""
+        return min((pending.until_ns for pending in self._pending.values()), default=None)
+
+    def _until(self, now_ns: int) -> int:
+        return now_ns + round(self.window_s * NS_PER_S)
+
+    def _confirmed(self, pending: Pending, now_ns: int) -> Pending | Confirmed:
+        if pending.steps_left > 1:
+            again = replace(pending, steps_left=pending.steps_left - 1, until_ns=self._until(now_ns))
+            self._pending[pending.utterance.source] = again
+            return again
+        del self._pending[pending.utterance.source]
+        return Confirmed(pending, now_ns)
+
+    def _cancelled(self, pending: Pending, reason: Literal["cancelled", "not-confirmed"], detail: str) -> Cancelled:
+        del self._pending[pending.utterance.source]
+        rejection = Rejection(reason, f"{pending.command.words!r}: {detail}", pending.command.confidence)
+        return Cancelled(pending, rejection)
+
+
+def _is_noise(decision: Command | Rejection | None) -> bool:
+    return isinstance(decision, Rejection) and decision.reason == "no-speech"
