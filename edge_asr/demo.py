@@ -49,7 +49,8 @@ async def play(options: Settings, console: Console) -> bool:
     commands = sum(delivery.kind == contract.COMMAND for delivery in received)
     console.print(
         f"\n{arrived} of {published} published messages arrived at the subscriber: "
-        f"{len(source.paths)} recordings, {commands} commands."
+        f"{len(source.paths)} recordings, {commands} commands.",
+        soft_wrap=True,
     )
     return arrived == published > 0
 

@@ -145,7 +145,7 @@ class Screen:
 
 
 def _transcript(data: Mapping[str, Any]) -> Text:
-    tags = [data["language"], *(t for t in (data["event"], data["emotion"]) if t not in {"Speech", "EMO_UNKNOWN"})]
+    tags = [data["language"], *(t for t in (data["event"], data["emotion"]) if t not in _UNREMARKABLE)]
     details = f"   {' '.join(tags)} · confidence {data['confidence']:.2f} · {data['duration_s']:.1f} s{_late(data)}"
     return Text.assemble(("“" + data["text"] + "”", "bold"), (details, "dim"))
 
@@ -154,6 +154,14 @@ def _command(data: Mapping[str, Any]) -> Text:
     risk = "" if data["risk"] == "normal" else f" · risk {data['risk']}"
     details = f"   confidence {data['confidence']:.2f}{risk} · valid until {data['expires_at'][11:19]}{_late(data)}"
     return Text.assemble(("► " + _call(data), "bold green"), (details, "dim"))
+
+
+def _pending(data: Mapping[str, Any]) -> Text:
+    left = data["confirmations_left"]
+    details = (
+        f"   “{data['read_back']}” · say it is right until {data['confirm_until'][11:19]}{f' ({left}×)' * (left > 1)}"
+    )
+    return Text.assemble(("? " + _call(data), "bold cyan"), (details, "dim"))
 
 
 def _expired(data: Mapping[str, Any]) -> Text:
@@ -191,9 +199,12 @@ def _late(data: Mapping[str, Any]) -> str:
     return " · replayed" if data.get("replayed") else f" · {data['latency_ms']:.0f} ms" if "latency_ms" in data else ""
 
 
+_UNREMARKABLE = {"Speech", "EMO_UNKNOWN", "NEUTRAL"}
+
 _LINES: Mapping[str, Callable[[Mapping[str, Any]], Text]] = {
     contract.TRANSCRIPT: _transcript,
     contract.COMMAND: _command,
+    contract.PENDING: _pending,
     contract.EXPIRED: _expired,
     contract.REJECTED: _rejected,
     contract.ALARM: _alarm,
