@@ -7,9 +7,11 @@ shift.
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,6 +21,22 @@ from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "EDGE_ASR__"
 """``EDGE_ASR__MQTT__HOST=broker`` overrides ``mqtt.host``."""
+
+
+_SHOWN = 80
+"""Characters of a wrong value that an error shows."""
+
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+_EXPECTED = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected `key: value` lines below it"),
+    "tuple_type": "expected a list, [a, b] or lines that begin with `- `",
+    "too_short": "needs at least one entry",
+}
+"""Kind of error -> what pydantic says in the terms of a programmer."""
+
+_NAMES_OR_PATHS = {"model.name", "commands.grammars"}
+_PATH = re.compile(r"/|\.ya?ml$")
 
 
 class SettingsError(Exception):
@@ -38,6 +56,12 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_set(cls, given: object) -> object:
+        """``mqtt:`` with every line below it commented out is a section without keys."""
+        return {} if given is None else given
+
 
 class Site(_Section):
     """Where the device stands (ISA-95); the levels that are set become the topic root, in this order."""
@@ -53,7 +77,8 @@ class Model(_Section):
     """Which ears."""
 
     name: str = "micro-en"
-    """Name of a bundled model, or the path of a directory in SenseVoice's contract (model.int8.onnx, tokens.txt)."""
+    """Name of a bundled model, or the path, with a ``/`` in it, of a directory in SenseVoice's contract
+    (model.int8.onnx, tokens.txt)."""
     engine: Literal["onnxruntime", "sherpa-onnx"] = "onnxruntime"
     """sherpa-onnx gives text only: commands are then matched on the text."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -130,11 +155,13 @@ class Commands(_Section):
     """What may be commanded."""
 
     grammars: tuple[str, ...] = ("factory.en",)
-    """Names of bundled grammars or paths of grammar files; several languages side by side are fine."""
+    """Names of bundled grammars or paths of grammar files (``*.yaml``); several languages side by side are fine."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Below: rejected as not understood. An intent may ask for more."""
     ttl_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
     """Life of a command unless its intent says otherwise."""
+    confirm_within_s: Annotated[float, Field(ge=2, le=300)] = 15.0
+    """A risky command that is not confirmed within this time is cancelled."""
 
 
 class Outbox(_Section):
@@ -240,34 +267,74 @@ class Settings(_Section):
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
     """Read settings: defaults, then the file, then ``EDGE_ASR__*`` variables, then ``overrides`` (dotted keys).
 
-    Relative paths in the file are taken from the file's folder. Raises SettingsError.
+    Relative paths in the file are taken from the file's folder, others from the current one. Raises SettingsError.
     """
     tree = _read_yaml(path) if path is not None else {}
-    for dotted, value in {**_environment(), **(overrides or {})}.items():
+    changed = {**_environment(), **{key: ("--set", value) for key, value in (overrides or {}).items()}}
+    for dotted, (_, value) in changed.items():
         _put(tree, dotted, value)
-    origin = str(path) if path is not None else "settings"
+
+    def origin(key: str) -> str:
+        own = [where for dotted, (where, _) in changed.items() if f"{key}.".startswith(f"{dotted}.")]
+        return own[-1] if own else str(path or "settings")
+
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError(
-            "\n".join(f"{origin}: {explain(problem, Settings)}" for problem in error.errors())
-        ) from None
-    return settings if path is None else _anchored(settings, path.resolve().parent)
+        lines = (f"{origin('.'.join(map(str, each['loc'])))}: {explain(each, Settings)}" for each in problems(error))
+        raise SettingsError("\n".join(lines)) from None
+
+    def absolute(key: str, given: Path) -> Path:
+        folder = Path.cwd() if path is None or key in changed else path.resolve().parent
+        try:
+            return folder / given.expanduser()
+        except RuntimeError:
+            raise SettingsError(f"{origin(key)}: {key}: {str(given)!r} names the home of nobody here") from None
+
+    return _anchored(settings, absolute)
+
+
+def parse_yaml(text: str) -> object:
+    """What a YAML text says. Raises ValueError: one line with the place."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        raise ValueError(f"{where}{problem}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what PyYAML lets through: a key that stands twice, and `2024-99-99`, which it dies of."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        """Build a mapping whose keys all differ."""
+        written = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, (key, _) in enumerate(node.value):
+            if (key.tag, key.value) in written[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002
+        """Build a value; one that cannot be built has a place."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):
+            problem = f"{_shown(node.value)} cannot be read as {node.tag.rpartition(':')[2]}; put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise SettingsError(f"{path}: cannot be read ({reason}); check --settings and the file's permissions") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise SettingsError(f"{path}: {where}{problem}; mend the YAML there") from None
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}; mend the YAML there") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -275,58 +342,68 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _environment() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _environment() -> dict[str, tuple[str, object]]:
+    """Dotted key -> (variable, value)."""
+    found: dict[str, tuple[str, object]] = {}
     for name, value in sorted(os.environ.items()):
         if name.startswith(ENVIRONMENT_PREFIX):
             try:
-                found[name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise SettingsError(f"{name}: {value!r} is not a YAML value") from None
+                found[name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")] = name, parse_yaml(value)
+            except ValueError:
+                raise SettingsError(f"{name}: {_shown(value)} is not a YAML value") from None
     return found
 
 
 def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
     *parents, last = dotted.split(".")
     for key in parents:
-        below = tree.setdefault(key, {})
+        below = tree[key] = {} if tree.get(key) is None else tree[key]
         if not isinstance(below, dict):
-            raise SettingsError(f"{dotted}: cannot be set, {key} is {below!r}, expected a section")
+            raise SettingsError(f"{dotted}: cannot be set, {key} is {_shown(below)}, expected a section")
         tree = below
     tree[last] = value
 
 
+def _shown(value: object) -> str:
+    """A value for an error: on one line and not longer than it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def problems(error: ValidationError) -> list[ErrorDetails]:
+    """What is wrong, without the complaint that a list is too short because its bad entries do not count."""
+    return [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+
+
 def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     """One line: key, value, expectation; ``root`` is the model that was validated."""
-    union_tags = {"microphone", "files", "stdin"}  # pydantic puts the chosen kind of source into the location
-    location = [part for i, part in enumerate(problem["loc"]) if not (part in union_tags and i == 2)]
+    location = list(problem["loc"])
+    if root is Settings and location[:1] == ["sources"]:
+        del location[2:3]  # pydantic puts the chosen kind of source there
     key = ".".join(str(part) for part in location)
+    key = key if key.isprintable() and key else repr(key)
     value, context = problem["input"], problem.get("ctx", {})
     kind = problem["type"]
     if not location:
-        return (
-            str(context["error"])
-            if kind == "value_error"
-            else f"holds {str(value)[:40]!r}, expected `key: value` lines"
-        )
+        return str(context["error"]) if kind == "value_error" else f"holds {_shown(value)}, expected `key: value` lines"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _keys_beside(location, root), n=1)
         return f"{key}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "; remove it")
     if kind == "union_tag_invalid":
-        return f"{key}.type: {context['tag']!r} is not one of {context['expected_tags']}"
+        return f"{key}.type: {_shown(context['tag'])} is not one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         return f"{key}.type: missing, expected one of 'microphone', 'files', 'stdin'"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":
         reason = str(context.get("error", problem["msg"]))
-        shown = "" if isinstance(value, (dict, BaseModel)) else f"{value!r} "
-        return f"{key}: {shown}{reason}"
+        return f"{key}: {reason}" if isinstance(value, (dict, BaseModel)) else f"{key}: {_shown(value)} {reason}"
     limits = _limits(location, root)
     if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
-        return f"{key}: {value!r} is not {limits}"
-    expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {value!r} is wrong: {expected}"
+        return f"{key}: {_shown(value)} is not {limits}"
+    expected = _EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
+    quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, (int, float, dt.date)) else ""
+    return f"{key}: {_shown(value)} is wrong: {expected}{quotes}"
 
 
 def _model_at(location: list[int | str], root: type[BaseModel]) -> type[BaseModel] | None:
@@ -360,7 +437,7 @@ def _keys_beside(location: list[int | str], root: type[BaseModel]) -> list[str]:
 
 
 def _limits(location: list[int | str], root: type[BaseModel]) -> str | None:
-    """``1..65535`` for a field that has bounds."""
+    """``1..65535`` or ``above 0`` for a field that has bounds."""
     model = _model_at(location[:-1], root)
     field = model.model_fields.get(str(location[-1])) if model else None
     if field is None:
@@ -369,23 +446,25 @@ def _limits(location: list[int | str], root: type[BaseModel]) -> str | None:
     for part in get_args(field.annotation):
         if get_origin(part) is Annotated:
             metadata += [bound for item in part.__metadata__ for bound in (*getattr(item, "metadata", ()), item)]
-    low = next((m.ge if hasattr(m, "ge") else m.gt for m in metadata if hasattr(m, "ge") or hasattr(m, "gt")), None)
-    high = next((m.le if hasattr(m, "le") else m.lt for m in metadata if hasattr(m, "le") or hasattr(m, "lt")), None)
-    if low is None and high is None:
-        return None
-    return f"{'' if low is None else low}..{'' if high is None else high}"
+    bounds = {name: getattr(m, name) for name in _BOUNDS for m in metadata if hasattr(m, name)}
+    if {"ge", "le"} <= bounds.keys():
+        return f"{bounds['ge']}..{bounds['le']}"
+    return " and ".join(f"{_BOUNDS[name]} {bound}" for name, bound in bounds.items()) or None
 
 
-def _anchored(settings: Settings, folder: Path) -> Settings:
-    """The same settings with relative file paths taken from the settings file's folder."""
+def _anchored(settings: Settings, absolute: Callable[[str, Path], Path]) -> Settings:
+    """The same settings with every path made absolute by a function of its key and itself."""
 
-    def anchor(value: Any) -> Any:  # noqa: ANN401 - walks a tree of any settings value
+    def anchor(key: str, value: Any) -> Any:  # noqa: ANN401 - walks a tree of any settings value
         if isinstance(value, Path):
-            return folder / value.expanduser()
+            return absolute(key, value)
+        if isinstance(value, str) and key in _NAMES_OR_PATHS and _PATH.search(value):
+            return str(absolute(key, Path(value)))
         if isinstance(value, BaseModel):
-            return value.model_copy(update={name: anchor(getattr(value, name)) for name in type(value).model_fields})
+            names = type(value).model_fields
+            return value.model_copy(update={n: anchor(f"{key}.{n}".lstrip("."), getattr(value, n)) for n in names})
         if isinstance(value, tuple):
-            return tuple(anchor(item) for item in value)
+            return tuple(anchor(key, item) for item in value)
         return value
 
-    return anchor(settings)  # type: ignore[no-any-return]
+    return anchor("", settings)  # type: ignore[no-any-return]
