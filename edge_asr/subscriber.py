@@ -158,9 +158,7 @@ def _command(data: Mapping[str, Any]) -> Text:
 
 def _pending(data: Mapping[str, Any]) -> Text:
     left = data["confirmations_left"]
-    details = (
-        f"   “{data['read_back']}” · say it is right until {data['confirm_until'][11:19]}{f' ({left} times)' * (left > 1)}"
-    )
+    details = f"   “{data['read_back']}” · say it is right until {data['confirm_until'][11:19]}{f' ({left} times)' * (left > 1)}"
     return Text.assemble(("? " + _call(data), "bold cyan"), (details, "dim"))
 
 
