@@ -157,8 +157,8 @@ def _command(data: Mapping[str, Any]) -> Text:
 
 
 def _pending(data: Mapping[str, Any]) -> Text:
-    left = data["confirmations_left"]
-    details = f"   “{data['read_back']}” · say it is right until {data['confirm_until'][11:19]}{f' ({left} times)' * (left > 1)}"
+    how_often = "" if data["confirmations_left"] == 1 else f" ({data['confirmations_left']} times)"
+    details = f"   “{data['read_back']}” · confirm until {data['confirm_until'][11:19]}{how_often}"
     return Text.assemble(("? " + _call(data), "bold cyan"), (details, "dim"))
 
 
