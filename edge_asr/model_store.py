@@ -283,28 +283,30 @@ def _check_onnx(path: Path) -> None:
     """Walk the outermost protobuf fields: a foreign file breaks off at once, a truncated one ends inside a field."""
     size = _size(path)
     fields: set[int] = set()
-    with path.open("rb") as file:
+    with path.open("rb") as file, contextlib.suppress(EOFError):
         while file.tell() < size:
             field, wire_type = divmod(_varint(file), 8)
             if wire_type not in {0, 2} or not 1 <= field <= _LAST_ONNX_FIELD:
                 file.seek(0)
                 raise ModelError(f"{path}: is not an ONNX model, it begins with {file.read(24)!r}; download it again")
-            fields.add(field)
             value = _varint(file)
             if wire_type == 2:
                 file.seek(value, os.SEEK_CUR)
-        whole = file.tell() == size and _ONNX_GRAPH in fields
-    if not whole:
-        raise ModelError(f"{path}: truncated or damaged ({size} bytes); copy it from the model's archive")
+            fields.add(field)
+        if file.tell() == size and _ONNX_GRAPH in fields:
+            return
+    raise ModelError(f"{path}: truncated or damaged ({size} bytes); copy it from the model's archive")
 
 
 def _varint(file: BinaryIO) -> int:
-    """One protobuf base-128 integer; past the end of the file it is made up of zeros and the position stays behind."""
+    """One protobuf base-128 integer of at most 64 bits. Raises EOFError."""
     value = 0
     for shift in range(0, 64, 7):
-        byte = (file.read(1) or b"\0")[0]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
+        byte = file.read(1)
+        if not byte:
+            raise EOFError
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
             break
     return value
 
