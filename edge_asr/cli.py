@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 
 import edge_asr
-from edge_asr import bench, commands, demo, doctor, inference, logs, model_store, settings
+from edge_asr import bench, commands, demo, doctor, inference, linter, logs, model_store, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file
 from edge_asr.broker import BrokerError
@@ -269,6 +269,24 @@ def grammar_test(names: tuple[str, ...]) -> None:
                 click.echo(f"{name}: {sentence!r} is read as {reading}")
             click.echo(f"{name}: {len(tests) - len(failed)} of {len(tests)} sentences mean what they must")
             wrong += len(failed)
+    raise SystemExit(EXIT_FOUND if wrong else 0)
+
+
+@grammar.command("lint", epilog=_example("edge-asr grammar lint factory.en", "edge-asr grammar lint site.yaml"))
+@click.argument("names", nargs=-1, required=True)
+@click.option("--model", default=settings.Model().name, show_default=True, help="The model that will hear it.")
+def grammar_lint(names: tuple[str, ...], model: str) -> None:
+    """Find words never heard, phrases that sound alike, sentences with two meanings; exit code 1 on an error."""
+    with _one_line_errors():
+        table = inference.load_tokens(model_store.locate(model).tokens)
+        wrong = 0
+        for name, file in grammar_paths(settings.Commands(grammars=names)).items():
+            remarks = list(linter.lint(file, table))
+            for remark in remarks:
+                click.echo(f"{name}: {remark.severity}: {remark.text}")
+            errors = sum(remark.severity == "error" for remark in remarks)
+            click.echo(f"{name}: {errors} errors, {len(remarks) - errors} warnings")
+            wrong += errors
     raise SystemExit(EXIT_FOUND if wrong else 0)
 
 

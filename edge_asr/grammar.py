@@ -408,6 +408,19 @@ class CommandGraph:
     intents: Mapping[tuple[str, Language], Intent]
 
 
+def expansions(template: str, grammar: Grammar, limit: int = 64) -> list[str]:
+    """The first sentences of one template, as people write them."""
+    sketch = Sketch()
+    compiler = _Compiler(sketch, grammar, "template")
+    graph = sketch.finish(compiler.add(_TemplateParser(grammar, "template").parse(template), 0))
+    return [sentence(steps) for steps in itertools.islice(graph.paths(), limit)]
+
+
+def is_number_word(word: str, language: Language) -> bool:
+    """Whether a word says a number by itself."""
+    return value_of([word], language) is not None
+
+
 def compile_graph(grammars: Mapping[str, Grammar]) -> CommandGraph:
     """All sentences of all files (name -> grammar) as one graph. Raises GrammarError."""
     sketch = Sketch()

@@ -249,13 +249,13 @@ class SileroDetector:
         return float(output[0, 0])
 
 
-def load_tokens(path: Path, expected: int) -> TokenTable:
-    """Read tokens.txt and hold it against the model's vocabulary; raises ModelError."""
+def load_tokens(path: Path, expected: int | None = None) -> TokenTable:
+    """Read tokens.txt and hold it against the size of the model's vocabulary; raises ModelError."""
     try:
         table = TokenTable.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ModelError(f"{path}: not a tokens file ({error}); import the model again") from None
-    if len(table) != expected:
+    if expected is not None and len(table) != expected:
         raise ModelError(f"{path}: {len(table)} tokens for a model of {expected}; take tokens.txt of the same release")
     return table
 

@@ -77,6 +77,16 @@ class WordGraph:
             found[arc.source].append(arc)
         return found
 
+    def paths(self) -> Iterator[list[Step]]:
+        """Every sentence's steps, depth first; there may be very many."""
+        outgoing = self.outgoing()
+        stack: list[tuple[int, list[Step]]] = [(0, [])]
+        while stack:
+            node, steps = stack.pop()
+            if steps and node in self.endings:
+                yield steps
+            stack += [(arc.target, [*steps, arc.step]) for arc in reversed(outgoing.get(node, []))]
+
     def walk(self, random: Random) -> tuple[list[Step], tuple[Mark, ...]]:
         """A random sentence: its steps and the marks of its ending."""
         outgoing = self.outgoing()

@@ -1,0 +1,61 @@
+"""What the linter must find in a grammar before the shop floor does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_asr import inference, model_store
+from edge_asr.linter import lint, sounds
+
+TABLE = inference.load_tokens(model_store.locate("micro-en").tokens)
+GOOD = """\
+language: en
+intents:
+  Start: {sentences: ["start [the] {machine}"]}
+slots:
+  machine: {values: [press, mixer]}
+"""
+
+
+def remarks(tmp_path: Path, text: str) -> list[tuple[str, str]]:
+    path = tmp_path / "g.yaml"
+    path.write_text(text, encoding="utf-8")
+    return [(remark.severity, remark.text) for remark in lint(path, TABLE)]
+
+
+def test_a_clean_grammar_gives_no_remark(tmp_path: Path) -> None:
+    assert remarks(tmp_path, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "severity", "words"),
+    [
+        ("press, mixer", "press, 压机", "error", "2 words are never heard, the model cannot write them: 压, 机"),
+        (
+            "press, mixer",
+            "filler, chiller, cheller",
+            "warning",
+            "'chiller' (chiller) and 'cheller' (cheller) sound alike",
+        ),
+        ("press, mixer", "press, {other: [press, mixer]}", "error", "'press' means other and press"),
+        ("slots:", "rules: {please: please}\nslots:", "warning", "rules.please is used nowhere"),
+        ("slots:", "slots:\n  colour: {values: [red]}", "warning", "slots.colour is used nowhere"),
+        ("slots:", "  Run: {sentences: [start the press]}\nslots:", "warning", "has two meanings"),
+        ("slots:", "tests: [{say: go, intent: Start}]\nslots:", "error", "test 'go' is read as no command"),
+    ],
+)
+def test_each_flaw_is_found_and_named(tmp_path: Path, old: str, new: str, severity: str, words: str) -> None:
+    found = remarks(tmp_path, GOOD.replace(old, new))
+    assert any(kind == severity and words in text for kind, text in found), found
+
+
+def test_numbered_names_are_no_sound_alikes(tmp_path: Path) -> None:
+    assert remarks(tmp_path, GOOD.replace("press, mixer", "line three, line four")) == []
+
+
+def test_sound_ignores_spelling_and_keeps_tones() -> None:
+    assert sounds("night", "en") == sounds("knight", "en")
+    assert sounds("四号", "zh") != sounds("十号", "zh")
+    assert sounds("启动", "zh") == sounds("起动", "zh")
