@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_a_fresh_clone_sets_itself_up_and_the_second_time_touches_nothing(ready:
     again = call(ready, "tools/setup", "check")
     assert (again.returncode, again.stdout) == (0, "")
     assert (ready / ".venv").stat().st_mtime_ns == written
+
+
+@pytest.mark.timeout(600)
+def test_a_wheel_carries_models_grammars_and_recordings(ready: Path, tmp_path: Path) -> None:
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path}")
+    done = call(ready, ".venv/bin/python", *build, str(ready))
+    assert done.returncode == 0, done.stdout
+    (wheel,) = tmp_path.glob("edge_asr-*-py3-none-any.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    bundled = installed / "edge_asr/bundled"
+    assert sorted(folder.name for folder in bundled.iterdir()) == ["grammars", "models", "recordings"]
+    verify = ("-m", "edge_asr.cli", "models", "verify", "micro-en")
+    done = call(ready, ".venv/bin/python", *verify, PYTHONPATH=str(installed))
+    assert done.stdout.startswith("micro-en 1.0.0: sound"), done.stdout
 
 
 @pytest.mark.timeout(600)
