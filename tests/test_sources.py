@@ -1,0 +1,810 @@
+"""Sources: a real sound server whose card is pulled out, frozen and killed; real files; real pipes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge_asr import sources
+from edge_asr.audio import NS_PER_SAMPLE, SILENCE_DBFS, AudioFileError, Resampler, quiet, read_file, to_float
+from edge_asr.clock import NS_PER_S, boottime_ns
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
+from edge_asr.settings import FilesSource, MicrophoneSource, StdinSource
+from edge_asr.sources import (
+    Device,
+    Files,
+    Microphone,
+    SourceError,
+    Stdin,
+    Timeline,
+    alsa_cards,
+    audio_files,
+    choose_device,
+    list_devices,
+    measure_level,
+)
+from tests.soundcard import SoundCard, sound_card, until
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T], deadline_s: float = 40) -> T:
+    return asyncio.run(asyncio.wait_for(main, deadline_s))
+
+
+async def eventually(condition: Callable[[], bool], failure: str, deadline_s: float = 10) -> float:
+    """Seconds until the condition held."""
+    return await asyncio.to_thread(until, condition, failure, deadline_s)
+
+
+def pcm_of(frames: list[AudioFrame]) -> bytes:
+    return b"".join(frame.pcm for frame in frames)
+
+
+def jumps(frames: list[AudioFrame]) -> list[int]:
+    """Lost samples before each frame."""
+    ends = [0, *(frame.end for frame in frames)]
+    return [frame.position - end for frame, end in zip(frames, ends, strict=False)]
+
+
+def babble(rate: int, seconds: float = 2.0) -> NDArray[np.float32]:
+    """Noise in the band of speech, 300-3400 Hz, always the same."""
+    spectrum = np.fft.rfft(np.random.default_rng(7).standard_normal(round(rate * seconds)))
+    hz = np.fft.rfftfreq(round(rate * seconds), 1 / rate)
+    spectrum[(hz < 300) | (hz > 3_400)] = 0
+    samples = np.fft.irfft(spectrum).astype(np.float32)
+    samples *= 0.5 / np.abs(samples).max()
+    return samples
+
+
+def recording(path: Path, samples: NDArray[Any], rate: int = SAMPLE_RATE) -> Path:
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+    return path
+
+
+def likeness(heard: bytes, played: NDArray[np.float32]) -> float:
+    """Correlation of what was heard with what was played at 48 kHz, at the best alignment."""
+    long = soxr.resample(to_float(heard), SAMPLE_RATE, 48_000)
+    size = 1 << (len(long) + len(played)).bit_length()
+    product = np.fft.irfft(np.fft.rfft(long, size) * np.fft.rfft(played, size).conj(), size)
+    start = int(product[: max(1, len(long) - len(played))].argmax())
+    return float(np.corrcoef(long[start : start + len(played)], played)[0, 1])
+
+
+# A microphone that is there
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[SoundCard]:
+    with sound_card() as card:
+        for name, value in card.environment.items():
+            monkeypatch.setenv(name, value)
+        yield card
+
+
+def microphone(**settings: Any) -> Microphone:
+    return Microphone(MicrophoneSource(type="microphone", **settings))
+
+
+@contextlib.asynccontextmanager
+async def listening(source: Microphone) -> AsyncIterator[list[AudioFrame]]:
+    """Collects the frames; the device is closed and all have arrived when the block is left."""
+    frames: list[AudioFrame] = []
+    take = frames.append
+
+    async def consume() -> None:
+        async for frame in source.frames():
+            take(frame)
+
+    consumer = asyncio.create_task(consume())
+    try:
+        yield frames
+    finally:
+        await source.close()
+        await consumer
+
+
+def heard_while_playing(card: SoundCard, wav: Path, **settings: Any) -> list[AudioFrame]:
+    async def main() -> list[AudioFrame]:
+        async with listening(source := microphone(**settings)) as frames:
+            await eventually(lambda: source.state == "capturing", "no capture")
+            await asyncio.to_thread(card.play, wav)
+            end = boottime_ns() + NS_PER_S // 2
+            await eventually(lambda: frames[-1].captured_ns > end, "no tail")
+        assert source.lost_samples == 0
+        return frames
+
+    return run(main())
+
+
+@pytest.mark.parametrize(("rate", "played_rate"), [(None, 48_000), (16_000, 16_000), (44_100, 22_050)])
+def test_what_is_played_is_what_is_heard(card: SoundCard, tmp_path: Path, rate: int | None, played_rate: int) -> None:
+    wav = recording(tmp_path / "played.wav", babble(played_rate), played_rate)
+    frames = heard_while_playing(card, wav, rate=rate)
+    assert likeness(pcm_of(frames), soxr.resample(babble(played_rate), played_rate, 48_000)) >= 0.99
+
+
+def test_frames_are_whole_gapless_and_dated(card: SoundCard) -> None:
+    async def main() -> None:
+        opened_ns = boottime_ns()
+        async with listening(source := microphone(name="line-3")) as frames:
+            states = [source.state]
+            await eventually(lambda: len(frames) >= 40, "no frames")
+            states.append(source.state)
+        assert [*states, source.state] == ["opening", "capturing", "closed"]
+        closed_ns = boottime_ns()
+        assert source.device_name == "default"
+        assert source.last_frame_ns == frames[-1].captured_ns
+        assert not any(jumps(frames))
+        assert {(frame.source, len(frame.pcm)) for frame in frames} == {("line-3", 2 * FRAME_SAMPLES)}
+        assert opened_ns < frames[0].captured_ns
+        assert frames[-1].captured_ns < closed_ns
+        steps = [b.captured_ns - a.captured_ns for a, b in itertools.pairwise(frames[:-1])]
+        assert max(abs(step - FRAME_SAMPLES * NS_PER_SAMPLE) for step in steps) < NS_PER_S // 10
+
+    run(main())
+    assert card.environment  # held until here
+
+
+def test_closing_lets_go_of_the_thread_and_the_device(card: SoundCard) -> None:
+    async def main() -> None:
+        async with listening(source := microphone()) as frames:
+            await eventually(lambda: bool(frames), "no frames")
+            assert "capture-microphone" in {thread.name for thread in threading.enumerate()}
+        assert "capture-microphone" not in {thread.name for thread in threading.enumerate()}
+        await source.close()
+
+    run(main())
+    until(lambda: not card.recording(), "the device is still in use")
+
+
+def test_a_microphone_closed_before_it_was_read_delivers_nothing(card: SoundCard) -> None:
+    async def main() -> list[AudioFrame]:
+        source = microphone()
+        await source.close()
+        return [frame async for frame in source.frames()]
+
+    assert run(main()) == []
+    assert not card.recording()
+
+
+def test_a_late_consumer_loses_the_oldest_and_the_loss_shows_and_is_counted(
+    card: SoundCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "BUFFER_S", 0.5)
+
+    async def main() -> tuple[list[AudioFrame], int]:
+        source = microphone()
+        stream = source.frames()
+        frames = [await stream.__anext__() for _ in range(5)]
+        await eventually(lambda: source.lost_samples > SAMPLE_RATE, "nothing was lost")
+        frames += [await stream.__anext__() for _ in range(30)]
+        await source.close()
+        frames += [frame async for frame in stream]
+        return frames, source.lost_samples
+
+    frames, lost = run(main())
+    assert sum(jumps(frames)) == lost
+    assert [bool(jump) for jump in jumps(frames)].count(True) == 1, "one overload, one jump"
+    assert jumps(frames)[5] == lost
+    assert card.environment
+
+
+def test_listing_shows_the_virtual_card_and_its_default(card: SoundCard) -> None:
+    devices = list_devices()
+    assert "pulse" in {device.name for device in devices}
+    assert [device.is_default for device in devices].count(True) == 1
+    card.kill()
+    assert "pulse" not in {device.name for device in list_devices()}, "the list is not frozen"
+
+
+def test_the_level_of_a_device_can_be_measured(card: SoundCard, tmp_path: Path) -> None:
+    assert measure_level("pulse", 0.2).rms_dbfs == SILENCE_DBFS
+    tone = 0.1 * np.sqrt(2) * np.sin(2 * np.pi * 1_000 * np.arange(3 * 48_000) / 48_000)
+    player = threading.Thread(target=card.play, args=[recording(tmp_path / "tone.wav", tone, 48_000)])
+    player.start()
+    until(lambda: measure_level("default", 0.3).rms_dbfs == pytest.approx(-20, abs=0.5), "not -20 dBFS")
+    player.join()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"device": "no such thing"}, "no microphone is 'no such thing'; `edge-asr devices` lists what is there"),
+        ({"device": "hw:CARD=Nowhere"}, "no microphone is 'hw:CARD=Nowhere'"),
+        ({"device": 99}, "no microphone is 99"),
+        ({"device": "pulse", "channel": 33}, "'pulse' has no channel 33, only 1..32"),
+    ],
+)
+def test_without_waiting_a_wrong_device_is_one_line(card: SoundCard, settings: dict[str, Any], line: str) -> None:
+    async def main() -> None:
+        source = Microphone(MicrophoneSource(type="microphone", **settings), wait=False)
+        async for _ in source.frames():
+            pass
+
+    with pytest.raises(SourceError) as caught:
+        run(main())
+    assert str(caught.value).startswith(line)
+    assert card.environment
+
+
+def test_a_second_channel_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = babble(48_000)
+    wav = recording(tmp_path / "stereo.wav", np.column_stack([babble(48_000)[::-1], right]), 48_000)
+    with sound_card(channels=2) as stereo:
+        monkeypatch.setenv("PULSE_SERVER", stereo.environment["PULSE_SERVER"])
+        assert likeness(pcm_of(heard_while_playing(stereo, wav, channel=2)), right) >= 0.99
+
+
+# A microphone that is not there, or not always
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_without_any_microphone_the_line_names_the_remedies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PULSE_SERVER", f"unix:{tmp_path}/nobody")
+
+    async def main() -> None:
+        async for _ in Microphone(MicrophoneSource(type="microphone"), wait=False).frames():
+            pass
+
+    with pytest.raises(SourceError, match=r"no microphone found; plug one in, see `edge-asr devices`, or use --demo"):
+        run(main())
+
+
+def outage(
+    caplog: pytest.LogCaptureFixture, down: Callable[[], None], up: Callable[[], None], away_s: float = 0.5
+) -> None:
+    """A microphone through an outage: one line, back within 2 s, and the position tells how long it was away."""
+
+    async def main() -> None:
+        async with listening(source := microphone()) as frames:
+            await eventually(lambda: len(frames) > 10, "no frames")
+            await asyncio.to_thread(down)
+            await eventually(lambda: source.state == "lost", "the loss was not noticed")
+            before = len(frames)
+            back_ns = boottime_ns() + round(away_s * NS_PER_S)
+            await eventually(lambda: boottime_ns() > back_ns, "time stands still")
+            await asyncio.to_thread(up)
+            took_s = await eventually(lambda: source.state == "capturing", "it did not come back")
+            assert took_s < 2
+            await eventually(lambda: len(frames) > before + 20, "no frames after the outage")
+        gaps = jumps(frames)
+        assert sum(gaps) == source.lost_samples
+        (at,) = [i for i, jump in enumerate(gaps) if jump]
+        away_ns = frames[at].captured_ns - frames[at - 1].captured_ns - FRAME_SAMPLES * NS_PER_SAMPLE
+        assert gaps[at] * NS_PER_SAMPLE == pytest.approx(away_ns, abs=NS_PER_S // 10)
+        assert gaps[at] > away_s * SAMPLE_RATE
+
+    caplog.set_level(logging.INFO)
+    run(main())
+    (line,) = warnings_of(caplog)
+    assert line.startswith("microphone: 'default' ")
+    assert line.endswith("; looking for it every 1 s")
+    assert "\n" not in line
+    back = [record.getMessage() for record in caplog.records if "capturing from" in record.getMessage()]
+    assert len(back) == 2
+
+
+def test_an_unplugged_microphone_is_back_soon_after_it_was_plugged_in_again(
+    card: SoundCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    outage(caplog, card.unplug, card.plug)
+
+
+def test_a_sound_server_that_was_killed_is_found_again(card: SoundCard, caplog: pytest.LogCaptureFixture) -> None:
+    def up() -> None:
+        card.start()
+        card.plug()
+
+    outage(caplog, card.kill, up)
+
+
+def test_a_frozen_sound_server_is_a_loss_and_used_again_when_it_wakes(
+    card: SoundCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    outage(caplog, card.freeze, card.thaw)
+
+
+def test_a_short_freeze_is_no_outage_and_what_was_lost_in_it_shows(
+    card: SoundCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with listening(source := microphone()) as frames:
+            await eventually(lambda: len(frames) > 10, "no frames")
+            card.freeze()
+            stopped, thaw_ns = len(frames), boottime_ns() + NS_PER_S
+            await eventually(lambda: boottime_ns() > thaw_ns, "time stands still")
+            card.thaw()
+            await eventually(lambda: len(frames) > stopped + 80, "no frames after the freeze")
+        assert sum(jumps(frames)) == source.lost_samples
+        first, last = frames[0], frames[-2]
+        elapsed_ns = last.captured_ns - first.captured_ns
+        assert (last.position - first.position) * NS_PER_SAMPLE == pytest.approx(elapsed_ns, abs=NS_PER_S // 3)
+
+    run(main())
+    assert warnings_of(caplog) == []
+
+
+def test_a_microphone_that_is_missing_at_first_is_waited_for(card: SoundCard, caplog: pytest.LogCaptureFixture) -> None:
+    card.unplug()
+
+    async def main() -> None:
+        async with listening(source := microphone(device="pulse")) as frames:
+            await eventually(lambda: source.state == "lost", "an unplugged device was opened")
+            await asyncio.to_thread(card.plug)
+            await eventually(lambda: len(frames) > 3, "no frames")
+            assert frames[0].position == 0
+            assert source.lost_samples == 0
+
+    run(main())
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_new_card_makes_every_microphone_step_aside_once_so_that_it_is_seen(
+    card: SoundCard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listing = tmp_path / "cards"
+    listing.write_text("--- no soundcards ---\n", encoding="utf-8")
+    monkeypatch.setattr(sources, "ALSA_CARDS", listing)
+
+    async def main() -> None:
+        first, second, third = (microphone(name=name) for name in ("first", "second", "third"))
+        async with listening(first) as frames_1, listening(second) as frames_2:
+            await eventually(lambda: bool(frames_1 and frames_2), "no frames")
+            listing.write_text(" 0 [Array          ]: USB-Audio - Array\n", encoding="utf-8")
+            async with listening(third) as frames_3:
+                await eventually(lambda: bool(frames_3), "the third was not opened")
+                seen = len(frames_1), len(frames_2)
+                await eventually(lambda: len(frames_1) > seen[0] + 30, "the first did not go on")
+                await eventually(lambda: len(frames_2) > seen[1] + 30, "the second did not go on")
+        for source, frames in ((first, frames_1), (second, frames_2)):
+            assert [jump > 0 for jump in jumps(frames)].count(True) == 1
+            assert 0 < source.lost_samples < SAMPLE_RATE
+        assert third.lost_samples == 0
+
+    run(main())
+    assert warnings_of(caplog) == []
+    assert card.environment
+
+
+# In a process of its own, as the daemon runs it
+
+CAPTURE = """
+import asyncio, ctypes, logging, sys
+from edge_asr.settings import MicrophoneSource
+from edge_asr.sources import Microphone
+
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE: what MemoryDenyWriteExecute= is made of since Linux 6.3
+    print("no-mdwe", flush=True)
+logging.basicConfig(level=logging.INFO, format="OURS %(message)s")
+
+async def main():
+    source, said = Microphone(MicrophoneSource(type="microphone")), None
+    async def consume():
+        async for _ in source.frames():
+            pass
+    consumer = asyncio.create_task(consume())
+    stdin = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
+    while not stdin.done():
+        if source.state != said:
+            said = source.state
+            print(said, flush=True)
+        await asyncio.sleep(0.01)
+    await source.close()
+    await consumer
+
+asyncio.run(main())
+print("ended", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def capturing_process() -> Iterator[tuple[subprocess.Popen[str], Callable[[str], None]]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CAPTURE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+    def wait_for(word: str) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == word:
+                return
+        raise AssertionError(f"the process ended without saying {word!r}: {process.communicate()[1]}")
+
+    try:
+        with process:
+            yield process, wait_for
+    finally:
+        process.kill()
+
+
+def test_without_executable_memory_it_works_and_c_libraries_keep_quiet(card: SoundCard) -> None:
+    card.unplug()
+    with capturing_process() as (process, wait_for):
+        wait_for("lost")
+        card.plug()
+        wait_for("capturing")
+        card.unplug()
+        wait_for("lost")
+        card.plug()
+        wait_for("capturing")
+        out, err = process.communicate("\n", timeout=20)
+    assert process.returncode == 0
+    assert out.endswith("ended\n")
+    assert [line for line in err.splitlines() if not line.startswith("OURS ")] == []
+    assert len(err.splitlines()) == 4
+
+
+def test_a_process_ends_in_time_although_its_sound_server_is_frozen(card: SoundCard) -> None:
+    with capturing_process() as (process, wait_for):
+        wait_for("capturing")
+        card.freeze()
+        wait_for("lost")
+        out, err = process.communicate("\n", timeout=10)
+    assert process.returncode == 0
+    assert out.endswith("ended\n")
+    assert "'default' hangs and is abandoned" in err
+
+
+def test_a_process_ends_in_time_although_its_sound_server_froze_before_it_was_opened(card: SoundCard) -> None:
+    with capturing_process() as (process, wait_for):
+        wait_for("capturing")
+        card.kill()
+        wait_for("lost")
+        card.start()
+        card.freeze()
+        retried_ns = boottime_ns() + 2 * NS_PER_S
+        until(lambda: boottime_ns() > retried_ns, "time stands still")
+        out, err = process.communicate("\n", timeout=10)
+    assert process.returncode == 0
+    assert out.endswith("ended\n")
+    assert "'default' hangs and is abandoned" in err, "standard error was swallowed"
+
+
+def test_a_process_that_forgets_to_close_its_microphone_ends_cleanly(card: SoundCard) -> None:
+    script = """
+import asyncio
+from edge_asr.settings import MicrophoneSource
+from edge_asr.sources import Microphone
+
+frames = Microphone(MicrophoneSource(type="microphone")).frames()
+asyncio.new_event_loop().run_until_complete(frames.__anext__())
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert card.environment
+
+
+def test_a_missing_portaudio_is_one_line_with_the_package_to_install() -> None:
+    script = """
+import ctypes.util
+ctypes.util.find_library = lambda name: None
+from edge_asr.sources import SourceError, list_devices
+try:
+    list_devices()
+except SourceError as error:
+    print(error)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "PortAudio is not installed; `apt install libportaudio2`\n"
+
+
+# Which device
+
+CARDS = """\
+ 0 [PCH            ]: HDA-Intel - HDA Intel PCH
+                      HDA Intel PCH at 0xdf240000 irq 129
+ 1 [Array          ]: USB-Audio - ReSpeaker 4 Mic Array (UAC1.0)
+                      SEEED ReSpeaker 4 Mic Array at usb-0000:00:14.0-1, high speed
+12 [Array_1        ]: USB-Audio - ReSpeaker 4 Mic Array (UAC1.0)
+                      SEEED ReSpeaker 4 Mic Array at usb-0000:00:14.0-2, high speed
+"""
+PCH = Device(0, "HDA Intel PCH: ALC269 (hw:0,0)", "hw:CARD=PCH,DEV=0", 2, 44_100, is_default=False)
+ARRAY = Device(3, "ReSpeaker 4 Mic Array: USB Audio (hw:1,0)", "hw:CARD=Array,DEV=0", 6, 16_000, is_default=False)
+ARRAY_2ND = Device(4, "ReSpeaker 4 Mic Array: USB Audio (hw:1,1)", "hw:CARD=Array,DEV=1", 2, 16_000, is_default=False)
+OTHER = Device(5, "ReSpeaker 4 Mic Array: USB Audio (hw:12,0)", "hw:CARD=Array_1,DEV=0", 6, 16_000, is_default=False)
+DEFAULT = Device(7, "default", None, 32, 44_100, is_default=True)
+DEFAULTS = Device(8, "default plus", None, 32, 44_100, is_default=False)
+DEVICES = [PCH, ARRAY, ARRAY_2ND, OTHER, DEFAULT, DEFAULTS]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device"),
+    [
+        ("default", DEFAULT),
+        (3, ARRAY),
+        ("alc269", PCH),
+        ("HDA Intel PCH: ALC269 (hw:0,0)", PCH),
+        ("hw:1,1", ARRAY_2ND),
+        ("hw:CARD=Array", ARRAY),
+        ("hw:CARD=Array,DEV=1", ARRAY_2ND),
+        ("plughw:CARD=Array_1", OTHER),
+        ("default plus", DEFAULTS),
+    ],
+)
+def test_a_device_is_found_by_default_index_alsa_id_or_part_of_its_name(wanted: str | int, device: Device) -> None:
+    assert choose_device(wanted, DEVICES) == device
+
+
+def test_a_name_that_fits_exactly_beats_longer_ones() -> None:
+    short = Device(9, "Default Plus", None, 1, 48_000, is_default=False)
+    longer = Device(10, "default plus ultra", None, 1, 48_000, is_default=False)
+    assert choose_device("default plus", [longer, short]) == short
+
+
+def test_a_name_that_fits_two_devices_is_refused_with_both() -> None:
+    with pytest.raises(SourceError, match=r"fits several microphones \(.*hw:1,0.*hw:1,1.*hw:12,0"):
+        choose_device("respeaker", DEVICES)
+
+
+@pytest.mark.parametrize("wanted", ["nothing", 6, "hw:CARD=Arra", "hw:CARD=Array,DEV=2"])
+def test_a_device_that_is_not_there_is_refused(wanted: str | int) -> None:
+    with pytest.raises(SourceError, match="`edge-asr devices` lists what is there"):
+        choose_device(wanted, DEVICES)
+
+
+def test_card_ids_are_read_from_the_kernels_listing() -> None:
+    assert alsa_cards(CARDS) == {0: "PCH", 1: "Array", 12: "Array_1"}
+    assert alsa_cards("--- no soundcards ---\n") == {}
+
+
+# The timeline
+
+
+def replay(deliveries: list[tuple[float, int]]) -> list[int]:
+    """Losses found in deliveries of (seconds since the start, samples)."""
+    timeline, position, losses = Timeline(), 0, []
+    for seconds, samples in deliveries:
+        position += samples
+        lost = timeline.missing(round(seconds * NS_PER_S), position)
+        position += lost
+        losses.append(lost)
+    return losses
+
+
+@given(
+    drift_ppm=st.integers(-500, 500),
+    jitter=st.lists(st.floats(0, 0.2), min_size=5, max_size=5),
+    hours=st.sampled_from([0.01, 1]),
+)
+def test_a_cards_clock_may_drift_and_its_deliveries_be_late_without_a_loss(
+    drift_ppm: int, jitter: list[float], hours: float
+) -> None:
+    step = 0.5
+    late = itertools.cycle(jitter)
+    card_rate = SAMPLE_RATE * (1 + drift_ppm / 1e6)
+    deliveries = [(i * step + next(late), round(step * card_rate)) for i in range(1, int(hours * 3600 / step))]
+    assert not any(replay(deliveries))
+
+
+@given(lost_s=st.floats(0.3, 3600), at=st.integers(5, 100))
+def test_audio_lost_without_a_word_is_noticed_once_and_measured(lost_s: float, at: int) -> None:
+    step = 0.032
+    deliveries = [(i * step + (lost_s if i > at else 0), 512) for i in range(1, at + 100)]
+    losses = replay(deliveries)
+    assert [loss > 0 for loss in losses].count(True) == 1
+    assert sum(losses) / SAMPLE_RATE == pytest.approx(lost_s, rel=0.002, abs=0.01)
+
+
+@given(late_s=st.floats(0, 0.9), at=st.integers(5, 50))
+def test_a_backlog_that_comes_in_after_all_is_no_loss(late_s: float, at: int) -> None:
+    step = 0.032
+    deliveries = [(max(i * step, at * step + late_s) if i >= at else i * step, 512) for i in range(1, 200)]
+    assert not any(replay(deliveries))
+
+
+# Recordings
+
+
+def heard_from(source: Files | Stdin) -> list[AudioFrame]:
+    async def main() -> list[AudioFrame]:
+        return [frame async for frame in source.frames()]
+
+    return run(main())
+
+
+def files(*paths: Path, realtime: bool = False, strict: bool = False) -> Files:
+    return Files(FilesSource(type="files", paths=paths, realtime=realtime), strict=strict)
+
+
+def test_recordings_are_played_in_order_with_a_quiet_second_between_them(tmp_path: Path) -> None:
+    one = recording(tmp_path / "one.wav", babble(SAMPLE_RATE, 0.7))
+    two = recording(tmp_path / "two.flac", babble(48_000, 0.3), 48_000)
+    source = files(two, one)
+    frames = heard_from(source)
+    whole = read_file(two) + quiet(SAMPLE_RATE) + read_file(one)
+    assert pcm_of(frames)[: len(whole)] == whole
+    assert not any(pcm_of(frames)[len(whole) :]), "the last frame is filled up with zeros"
+    assert not any(jumps(frames))
+    assert {(frame.source, len(frame.pcm)) for frame in frames} == {("files", 2 * FRAME_SAMPLES)}
+    assert (source.played, source.unplayable) == (2, 0)
+
+
+def test_a_directory_is_its_recordings_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.wav", "a.FLAC", "c.ogg", "notes.txt", ".hidden.wav"):
+        (tmp_path / name).touch()
+    assert [path.name for path in audio_files(tmp_path)] == ["a.FLAC", "b.wav", "c.ogg"]
+    assert audio_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+
+
+def test_a_file_that_cannot_be_played_is_one_warning_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"this is no audio")
+    good = recording(tmp_path / "b.wav", babble(SAMPLE_RATE, 0.2))
+    (tmp_path / "empty").mkdir()
+    source = files(tmp_path / "missing.wav", tmp_path / "empty", tmp_path)
+    assert pcm_of(heard_from(source)).startswith(read_file(good))
+    assert (source.played, source.unplayable) == (1, 3)
+    missing, empty, bad = warnings_of(caplog)
+    assert missing.startswith(f"files: {tmp_path}/missing.wav: ")
+    assert empty.startswith(f"files: {tmp_path}/empty: holds no recording")
+    assert bad.startswith(f"files: {tmp_path}/a.wav: is not readable audio")
+
+
+def test_a_strict_run_ends_at_the_first_file_that_cannot_be_played(tmp_path: Path) -> None:
+    with pytest.raises(AudioFileError, match=r"missing\.wav: cannot be read \(No such file or directory\)"):
+        heard_from(files(tmp_path / "missing.wav", strict=True))
+
+
+def test_in_real_time_no_frame_comes_before_its_moment_and_a_slow_consumer_does_not_shift_them(tmp_path: Path) -> None:
+    wav = recording(tmp_path / "a.wav", babble(SAMPLE_RATE, 0.64))
+
+    async def main() -> list[tuple[AudioFrame, int]]:
+        heard = []
+        async for frame in files(wav, realtime=True).frames():
+            heard.append((frame, boottime_ns()))
+            await asyncio.sleep(0.02)  # a consumer at work
+        return heard
+
+    started_ns = boottime_ns()
+    heard = run(main())
+    assert len(heard) == 20
+    assert all(now_ns >= frame.captured_ns - NS_PER_S // 1000 for frame, now_ns in heard)
+    origin_ns = heard[0][0].captured_ns - heard[0][0].end * NS_PER_SAMPLE
+    assert origin_ns >= started_ns
+    assert all(frame.captured_ns == origin_ns + frame.end * NS_PER_SAMPLE for frame, _ in heard)
+
+
+def test_as_fast_as_possible_frames_are_dated_now(tmp_path: Path) -> None:
+    wav = recording(tmp_path / "a.wav", babble(SAMPLE_RATE, 60.0))
+    started_ns = boottime_ns()
+    frames = heard_from(files(wav))
+    assert started_ns < frames[0].captured_ns < frames[-1].captured_ns < boottime_ns() < started_ns + 30 * NS_PER_S
+
+
+def test_a_closed_replay_ends_at_once(tmp_path: Path) -> None:
+    wav = recording(tmp_path / "a.wav", babble(SAMPLE_RATE, 30.0))
+
+    async def main() -> int:
+        source, count = files(wav, realtime=True), 0
+        async for _ in source.frames():
+            count += 1
+            if count == 3:
+                await source.close()
+        return count
+
+    assert run(main()) == 3
+
+
+# Standard input
+
+
+@contextlib.contextmanager
+def pipe_with(*writes: bytes, stay_open: bool = False) -> Iterator[Any]:
+    """The reading end of a real pipe into which a thread writes."""
+    reading, writing = os.pipe()
+    done = threading.Event()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as stream:
+            for piece in writes:
+                stream.write(piece)
+            if stay_open:
+                done.wait()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with os.fdopen(reading, "rb") as stream:
+        yield stream
+        done.set()
+        writer.join()
+
+
+def stdin(stream: Any, rate: int = SAMPLE_RATE) -> Stdin:
+    return Stdin(StdinSource(type="stdin", rate=rate), stream)
+
+
+def test_what_is_piped_in_comes_out_whatever_the_writes(caplog: pytest.LogCaptureFixture) -> None:
+    pcm = np.random.default_rng(8).integers(-32_768, 32_768, 100_000).astype("<i2").tobytes()
+    with pipe_with(pcm[:1], pcm[1:4_444], pcm[4_444:]) as stream:
+        frames = heard_from(stdin(stream))
+    assert pcm_of(frames)[: len(pcm)] == pcm
+    assert not any(pcm_of(frames)[len(pcm) :])
+    assert not any(jumps(frames))
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_other_rates_are_resampled_to_the_last_sample(rate: int) -> None:
+    samples = (babble(rate, 0.5) * 32_767).astype("<i2")
+    resampler = Resampler(rate)
+    expected = resampler.feed(samples) + resampler.flush()
+    with pipe_with(samples.tobytes()) as stream:
+        assert pcm_of(heard_from(stdin(stream, rate)))[: len(expected)] == expected
+
+
+def test_half_a_sample_at_the_end_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with pipe_with(b"\1\0\2\0\3") as stream:
+        (frame,) = heard_from(stdin(stream))
+    assert frame.pcm == b"\1\0\2\0" + bytes(2 * FRAME_SAMPLES - 4)
+    (line,) = warnings_of(caplog)
+    assert "half a sample" in line
+
+
+def test_an_empty_stream_is_no_frame() -> None:
+    with pipe_with() as stream:
+        assert heard_from(stdin(stream)) == []
+
+
+def test_a_wav_file_on_standard_input_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with (
+        recording(tmp_path / "a.wav", babble(SAMPLE_RATE, 0.1)).open("rb") as stream,
+        pytest.raises(SourceError, match=r"stdin: gets a WAV file; convert it to raw PCM"),
+    ):
+        heard_from(stdin(stream))
+
+
+def test_a_closed_standard_input_ends_although_its_writer_is_silent() -> None:
+    async def main(source: Stdin) -> int:
+        count = 0
+        async for _ in source.frames():
+            count += 1
+            await source.close()
+        return count
+
+    with pipe_with(bytes(2 * FRAME_SAMPLES), stay_open=True) as stream:
+        assert run(main(stdin(stream))) == 1
+
+
+def test_the_real_standard_input_is_read_when_no_other_is_given() -> None:
+    script = """
+import asyncio
+from edge_asr.settings import StdinSource
+from edge_asr.sources import Stdin
+
+async def main():
+    return [frame async for frame in Stdin(StdinSource(type="stdin")).frames()]
+
+print(len(asyncio.run(main())))
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], input=bytes(2 * FRAME_SAMPLES * 500), capture_output=True, check=True
+    )
+    assert process.stdout == b"500\n"
+    assert process.stderr == b""
