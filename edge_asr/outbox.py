@@ -450,7 +450,7 @@ class _Database:
         os.close(os.open(self._path, os.O_CREAT | os.O_CLOEXEC, 0o640))  # what was said is not for everybody's eyes
         connection = _new_connection(str(self._path))
         try:
-            version = _refuse_foreign(connection, self._path)
+            version = _refuse_foreign(connection, self._path, ours=self._mark.value > 0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             connection.execute("PRAGMA synchronous = FULL")
@@ -564,12 +564,17 @@ def _new_connection(database: str, *, uri: bool = False) -> sqlite3.Connection:
     return connection
 
 
-def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> int:
-    """The schema version. Raises OutboxError for another program's database or a newer program's outbox."""
+def _refuse_foreign(connection: sqlite3.Connection, path: Path, *, ours: bool = False) -> int:
+    """The schema version. Raises OutboxError for another program's database or a newer program's outbox.
+
+    Where the lock file says that the database is ``ours``, a wrong header is damage.
+    """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application != _APPLICATION_ID and (tables or version):
+        if ours:
+            raise sqlite3.DatabaseError("its header is spoilt")
         raise OutboxError(f"{path}: a database, but not an outbox; choose another outbox.path")
     if version > _SCHEMA_VERSION:
         raise OutboxError(

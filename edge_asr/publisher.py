@@ -3,7 +3,8 @@
 Law:
 
 - A message leaves the outbox only after a PUBACK with a reason code below 0x80. A refused one is tried again in its
-  place, nothing overtakes it, and after :data:`REFUSALS` refusals it is put aside as a dead letter.
+  place and alone, nothing overtakes it, and after :data:`REFUSALS` refusals it is put aside as a dead letter. So is one
+  over which the broker ends the connection :data:`ENDINGS` times, or it would hold up all others for ever.
 - Order is the outbox's. One exception: while messages from before this connection (the backlog, ``replayed``) are being
   sent, a command committed since goes first, because its life is short.
 - Before each sending a command's life is looked at. If it ends while the command is in flight, the connection is reset
@@ -54,6 +55,9 @@ WINDOW = 16
 REFUSALS = 4
 """Error PUBACKs after which a message is put aside."""
 
+ENDINGS = 10
+"""Connections that may end over a message sent alone; more than refusals, since a broker in trouble does that too."""
+
 _REFUSAL_PAUSE_S = 0.25
 """Before the second try; doubled each time, so a message that nobody will ever take holds up the others for 1.75 s."""
 
@@ -67,6 +71,9 @@ _STABLE_AFTER_S = 10.0
 _DIAL_TIMEOUT_S = 10.0
 _FAREWELL_S = 1.0
 """The longest a stop waits for the broker."""
+
+_SIGNS_OF_THE_NETWORK = ("timed out", "nreachable", "No route")
+"""In the texts of socket errors that do not come from the broker."""
 
 _RETAINED_QOS = {contract.STATUS: 1, contract.META: 1, contract.HEALTH: 0}
 
@@ -93,6 +100,7 @@ class Publisher:
         self._on_change = on_change
         self._link: _Link | None = None
         self._retained: dict[str, Mapping[str, Json]] = {contract.STATUS: contract.status_data("online")}
+        self._cautious = False
         self.trouble = ""
         """Why there is no connection; empty when there is one, or none was tried."""
 
@@ -115,7 +123,7 @@ class Publisher:
             except (PublisherError, OutboxError) as error:
                 self._tell(str(error))
             failures = 0 if loop.time() - began > _STABLE_AFTER_S else failures + 1
-            await asyncio.sleep(_pause_s(failures, self._mqtt.max_retry_s))
+            await asyncio.sleep(pause_s(failures, self._mqtt.max_retry_s))
 
     def publish_live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Send at QoS 0 what is worth nothing later; dropped while offline or while the link is full."""
@@ -136,7 +144,7 @@ class Publisher:
         """One connection, from dialling to its end. Raises PublisherError with the reason why it ended."""
         will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
         link = await _Link.open(self._mqtt, self._mqtt.client_id or f"edge-asr-{self._renderer.device}", will)
-        delivery = _Delivery(link, self._outbox, self._renderer)
+        delivery = _Delivery(link, self._outbox, self._renderer, cautious=self._cautious)
         self._link = link
         self._tell("")
         try:
@@ -148,6 +156,7 @@ class Publisher:
             raise
         finally:
             self._link = None
+            self._cautious = delivery.cautious
             link.abort("the connection is no longer wanted")
             self._on_change()
         raise PublisherError(f"{_address(self._mqtt)}: {link.ended}")
@@ -183,7 +192,9 @@ class _Flight:
 class _Delivery:
     """What one connection takes from the outbox: which message is next, what is in flight, what came back."""
 
-    def __init__(self, link: _Link, outbox: Outbox, renderer: Renderer) -> None:
+    def __init__(self, link: _Link, outbox: Outbox, renderer: Renderer, *, cautious: bool) -> None:
+        self.cautious = cautious
+        """One message at a time, until the broker takes one: something in flight was refused or ended a connection."""
         self._link = link
         self._outbox = outbox
         self._renderer = renderer
@@ -201,6 +212,8 @@ class _Delivery:
         """Acknowledged by the broker, not yet removed from the outbox."""
         self._refused: list[tuple[int, str]] = []
         self._resume_at = 0.0
+        self._wanted: set[int] = set()
+        """Refused messages whose fate comes before anything else is sent."""
         link.on_puback = self._puback
         link.on_end = self._stir.set
 
@@ -214,6 +227,7 @@ class _Delivery:
                 await self._send()
                 await self._stir.wait()
             await self._settle()
+            await self._blame()
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -242,21 +256,36 @@ class _Delivery:
             seq, reason = self._refused[0]
             refusals = await self._outbox.refuse(seq, reason, REFUSALS)
             del self._refused[0]
-            if 0 < refusals < REFUSALS:
-                self._go_back(seq, _REFUSAL_PAUSE_S * 2.0 ** (refusals - 1))
+            if not 0 < refusals < REFUSALS:
+                self._wanted.discard(seq)
+            else:
+                self._go_back(seq)
+                pause_s = _REFUSAL_PAUSE_S * 2.0 ** (refusals - 1)
+                self._resume_at = self._loop.time() + pause_s
+                self._loop.call_later(pause_s, self._stir.set)
 
-    def _go_back(self, seq: int, pause_s: float) -> None:
-        """Send a message again after a pause, and nothing before it."""
+    async def _blame(self) -> None:
+        """The connection has ended: find out whether it is always the same message over which it does."""
+        flying = [flight.message for flight in self._link.in_flight.values()]
+        if self._link.ended_by_peer and flying:
+            (suspect, *others) = flying
+            if self.cautious and suspect is not None and not others:
+                await self._outbox.refuse(suspect.seq, f"whenever it is sent, {self._link.ended}", ENDINGS)
+            self.cautious = True
+
+    def _go_back(self, seq: int) -> None:
+        """Let a message be the next one."""
         self._overtook.discard(seq)
         self._cursor = min(self._cursor, seq - 1)
         self._page.clear()
-        self._resume_at = self._loop.time() + pause_s
-        self._loop.call_later(pause_s, self._stir.set)
 
     async def _send(self) -> None:
-        while len(self._link.in_flight) < self._link.window and self._loop.time() >= self._resume_at:
+        while self._may_send():
             message = await self._next()
-            if message is None or self._link.ended:
+            if message is None:
+                return
+            if not self._may_send():  # a refusal or the end came while the outbox was read
+                self._go_back(message.seq)
                 return
             life_s = life_left_s(message) if message.topic == contract.COMMAND else None
             replayed = message.seq <= self._backlog_end
@@ -266,6 +295,11 @@ class _Delivery:
                 self._link.publish(payload, qos=1, message=message, deadline_s=deadline_s)
             else:
                 await self._outbox.refuse(message.seq, "larger than the broker's maximum packet size", 1)
+
+    def _may_send(self) -> bool:
+        window = 1 if self.cautious else self._link.window
+        waits = self._refused or self._loop.time() < self._resume_at
+        return not (self._link.ended or waits or len(self._link.in_flight) >= window)
 
     async def _next(self) -> Message | None:
         """The message that is due; None: all that there is has been sent."""
@@ -312,15 +346,20 @@ class _Delivery:
                 log.warning("the broker refuses a retained state (%s); check its access rules", reason)
         elif reason.is_failure:
             self._refused.append((message.seq, f"the broker refused it: {reason}"))
+            self._wanted.add(message.seq)
+            self.cautious = True
         else:
             self._taken.append(message.seq)
+            self._wanted.discard(message.seq)
+            self.cautious = bool(self._wanted)
 
 
 class _Link:
     """One connection, from CONNECT to its end; nothing of it is used again."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, encrypted: bool) -> None:
         self._client = client
+        self._encrypted = encrypted
         client.on_log = self._logged
         self._loop = asyncio.get_running_loop()
         self._consent: asyncio.Future[Properties | str] = self._loop.create_future()
@@ -334,6 +373,8 @@ class _Link:
         self.window = WINDOW
         self.ended = ""
         """Why the connection ended; empty while it stands."""
+        self.ended_by_peer = False
+        """The other side closed it, neither we nor the network on the way."""
         self.on_puback: Callable[[Message | None, ReasonCode], None] = lambda _message, _reason: None
         self.on_end: Callable[[], object] = lambda: None
 
@@ -345,7 +386,7 @@ class _Link:
             will.topic, will.body, qos=1, retain=True, properties=_content_properties(PacketTypes.WILLMESSAGE, will)
         )
         client.max_inflight_messages = 0  # the window is kept here, so that paho never queues
-        link = cls(client)
+        link = cls(client, encrypted=mqtt.tls is not None)
         try:
             await _in_disposable_thread(lambda: dial(client, mqtt), "mqtt-dial")
             link._attach(mqtt.keepalive_s)
@@ -462,7 +503,8 @@ class _Link:
             if flight.deadline is not None:
                 flight.deadline.cancel()
         if not self._consent.done():
-            self._consent.set_result(reason)
+            hint = "does it accept mqtt.tls.cert_file?" if self._encrypted else "does it want TLS there (mqtt.tls)?"
+            self._consent.set_result(f"{reason} before the broker answered; {hint}")
         self.on_end()
 
     # -- paho's callbacks, all on the event loop once attached
@@ -486,6 +528,8 @@ class _Link:
     def _disconnected(
         self, _client: Client, _userdata: object, flags: DisconnectFlags, reason: ReasonCode, _properties: object
     ) -> None:
+        if not any(sign in self._complaint for sign in _SIGNS_OF_THE_NETWORK):
+            self.ended_by_peer = reason.getName() != "Keep alive timeout"
         if flags.is_disconnect_packet_from_server:
             self._end(f"the broker ended the connection: {reason}")
         else:
@@ -502,8 +546,7 @@ class _Link:
         self.on_puback(flight.message, reason)
 
     def _because(self) -> str:
-        hint = "; check mqtt.tls.cert_file, the broker does not accept it" if "alert" in self._complaint.lower() else ""
-        return f" ({self._complaint}){hint}" if self._complaint else ""
+        return f" ({self._complaint})" if self._complaint else ""
 
     def _logged(self, _client: Client, _userdata: object, level: int, text: str) -> None:
         """Keep what paho tells of an error: with TLS 1.3 a refused certificate shows up only here."""
@@ -547,11 +590,24 @@ def _password(file: Path | None) -> str | None:
         raise PublisherError(f"mqtt.password_file: {file} cannot be read ({_short(error)})") from None
 
 
+class _TidySocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails; paho forgets to, at every attempt."""
+
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 - the base class's signature
+        """Shake hands or close."""
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
 def _tls_context(tls: Tls) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
     except OSError as error:
         raise PublisherError(f"mqtt.tls.ca_file: {tls.ca_file} cannot be used ({_short(error)})") from None
+    context.sslsocket_class = _TidySocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if tls.cert_file is not None:
         try:
@@ -586,8 +642,8 @@ def _remedy(error: Exception) -> str:
     reason = _short(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the broker's certificate is not trusted ({error.verify_message}); check mqtt.tls.ca_file and mqtt.host"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({reason}); check mqtt.port and the certificates in mqtt.tls"
+    if isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError)):
+        return f"the handshake failed ({reason}); check mqtt.port and the certificates in mqtt.tls"
     if isinstance(error, (socket.gaierror, ValueError)):
         return f"the name is unknown ({reason}); check mqtt.host and the name server"
     if isinstance(error, ConnectionRefusedError):
@@ -601,7 +657,7 @@ def _short(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _pause_s(failures: int, longest_s: float) -> float:
+def pause_s(failures: int, longest_s: float) -> float:
     """Exponential with jitter, so that a hall full of devices does not come back in the same instant."""
     pause_s = min(longest_s, _FIRST_RETRY_S * 2.0 ** min(failures, 20))
     return pause_s * random.SystemRandom().uniform(0.5, 1.0)

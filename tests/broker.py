@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from typing_extensions import Self
 
 from edge_asr import settings
+from tests.payloads import complaint
 
 HOST = "127.0.0.1"
 PATIENCE_S = 20.0
@@ -45,15 +46,26 @@ class Broker:
     """A mosquitto process that keeps its port and its persistent store across restarts; a context manager."""
 
     def __init__(
-        self, folder: Path, *, extra: str = "", anonymous: bool = True, tls: Pki | None = None, durable: bool = True
+        self,
+        folder: Path,
+        *,
+        extra: str = "",
+        anonymous: bool = True,
+        tls: Pki | None = None,
+        durable: bool = True,
+        host: str = HOST,
+        prefix: Sequence[str] = (),
     ) -> None:
         """``extra`` is added to mosquitto.conf; with ``tls`` the broker asks clients for a certificate.
 
-        Durable, it saves its whole store with every change: right for killing it, slow under many messages.
+        Durable, it saves its whole store with every change: right for killing it, slow under many messages. A
+        ``prefix`` such as `ip netns exec NAME` puts the process elsewhere; ``host`` is then its address there.
         """
         self.folder = folder
+        self.host = host
+        self._prefix = prefix
         self.port = free_port()
-        lines = [f"user {getpass.getuser()}", f"log_dest file {folder}/mosquitto.log", f"listener {self.port} {HOST}"]
+        lines = [f"user {getpass.getuser()}", f"log_dest file {folder}/mosquitto.log", f"listener {self.port} {host}"]
         lines += [f"allow_anonymous {str(anonymous).lower()}", "max_queued_messages 0"]
         if tls is not None:
             lines += [f"cafile {tls.ca}", f"certfile {tls.cert('server')}", f"keyfile {tls.key('server')}"]
@@ -75,7 +87,7 @@ class Broker:
     def start(self) -> None:
         program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
         assert program, "mosquitto is not installed: tools/test installs it"
-        self._process = subprocess.Popen([program, "-c", str(self._config)])
+        self._process = subprocess.Popen([*self._prefix, program, "-c", str(self._config)])
         wait_until(self._listens, f"mosquitto listens ({self.folder}/mosquitto.log)")
 
     def stop(self) -> None:
@@ -101,7 +113,7 @@ class Broker:
 
     def mqtt(self, **more: Any) -> settings.Mqtt:
         """Settings that lead here."""
-        return settings.Mqtt.model_validate({"host": HOST, "port": self.port, "max_retry_s": 1, **more})
+        return settings.Mqtt.model_validate({"host": self.host, "port": self.port, "max_retry_s": 1, **more})
 
     def _end(self, number: signal.Signals) -> None:
         assert self._process
@@ -113,7 +125,7 @@ class Broker:
         assert self._process
         assert self._process.poll() is None, (self.folder / "mosquitto.log").read_text(encoding="utf-8")
         with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
+            return probe.connect_ex((self.host, self.port)) == 0
 
 
 @dataclass(frozen=True)
@@ -124,8 +136,11 @@ class Received:
     payload: dict[str, Any]
     """The JSON as it came, CloudEvents envelope included."""
     retained: bool
+    duplicate: bool
+    """The broker itself sends it again."""
     qos: int
-    properties: Properties | None
+    properties: Mapping[str, Any]
+    """MQTT 5 properties by paho's names, e.g. ``MessageExpiryInterval``."""
 
     @property
     def data(self) -> dict[str, Any]:
@@ -136,13 +151,17 @@ class Received:
 
 
 class Subscriber:
-    """Collects what the broker sends, in order; reconnects by itself and keeps its session meanwhile."""
+    """Collects what the broker sends, in order, and validates it; reconnects by itself and keeps its session meanwhile.
+
+    A later Subscriber of the same client id continues the session: the broker collects in between.
+    """
 
     def __init__(
         self, broker: Broker, topics: str = "#", *, client_id: str = "subscriber", tls: Pki | None = None
     ) -> None:
         self._topics = topics
         self._messages: list[Received] = []
+        self._invalid: list[str] = []
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
         self._client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
@@ -153,7 +172,7 @@ class Subscriber:
         self._client.on_message = self._on_message
         session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         session.SessionExpiryInterval = 3600
-        self._client.connect(HOST, broker.port, keepalive=5, properties=session)
+        self._client.connect(broker.host, broker.port, keepalive=5, clean_start=False, properties=session)
 
     def __enter__(self) -> Self:
         self._client.loop_start()
@@ -167,6 +186,7 @@ class Subscriber:
     @property
     def messages(self) -> list[Received]:
         with self._changed:
+            assert not self._invalid
             return list(self._messages)
 
     def on(self, suffix: str) -> list[Received]:
@@ -176,7 +196,9 @@ class Subscriber:
     def wait_for(self, condition: Callable[[list[Received]], object], what: str, limit_s: float = PATIENCE_S) -> None:
         """Return once the condition holds for the messages so far; fail with ``what`` after the limit."""
         with self._changed:
-            if not self._changed.wait_for(lambda: condition(self._messages), limit_s):
+            fulfilled = self._changed.wait_for(lambda: self._invalid or condition(self._messages), limit_s)
+            assert not self._invalid
+            if not fulfilled:
                 pytest.fail(f"waited {limit_s} s in vain: {what}; {len(self._messages)} messages came")
 
     def _on_connect(
@@ -187,9 +209,12 @@ class Subscriber:
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         payload = json.loads(message.payload)
-        received = Received(message.topic, payload, message.retain, message.qos, message.properties)
+        properties = vars(message.properties) if message.properties else {}
+        received = Received(message.topic, payload, message.retain, message.dup, message.qos, properties)
+        problem = complaint(message.topic, payload)
         with self._changed:
             self._messages.append(received)
+            self._invalid += [problem] if problem else []
             self._changed.notify_all()
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 
 from edge_asr import contract
@@ -36,3 +36,14 @@ def check(topic: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
         assert topic == f"{payload['source']}/{suffix}"
     validator(name).validate(data)
     return data
+
+
+def complaint(topic: str, payload: Mapping[str, Any]) -> str:
+    """What is wrong with a payload on one of our topics; empty: nothing."""
+    if not any(topic.endswith(f"/{suffix}") for suffix in contract.TOPICS):
+        return ""
+    try:
+        check(topic, payload)
+    except (ValidationError, AssertionError) as error:
+        return f"{topic}: {error}"
+    return ""
