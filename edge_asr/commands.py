@@ -1,8 +1,10 @@
 """Decides what an utterance commands: an intent with typed slots, a rejection with its reason, or nothing at all.
 
 Law: nothing becomes a command unless one sentence of the grammar explains the audio almost as well as the model's free
-text does (else ``not-understood``), and clearly better than any sentence with another meaning (else ``ambiguous``). A
-command's confidence is the likelihood it concedes to the free text, per token: exp(gap / tokens).
+text does (else ``not-understood``), and better than any sentence with another meaning (else ``ambiguous``). A command's
+confidence is the probability of both: P(a command was said) times P(it was this one rather than the second), and only
+above the intent's ``min_confidence`` it is accepted. Number words stand apart: each must be heard as if no grammar had
+been there, and no sentence with another number may come near (else ``unsafe-number``).
 Without posteriors (sherpa-onnx) the words of the text must be a sentence of the grammar exactly.
 """
 
@@ -14,15 +16,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_asr import grammar, settings
-from edge_asr.biasing import GrammarDecoder
+from edge_asr.biasing import GrammarDecoder, GrammarMatch
 from edge_asr.events import Command, Rejection
 from edge_asr.grammar import CommandGraph, Expectation, Reading, words_of
 from edge_asr.numbers import respell
 from edge_asr.posteriors import Recognition, TokenTable
 from edge_asr.wordgraph import Arc, Mark, Step
 
-MIN_MARGIN = 1.5
-"""Nats by which the best reading must beat the second: e^1.5 = 4.5 times as likely."""
+CREDIT = 0.2
+"""Share of the information in its tokens that a sentence may concede to the free path: a token is one of V and worth
+ln V nats, and free text pays for each, which a sentence of the grammar does not. So long sentences stand more noise."""
+
+DOUBT = 2.0
+"""Nats of that which are due in any case: the odds against a command before anything was heard."""
+
+SLACK = 0.3
+"""Nats that even the shortest sentence may concede."""
+
+TEMPERATURE = 2.0
+"""Frames of CTC are not independent, so nats overstate: dividing by this makes confidences match frequencies."""
+
+MAX_NUMERAL_GAP = 1.0
+"""Nats a number word may concede to the free path: beyond, something else was heard in its place."""
+
+MIN_NUMBER_MARGIN = 3.0
+"""Nats by which the best sentence must beat the best one with another number: e^3 = 20 times as likely."""
 
 
 class Interpreter:
@@ -33,6 +51,7 @@ class Interpreter:
         self._options = options
         self._decoder = GrammarDecoder(graph.words, table)
         self._texts = TextMatcher(graph)
+        self._credit_per_token = CREDIT * math.log(len(table))
 
     @property
     def unspellable(self) -> tuple[str, ...]:
@@ -48,14 +67,25 @@ class Interpreter:
         match = self._decoder.match(recognition.log_posteriors)
         if match is None:
             return Rejection("not-understood", "the audio is too short for any sentence of the grammar")
-        confidence = math.exp(match.best.gap / sum(match.best.word_tokens))
-        if confidence < self._threshold(match.best.reading):
-            heard = recognition.transcript.text
-            return Rejection("not-understood", f"heard {heard!r}, no command", confidence, (str(match.best.reading),))
-        if match.second is not None and match.best.gap - match.second.gap < MIN_MARGIN:
-            candidates = (str(match.best.reading), str(match.second.reading))
-            return Rejection("ambiguous", f"{candidates[0]} or {candidates[1]}", confidence, candidates)
-        return self._command(match.best.reading, confidence, " ".join(match.best.words))
+        return self._decide(match, recognition.transcript.text)
+
+    def _decide(self, match: GrammarMatch, heard: str) -> Command | Rejection:
+        best, second, other = match.best, match.second, match.other_number
+        credit = max(self._credit_per_token * best.tokens - DOUBT, SLACK)
+        is_command = _probability((best.gap + credit) / TEMPERATURE)
+        is_this = 1.0 if second is None else _probability((best.score - second.score) / TEMPERATURE)
+        confidence = is_command * is_this
+        candidates = tuple(str(h.reading) for h in (best, second) if h is not None)
+        if is_command < self._threshold(best.reading):
+            return Rejection("not-understood", f"heard {heard!r}, no command", confidence, candidates[:1])
+        if any(best.word_gaps[i] < -MAX_NUMERAL_GAP for i in best.numerals):
+            return Rejection("unsafe-number", f"heard {heard!r}, no clear number", confidence, candidates[:1])
+        if other is not None and best.score - other.score < MIN_NUMBER_MARGIN:
+            candidates = (str(best.reading), str(other.reading))
+            return Rejection("unsafe-number", " or ".join(candidates), confidence, candidates)
+        if confidence < self._threshold(best.reading):
+            return Rejection("ambiguous", " or ".join(candidates), confidence, candidates)
+        return self._command(best.reading, confidence, " ".join(best.words))
 
     def _from_text(self, text: str) -> Command | Rejection:
         readings = self._texts.readings(text)
@@ -82,6 +112,11 @@ class Interpreter:
             words=words,
             answer=intent.answer,
         )
+
+
+def _probability(nats: float) -> float:
+    """The logistic function: log odds to probability."""
+    return 1 / (1 + math.exp(-max(nats, -700.0)))
 
 
 class TextMatcher:
