@@ -108,6 +108,12 @@ class Vad(_Section):
     energy_gate_dbfs: Annotated[float, Field(ge=-120, le=0)] = -65.0
     """Frames quieter than this skip the detector: silence costs next to nothing."""
 
+    @model_validator(mode="after")
+    def _room_for_speech(self) -> Vad:
+        if self.pre_roll_s + self.min_speech_s >= self.max_utterance_s:
+            raise ValueError("max_utterance_s must be more than pre_roll_s + min_speech_s, or no speech is long enough")
+        return self
+
 
 class Partials(_Section):
     """Text while someone still speaks."""

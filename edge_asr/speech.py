@@ -3,12 +3,14 @@
 Law: pure; no clock, no I/O, no logger. Every utterance is one unbroken stretch of its source's samples: pre-roll,
 speech, and the part of the closing silence that the recognizer needs. A jump in the frames' positions (lost audio)
 closes the utterance at the jump. No utterance is longer than ``max_utterance_s``: continuous speech, or a machine that
-sounds like it, is cut at the quietest moment of the last seconds, and the rest goes on as the next utterance.
+sounds like it, is cut at the quietest moment of the last seconds, and the rest goes on as the next utterance. Two
+utterances may share silence, never a frame of speech.
 """
 
 from __future__ import annotations
 
 import array
+import itertools
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,11 +21,14 @@ from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, AudioFrame, Utterance
 CLOSE_BELOW = 0.15
 """How much lower than the threshold the probability must fall to count as silence (silero's own hysteresis)."""
 
+SILENT = 0.01
+"""A lower probability is silence whatever the threshold (silero's own floor), else a low one never closes."""
+
 KEEP_SILENCE_S = 0.3
 """Closing silence that stays in the utterance: word endings are quieter than the detector thinks."""
 
 CUT_WINDOW_S = 3.0
-"""An overlong utterance is cut at the quietest frame among its last seconds."""
+"""An overlong utterance is cut at the quietest frame among its last seconds, though never in its first half."""
 
 
 @dataclass(slots=True)
@@ -31,10 +36,21 @@ class _Open:
     """An utterance while it grows."""
 
     frames: list[AudioFrame]
-    speech_samples: int = 0
-    silence_samples: int = 0
-    """Since the last frame of speech."""
+    voiced: list[bool]
+    """Per frame: whether it is speech."""
+    needed_samples: float
+    """With less speech than this it is dropped."""
     id: str = field(default_factory=new_id)
+
+    @property
+    def speech_samples(self) -> int:
+        return sum(_samples(frame) for frame, voiced in zip(self.frames, self.voiced, strict=True) if voiced)
+
+    @property
+    def closing_silence(self) -> list[AudioFrame]:
+        """The frames since the last one of speech."""
+        silent = itertools.takewhile(lambda voiced: not voiced, reversed(self.voiced))
+        return self.frames[len(self.frames) - sum(1 for _ in silent) :]
 
 
 class SpeechGate:
@@ -73,7 +89,8 @@ class SpeechGate:
     def _wait(self, frame: AudioFrame, probability: float) -> None:
         self._pre_roll.append(frame)
         if probability >= self._options.threshold:
-            self._open = _Open(list(self._pre_roll), speech_samples=_samples(frame))
+            voiced = [False] * (len(self._pre_roll) - 1) + [True]
+            self._open = _Open(list(self._pre_roll), voiced, self._options.min_speech_s * SAMPLE_RATE)
             self._pre_roll.clear()
             return
         while self._pre_roll and frame.end - self._pre_roll[0].position > self._options.pre_roll_s * SAMPLE_RATE:
@@ -81,33 +98,34 @@ class SpeechGate:
 
     def _grow(self, utterance: _Open, frame: AudioFrame, probability: float) -> list[Utterance]:
         utterance.frames.append(frame)
-        if probability >= self._options.threshold - CLOSE_BELOW:
-            utterance.speech_samples += _samples(frame)
-            utterance.silence_samples = 0
-        else:
-            utterance.silence_samples += _samples(frame)
-        if utterance.silence_samples >= self._options.min_silence_s * SAMPLE_RATE:
+        utterance.voiced.append(probability >= max(self._options.threshold - CLOSE_BELOW, SILENT))
+        silence = utterance.closing_silence
+        if _length(silence) >= self._options.min_silence_s * SAMPLE_RATE:
             self._open = None
-            self._pre_roll.extend(_tail(utterance.frames, self._options.pre_roll_s))
+            self._pre_roll.extend(_tail(silence, self._options.pre_roll_s))
             return self._closed(utterance)
         if frame.end - utterance.frames[0].position >= self._options.max_utterance_s * SAMPLE_RATE:
             return self._cut(utterance)
         return []
 
     def _cut(self, utterance: _Open) -> list[Utterance]:
-        """Close an overlong utterance at its quietest late frame; the rest stays open."""
-        frames = utterance.frames
-        late = [i for i in range(1, len(frames)) if frames[-1].end - frames[i].position <= CUT_WINDOW_S * SAMPLE_RATE]
+        """Close an overlong utterance at its quietest late frame; the rest stays open.
+
+        What was enough speech before the cut stays enough: a word's last syllable behind it is not dropped.
+        """
+        frames, voiced = utterance.frames, utterance.voiced
+        window = min(CUT_WINDOW_S, self._options.max_utterance_s / 2) * SAMPLE_RATE
+        late = [i for i in range(1, len(frames)) if frames[-1].end - frames[i].position <= window]
         quietest = min(late, key=lambda i: _energy(frames[i]))
-        rest = frames[quietest:]
-        self._open = _Open(rest, speech_samples=sum(map(_samples, rest)))
-        return [_joined(utterance.id, frames[:quietest])]
+        needed = 1 if utterance.speech_samples >= utterance.needed_samples else utterance.needed_samples
+        self._open = _Open(frames[quietest:], voiced[quietest:], needed)
+        return self._closed(_Open(frames[:quietest], voiced[:quietest], needed, utterance.id))
 
     def _closed(self, utterance: _Open) -> list[Utterance]:
-        if utterance.speech_samples < self._options.min_speech_s * SAMPLE_RATE:
+        if utterance.speech_samples < utterance.needed_samples:
             return []
-        surplus = utterance.silence_samples - KEEP_SILENCE_S * SAMPLE_RATE
-        frames = utterance.frames
+        frames = utterance.frames.copy()
+        surplus = _length(utterance.closing_silence) - KEEP_SILENCE_S * SAMPLE_RATE
         while surplus >= _samples(frames[-1]):
             surplus -= _samples(frames.pop())
         return [_joined(utterance.id, frames)]
@@ -115,6 +133,10 @@ class SpeechGate:
 
 def _samples(frame: AudioFrame) -> int:
     return len(frame.pcm) // BYTES_PER_SAMPLE
+
+
+def _length(frames: list[AudioFrame]) -> int:
+    return sum(map(_samples, frames))
 
 
 def _energy(frame: AudioFrame) -> int:
