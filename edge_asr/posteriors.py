@@ -42,7 +42,7 @@ class TokenTable:
         pieces: list[str] = []
         for number, line in enumerate(text.splitlines(), start=1):
             piece, _, identifier = line.rpartition(" ")
-            if not identifier.isdigit() or int(identifier) != len(pieces):
+            if identifier != str(len(pieces)):
                 raise ValueError(f"line {number}: {line[:40]!r} is not `piece {len(pieces)}`")
             pieces.append(piece)
         return cls(tuple(pieces))
