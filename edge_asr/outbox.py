@@ -214,7 +214,7 @@ class Outbox:
         except BaseException as error:  # noqa: BLE001 - the constructor raises it to its caller
             opened.set_exception(error)
             return
-        self._last_seq = database.last_seq()
+        self._last_seq = database.newest
         opened.set_result(None)
         with contextlib.closing(database):
             while jobs := self._take():
@@ -273,31 +273,35 @@ class _Database:
         self._path = path
         self._max_bytes = max_bytes
         self._ballast = _Ballast(_beside(path, ".ballast"), ballast_bytes)
+        self._connection: sqlite3.Connection | None = None
         self._synchronous = ""
         self.newest = 0
-        try:
+        with _told_of(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._mark = _Mark(path)
-        except OSError as error:
-            raise OutboxError(_cannot(path, error.strerror or str(error))) from None
         try:
-            self.connection = self._open()
-            self.newest = self.last_seq()
-            self._ballast.restore()
+            with _told_of(path):
+                self._open()
+                self._ballast.restore()
         except BaseException:
             self._mark.close()
             raise
 
-    def close(self) -> None:
-        self.connection.close()
-        self._mark.close()
+    @property
+    def connection(self) -> sqlite3.Connection:
+        if self._connection is None:  # the last try to mend a damaged file failed
+            self._open()
+        assert self._connection is not None  # noqa: S101 - for the type checker
+        return self._connection
 
-    def last_seq(self) -> int:
-        return _last_seq(self.connection)
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._mark.close()
 
     def transact(self, works: Sequence[Callable[[_Database], Any]], *, durable: bool) -> list[Any]:
         """Run the works in one transaction, mending what can be mended on the way. Raises OutboxError."""
-        try:
+        with _told_of(self._path):
             try:
                 results = self._transact(works, durable=durable)
             except (sqlite3.Error, UnicodeDecodeError) as error:
@@ -308,26 +312,24 @@ class _Database:
                 else:
                     raise
                 results = self._transact(works, durable=durable)
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            raise OutboxError(_cannot(self._path, str(error))) from None
         if self._ballast.missing and self._ballast.restore():
             self._limit_pages(_UNLIMITED_PAGES)
         return results
 
     def _transact(self, works: Sequence[Callable[[_Database], Any]], *, durable: bool) -> list[Any]:
+        connection, newest = self.connection, self.newest
         wanted = "FULL" if durable else "NORMAL"
         if wanted != self._synchronous:
-            self.connection.execute(f"PRAGMA synchronous = {wanted}")
+            connection.execute(f"PRAGMA synchronous = {wanted}")
             self._synchronous = wanted
-        newest = self.newest
         try:
-            self.connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN IMMEDIATE")
             results = [work(self) for work in works]
-            self.connection.execute("COMMIT")
+            connection.execute("COMMIT")
         except BaseException:
             self.newest = newest
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
         return results
 
@@ -347,10 +349,13 @@ class _Database:
         return Message(*new, draft.data, *times)
 
     def oldest(self, limit: int, after_seq: int, category: str | None) -> list[Message]:
-        of_category = "" if category is None else f"AND category = '{category}'"
-        query = f"{_SELECT} FROM message WHERE seq > ? {of_category} ORDER BY seq LIMIT ?"
+        query = f"{_SELECT} FROM message WHERE seq > ? ORDER BY seq LIMIT ?"
+        values: tuple[object, ...] = (after_seq, limit)
+        if category is not None:
+            query = f"{_SELECT} FROM message WHERE seq > ? AND category = ? ORDER BY seq LIMIT ?"
+            values = (after_seq, category, limit)
         while True:
-            rows = self.connection.execute(query, (after_seq, limit)).fetchall()
+            rows = self.connection.execute(query, values).fetchall()
             self._require_reachable([row[_SEQ_AT] for row in rows])
             spoilt = [row[_SEQ_AT] for row in rows if not _is_sound(row)]
             for seq in spoilt:
@@ -421,45 +426,41 @@ class _Database:
         self.connection.execute(f"PRAGMA max_page_count = {pages}")
 
     def _heal(self, reason: str) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self.connection.close()
-        self._synchronous = ""
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+        if self._ballast.needed():
+            self._ballast.release()
         _rescue(self._path, self._mark.value, reason)
-        self.connection = self._open()
-        self.newest = self.last_seq()
+        self._open()
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> None:
+        _swap_in_rescued(self._path)
         try:
-            _swap_in_rescued(self._path)
-            return self._connect()
+            self._connection = self._connect()
         except (sqlite3.Error, UnicodeDecodeError) as error:
+            if self._ballast.needed():
+                self._ballast.release()  # a full disk has no room for the log file that opening creates
+            elif not _is_damage(error):
+                raise
             if _is_damage(error):
                 _rescue(self._path, self._mark.value, str(error))
-            elif self._ballast.needed():
-                self._ballast.release()  # a full disk has no room for the log file that opening creates
-            else:
-                raise OutboxError(_cannot(self._path, str(error))) from None
-        except OSError as error:
-            raise OutboxError(_cannot(self._path, error.strerror or str(error))) from None
-        try:
-            return self._connect()
-        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
-            raise OutboxError(_cannot(self._path, str(error))) from None
+            self._connection = self._connect()
+        self._synchronous = ""
+        self.newest = _last_seq(self._connection)
 
     def _connect(self) -> sqlite3.Connection:
-        os.close(os.open(self._path, os.O_CREAT | os.O_CLOEXEC, 0o640))  # what was said is not for everybody's eyes
-        connection = _new_connection(str(self._path))
+        connection = _new_connection(_private(self._path))
         try:
             version = _refuse_foreign(connection, self._path, ours=self._mark.value > 0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
-            connection.execute("PRAGMA synchronous = FULL")
             _migrate(connection, version)
             self._number_on(connection, is_new=version == 0)
         except BaseException:
             connection.close()
             raise
-        self._synchronous = "FULL"
         return connection
 
     def _number_on(self, connection: sqlite3.Connection, *, is_new: bool) -> None:
@@ -477,7 +478,6 @@ class _Mark:
     """The lock file: held for as long as the outbox is open, and its text is the highest sequence number in reserve."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._file = os.open(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -493,11 +493,8 @@ class _Mark:
         """Make sure that ``seq`` is remembered as used, whatever becomes of the database."""
         if seq > self.value:
             value = seq - 1 + _SEQ_BLOCK
-            try:
-                os.pwrite(self._file, b"%20d\n" % value, 0)
-                os.fdatasync(self._file)
-            except OSError as error:
-                raise OutboxError(_cannot(self._path, error.strerror or str(error))) from None
+            os.pwrite(self._file, b"%20d\n" % value, 0)
+            os.fdatasync(self._file)
             self.value = value
 
     def close(self) -> None:
@@ -547,14 +544,18 @@ def read_statistics(path: Path) -> Statistics:
     if not path.exists():
         raise OutboxError(f"{path}: there is no outbox yet; the daemon makes it when it first runs")
     live = _beside(path, "-wal").exists()
-    try:
+    with _told_of(path):
         connection = _new_connection(f"{path.resolve().as_uri()}?{'mode=ro' if live else 'immutable=1'}", uri=True)
         with contextlib.closing(connection):
             connection.execute("BEGIN")
             _refuse_foreign(connection, path)
             return _statistics(connection)
-    except sqlite3.Error as error:
-        raise OutboxError(_cannot(path, str(error))) from None
+
+
+def _private(path: Path) -> str:
+    """The path, after making sure of a file there that is not for everybody's eyes: it holds what was said."""
+    os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o640))
+    return str(path)
 
 
 def _new_connection(database: str, *, uri: bool = False) -> sqlite3.Connection:
@@ -656,8 +657,15 @@ def _is_damage(error: Exception) -> bool:
     return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, sqlite3.DataError, UnicodeDecodeError}
 
 
-def _cannot(path: Path, reason: str) -> str:
-    return f"{path}: the outbox cannot be used ({reason}); check the folder's permissions and free space"
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Turn what SQLite and the file system raise into one clear line."""
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "check the folder's permissions and free space"
+        raise OutboxError(f"{path}: the outbox cannot be used ({reason}); {remedy}") from None
 
 
 # -- a damaged file: read what can be read into a new one, then exchange them
@@ -676,7 +684,7 @@ def _rescue(path: Path, highest_seq: int, reason: str) -> None:
     kept_as = _free_name(path)
     unfinished = _beside(path, ".unfinished")
     unfinished.unlink(missing_ok=True)
-    with contextlib.closing(_new_connection(str(unfinished))) as target:
+    with contextlib.closing(_new_connection(_private(unfinished))) as target:
         _migrate(target, 0)
         target.execute("BEGIN")
         rescued = _copy_readable(path, target, highest_seq)
@@ -684,7 +692,7 @@ def _rescue(path: Path, highest_seq: int, reason: str) -> None:
         target.execute("INSERT INTO damage VALUES (?, ?, ?)", (clock.wall_ns(), rescued, kept_as.name))
         target.execute("COMMIT")
     unfinished.rename(_beside(path, ".rescued"))
-    _swap_in_rescued(path)
+    _swap_in_rescued(path, kept_as)
     log.error(
         "%s was damaged (%s): %d messages rescued, numbering continues after %d, the damaged file is kept as %s",
         *(path, reason, rescued, highest_seq, kept_as.name),
@@ -700,12 +708,12 @@ def _free_name(path: Path) -> Path:
     return name
 
 
-def _swap_in_rescued(path: Path) -> None:
+def _swap_in_rescued(path: Path, aside: Path | None = None) -> None:
     """Finish an exchange: the damaged file out of the way, its log first (it must never meet the new file)."""
     rescued = _beside(path, ".rescued")
     if not rescued.exists():
         return
-    aside = _free_name(path)
+    aside = aside or _free_name(path)
     for ending in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             _beside(path, ending).rename(_beside(aside, ending))

@@ -419,6 +419,33 @@ def test_an_outbox_opens_on_a_full_disk(small_disk: Path) -> None:
     asyncio.run(main())
 
 
+def test_damage_on_a_full_disk_is_mended_when_there_is_space_and_nothing_is_lost_meanwhile(small_disk: Path) -> None:
+    path = small_disk / "outbox.db"
+
+    async def commit() -> list[Message]:
+        with opened(path, 100 * MEGABYTE) as outbox:
+            return await filled(outbox, 3000, "x" * 1800)
+
+    async def mend(committed: list[Message], make_space: Callable[[], None]) -> None:
+        with opened(path, 100 * MEGABYTE) as outbox:
+            for _ in range(3):
+                with pytest.raises(OutboxError, match="full"):
+                    await waiting(outbox)
+            make_space()
+            rescued = await waiting(outbox)
+            assert len(rescued) >= 2990
+            assert set(seqs_of(rescued)) < set(seqs_of(committed))
+            await outbox.append(draft())
+
+    committed = asyncio.run(commit())
+    zero_a_page_in_the_middle(path)
+    asyncio.run(mend(committed, fill_up(small_disk).unlink))
+
+
+def seqs_of(messages: Sequence[Message]) -> list[int]:
+    return [message.seq for message in messages]
+
+
 def test_more_than_the_quota_in_one_piece_is_refused_and_drops_nothing(path: Path) -> None:
     async def main() -> None:
         with opened(path, MEGABYTE) as outbox:
@@ -522,8 +549,12 @@ def test_whatever_bytes_change_no_message_is_delivered_that_was_not_written(
             assert all(originals[message.seq] == message for message in found)
             (fresh,) = await outbox.append(draft("goes on"))
             assert fresh.seq > 120
-            await outbox.acknowledge(message.seq for message in found)
-            assert await waiting(outbox) == [fresh]
+            # A tree that is out of order may hide a row from its deletion; once that is seen, the next one holds.
+            for _ in range(2):
+                await outbox.acknowledge(seq for seq in originals)
+                left = await waiting(outbox)
+                assert fresh in left
+            assert left == [fresh]
 
     asyncio.run(main())
 
