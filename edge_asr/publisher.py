@@ -163,8 +163,8 @@ class Publisher:
 
     async def _farewell(self, link: _Link, delivery: _Delivery) -> None:
         """Say offline; the broker answers in order, so the answer also settles what was in flight."""
-        self._retained[contract.STATUS] = contract.status_data("offline", "the daemon was stopped")
-        self._send_retained(link, contract.STATUS)
+        gone = self._renderer.state(contract.STATUS, contract.status_data("offline", "the daemon was stopped"))
+        link.publish(gone, qos=1, retain=True)
         with contextlib.suppress(asyncio.TimeoutError, OutboxError):
             await asyncio.wait_for(delivery.finish(), _FAREWELL_S)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -447,11 +447,12 @@ class _Link:
 
     def abort(self, reason: str) -> None:
         """End the connection now; what the kernel has not sent yet is thrown away (RST)."""
-        if self._socket is not None:
+        opened = self._socket
+        if opened is not None:
             with contextlib.suppress(OSError):
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._detach()
-            self._socket.close()
+            opened.close()
         self._end(reason)
 
     def _attach(self, keepalive_s: int) -> None:
@@ -469,26 +470,30 @@ class _Link:
         self._client.on_publish = self._published
         self._client.on_socket_close = lambda *_: self._detach()
         self._client.on_socket_register_write = lambda *_: self._loop.add_writer(opened, self._client.loop_write)
-        self._client.on_socket_unregister_write = lambda *_: self._no_writer(opened)
+        self._client.on_socket_unregister_write = lambda *_: self._stop_writing(opened)
         self._loop.add_reader(opened, self._read)
         self._read()  # TLS may have read ahead already
         self._keep_alive()
 
-    def _no_writer(self, of: socket.socket) -> None:
-        self._loop.remove_writer(of)
+    def _stop_writing(self, opened: socket.socket) -> None:
+        self._loop.remove_writer(opened)
 
     def _detach(self) -> None:
+        """Take the socket from the event loop, for good: paho's destructor still calls back."""
         if self._tick is not None:
             self._tick.cancel()
-            self._tick = None
-        if self._socket is not None and self._socket.fileno() >= 0:
-            self._loop.remove_reader(self._socket)
-            self._loop.remove_writer(self._socket)
+        opened, self._socket = self._socket, None
+        if opened is not None:
+            self._client.on_socket_close = None
+            self._client.on_socket_register_write = None
+            self._client.on_socket_unregister_write = None
+            self._loop.remove_reader(opened)
+            self._loop.remove_writer(opened)
 
     def _read(self) -> None:
         """Read what is there; TLS may hold decrypted bytes that the loop's selector cannot see."""
         while self._client.loop_read() is MQTTErrorCode.MQTT_ERR_SUCCESS:
-            if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.fileno() >= 0 and self._socket.pending()):
+            if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
                 return
 
     def _keep_alive(self) -> None:

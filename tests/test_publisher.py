@@ -438,8 +438,9 @@ def test_a_message_larger_than_the_broker_takes_is_put_aside_and_does_not_end_th
                 async with publishing(broker.mqtt(), outbox):
                     await received(subscriber, lambda got: len(events(got)) == 1, "the short message")
                     await until(lambda: emptied(outbox), "an empty outbox")
+                await received(subscriber, lambda _: states(subscriber)[-1] == "offline", "the farewell")
+                assert states(subscriber) == ["online", "offline"], "the connection ended in between"
                 assert seqs(events(subscriber.messages)) == [2]
-                assert len(subscriber.on("status")) == 2, "one connection: online and offline"
 
     run(main())
     assert "larger than the broker's maximum packet size" in caplog.text
