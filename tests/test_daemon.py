@@ -111,10 +111,20 @@ def test_spoken_commands_arrive_at_a_subscriber_as_the_labels_say(tmp_path: Path
         subscriber.wait_for(lambda m: m[-1].topic.endswith("status") and m[-1].data["state"] == "offline", "farewell")
         commands = [(m.data["intent"], m.data["slots"]) for m in subscriber.on("evt/command")]
         pending = [(m.data["intent"], m.data["slots"]) for m in subscriber.on("evt/pending")]
-    said = [(label["intent"], label["slots"]) for label in spoken if label["intent"]]
-    risky = [command for command in said if command[0] == "SetPoint"]  # becomes a command when it is confirmed
-    assert pending == risky
-    assert commands == [risky[0] if command[0] == "Confirm" else command for command in said if command not in risky]
+    expected = []
+    held: tuple[str, dict[str, Any]] | None = None
+    for label in spoken:
+        command = (label["intent"], label["slots"])
+        if command[0] in {"StartMachine", "SetPoint"}:
+            held = command
+        elif command[0] == "Confirm" and held:
+            expected.append(held)
+            held = None
+        elif label["text"]:  # a cancel, another command or talk: the held one is cancelled
+            expected += [command] if command[0] and not (held and command[0] == "Cancel") else []
+            held = None
+    assert [c[0] for c in pending] == ["StartMachine", "SetPoint", "StartMachine"]
+    assert commands == expected
 
 
 def test_everything_committed_before_a_sigkill_arrives_later_and_in_order(tmp_path: Path) -> None:
