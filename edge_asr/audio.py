@@ -51,6 +51,12 @@ def from_float(samples: NDArray[np.floating[Any]]) -> bytes:
     return scaled.clip(-FULL_SCALE, FULL_SCALE - 1).astype("<i2").tobytes()
 
 
+def at_speed(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]:
+    """The same sound played at another speed (0.9: a tenth slower, and so much deeper)."""
+    played: NDArray[np.float32] = soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE)
+    return played
+
+
 def level_dbfs(pcm: bytes) -> float:
     """RMS level; 0 dBFS is a full-scale square wave, so a full-scale sine reads -3.01."""
     if not pcm:

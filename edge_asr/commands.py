@@ -42,6 +42,10 @@ MAX_NUMERAL_GAP = 1.0
 MIN_NUMBER_MARGIN = 3.0
 """Nats by which the best sentence must beat the best one with another number: e^3 = 20 times as likely."""
 
+NUMBER_PACES = (1 / 1.1, 1 / 1.2)
+"""Paces at which a number is listened to again. A model that is surely wrong at one pace seldom is at all of them: of
+343 spoken numbers 5 passed as wrong at their own pace, all of which fell at the slower ones (right ones lost: 11 %)."""
+
 
 class Interpreter:
     """One site's grammars under one model's tokens."""
@@ -67,10 +71,10 @@ class Interpreter:
         match = self._decoder.match(recognition.log_posteriors)
         if match is None:
             return Rejection("not-understood", "the audio is too short for any sentence of the grammar")
-        return self._decide(match, recognition.transcript.text)
+        return self._decide(match, recognition)
 
-    def _decide(self, match: GrammarMatch, heard: str) -> Command | Rejection:
-        best, second, other = match.best, match.second, match.other_number
+    def _decide(self, match: GrammarMatch, recognition: Recognition) -> Command | Rejection:
+        best, second, heard = match.best, match.second, recognition.transcript.text
         credit = max(self._credit_per_token * best.tokens - DOUBT, SLACK)
         is_command = _probability((best.gap + credit) / TEMPERATURE)
         is_this = 1.0 if second is None else _probability((best.score - second.score) / TEMPERATURE)
@@ -78,14 +82,29 @@ class Interpreter:
         candidates = tuple(str(h.reading) for h in (best, second) if h is not None)
         if is_command < self._threshold(best.reading):
             return Rejection("not-understood", f"heard {heard!r}, no command", confidence, candidates[:1])
-        if any(best.word_gaps[i] < -MAX_NUMERAL_GAP for i in best.numerals):
-            return Rejection("unsafe-number", f"heard {heard!r}, no clear number", confidence, candidates[:1])
-        if other is not None and best.score - other.score < MIN_NUMBER_MARGIN:
-            candidates = (str(best.reading), str(other.reading))
-            return Rejection("unsafe-number", " or ".join(candidates), confidence, candidates)
         if confidence < self._threshold(best.reading):
             return Rejection("ambiguous", " or ".join(candidates), confidence, candidates)
+        if best.numerals and not self._is_sure_of_numbers(match, recognition):
+            return Rejection("unsafe-number", f"heard {heard!r}, no clear number", confidence, candidates)
         return self._command(best.reading, confidence, " ".join(best.words))
+
+    def _is_sure_of_numbers(self, match: GrammarMatch, recognition: Recognition) -> bool:
+        """Whether every number word was heard as such, and the same at every pace."""
+        said = match.best
+        if (
+            any(said.word_gaps[i] < -MAX_NUMERAL_GAP for i in said.numerals)
+            or _number_margin(match) < MIN_NUMBER_MARGIN
+        ):
+            return False
+        if recognition.at_pace is None:
+            return True
+        for pace in NUMBER_PACES:
+            again = self._decoder.match(recognition.at_pace(pace))
+            if again is None or again.best.said_numbers != said.said_numbers:
+                return False
+            if _number_margin(again) < MIN_NUMBER_MARGIN:
+                return False
+        return True
 
     def _from_text(self, text: str) -> Command | Rejection:
         readings = self._texts.readings(text)
@@ -111,7 +130,13 @@ class Interpreter:
             units=dict(reading.units),
             words=words,
             answer=intent.answer,
+            stations=intent.stations,
         )
+
+
+def _number_margin(match: GrammarMatch) -> float:
+    """Nats between the best sentence and the best one with another number."""
+    return math.inf if match.other_number is None else match.best.score - match.other_number.score
 
 
 def _probability(nats: float) -> float:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from rapidfuzz.distance import Levenshtein
 from edge_asr import settings
 from edge_asr.audio import from_float, read_file, to_float
 from edge_asr.daemon import Engine
-from edge_asr.events import SAMPLE_RATE, Command, Rejection, SlotValue
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, Command, Rejection, SlotValue
 from edge_asr.grammar import words_of
+from edge_asr.numbers import value_of
 from edge_asr.pipeline import Understanding
 
 ENERGY_FRAME = 2048
 """Samples in a frame when speech and noise are compared by their loudest frames (the benchmark's choice)."""
+
+BANDS = 10
+"""Bands of confidence in the calibration."""
 
 PEAK = 0.5
 """Level to which a noisy mixture is normalised (the benchmark's choice)."""
@@ -62,22 +67,40 @@ class Outcome:
     @property
     def accepted(self) -> bool:
         """Exactly the labelled command came, intent and every slot."""
-        return len(self.commands) == 1 and self._is_right(self.commands[0])
+        return len(self.commands) == 1 and self.is_right(self.commands[0])
 
     @property
     def wrong_numbers(self) -> int:
         """Commands that were acted on with another number than was said."""
         return sum(self._has_wrong_number(command) for command in self.commands)
 
-    def _is_right(self, command: Command) -> bool:
+    def is_right(self, command: Command) -> bool:
+        """Whether it is the labelled command."""
         return command.intent == self.item.intent and dict(command.slots) == dict(self.item.slots)
 
     def _has_wrong_number(self, command: Command) -> bool:
-        labels = self.item.slots
         return any(
-            not isinstance(value, str) and (name not in labels or labels[name] != value)
+            _numbers_in(value)
+            and (name not in self.item.slots or _numbers_in(self.item.slots[name]) != _numbers_in(value))
             for name, value in command.slots.items()
         )
+
+
+def _numbers_in(value: SlotValue) -> tuple[float, ...]:
+    """The numbers that a slot's value holds: 1200, "line-3" and "eight ounce" each hold one."""
+    if not isinstance(value, str):
+        return (float(value),)
+    found = (value_of([word], "en") for word in re.findall(r"[0-9]+(?:\.[0-9]+)?|[^\W0-9_]+", value.lower()))
+    return tuple(float(number) for number in found if number is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """All outcomes at one signal-to-noise ratio."""
+
+    snr_db: float | None
+    """None: as recorded."""
+    outcomes: tuple[Outcome, ...]
 
 
 def read_manifest(path: Path) -> list[Item]:
@@ -119,7 +142,7 @@ def _loudest(samples: NDArray[np.float32]) -> float:
     return float(np.square(samples[: count * ENERGY_FRAME]).reshape(count, ENERGY_FRAME).sum(axis=1).max())
 
 
-def run(
+def measure(
     engine: Engine,
     items: Sequence[Item],
     vad: settings.Vad,
@@ -127,15 +150,17 @@ def run(
     noise: NDArray[np.float32] | None = None,
     snr_db: float | None = None,
     seed: int = 0,
-) -> Iterator[Outcome]:
+) -> Condition:
     """Hear every recording as the daemon would, clean or in noise. Raises AudioFileError."""
+    outcomes = []
     for item in items:
         pcm = read_file(item.audio)
         if noise is not None and snr_db is not None:
             pcm = from_float(mix(to_float(pcm), noise, snr_db, f"{seed}:{item.audio.name}:{snr_db:g}"))
         began = time.thread_time()
         heard = list(engine.hear(pcm, vad))
-        yield _outcome(item, heard, len(pcm) / 2 / SAMPLE_RATE, time.thread_time() - began)
+        outcomes.append(_outcome(item, heard, len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE, time.thread_time() - began))
+    return Condition(snr_db, tuple(outcomes))
 
 
 def _outcome(item: Item, heard: Sequence[Understanding], duration_s: float, cpu_s: float) -> Outcome:
@@ -149,27 +174,50 @@ def _outcome(item: Item, heard: Sequence[Understanding], duration_s: float, cpu_
     )
 
 
-def summarize(outcomes: Sequence[Outcome], snr_db: float | None) -> dict[str, Any]:
+def summarize(condition: Condition) -> dict[str, Any]:
     """The figures of one condition."""
+    outcomes = condition.outcomes
     with_intent = [o for o in outcomes if o.item.intent is not None]
     without = [o for o in outcomes if o.item.intent is None]
     accepted = sum(o.accepted for o in with_intent)
+    false_accepts = sum(len(o.commands) for o in without)
     hours = sum(o.duration_s for o in without) / 3600
     audio_s = sum(o.duration_s for o in outcomes)
     errors, words = _word_errors(outcomes)
     return {
-        "snr": snr_db,
+        "snr": condition.snr_db,
         "n": len(outcomes),
         "accepted": accepted,
         "acceptance": round(accepted / len(with_intent), 4) if with_intent else None,
-        "wrong_commands": sum(len(o.commands) for o in with_intent) - accepted,
+        "wrong_commands": sum(len(o.commands) - o.accepted for o in with_intent),
         "wrong_numbers": sum(o.wrong_numbers for o in outcomes),
-        "false_accepts": sum(len(o.commands) for o in without),
-        "false_accepts_per_hour": round(sum(len(o.commands) for o in without) / hours, 3) if without else None,
+        "false_accepts": false_accepts,
+        "false_accepts_per_hour": round(false_accepts / hours, 3) if without else None,
+        "hours_without_command": round(hours, 3),
         "wer": round(errors / words, 4) if words else None,
         "rtf": round(sum(o.cpu_s for o in outcomes) / audio_s, 4),
         "rejections": dict(Counter(r.reason for o in outcomes for r in o.rejections).most_common()),
+        "calibration": _calibration(outcomes),
     }
+
+
+def _calibration(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Per band of confidence: how many commands came with it, their mean confidence and how many were right."""
+    bands: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for outcome in outcomes:
+        for command in outcome.commands:
+            right = outcome.is_right(command)
+            bands[min(int(command.confidence * BANDS), BANDS - 1)].append((command.confidence, right))
+    return [
+        {
+            "from": band / BANDS,
+            "to": (band + 1) / BANDS,
+            "n": len(pairs),
+            "confidence": round(sum(confidence for confidence, _ in pairs) / len(pairs), 3),
+            "right": sum(right for _, right in pairs),
+        }
+        for band, pairs in sorted(bands.items())
+    ]
 
 
 def _word_errors(outcomes: Sequence[Outcome]) -> tuple[int, int]:

@@ -17,10 +17,19 @@ import kaldi_native_fbank as knf
 import numpy as np
 import onnxruntime as ort
 
-from edge_asr.audio import to_float
+from edge_asr.audio import at_speed, to_float
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Token, Transcript
 from edge_asr.model_store import ModelError
-from edge_asr.posteriors import FRAME_S, TAG_FRAMES, WORD_START, Recognition, TokenTable, log_softmax, transcribe
+from edge_asr.posteriors import (
+    FRAME_S,
+    TAG_FRAMES,
+    WORD_START,
+    Recognition,
+    TokenTable,
+    foreign,
+    log_softmax,
+    transcribe,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,26 +171,43 @@ class OnnxRecognizer:
         self.table = load_tokens(files.tokens, self._contract.vocabulary)
         self.provider: str = self._session.get_providers()[0]
         self._features = Features(self._contract)
-        self._language = np.array([self._contract.language_ids[options.language]], np.int32)
+        self._language = options.language
+        self._languages = options.languages if options.language == "auto" else ()
         itn = self._contract.with_itn if options.use_itn else self._contract.without_itn
         self._text_norm = np.array([itn], np.int32)
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
-        features = self._features(_checked(pcm))
+        samples = _checked(pcm)
+        heard = self._decode(samples, self._language)
+        if foreign(heard.transcript, self._languages):  # listen again for what is spoken here
+            again = (self._decode(samples, language) for language in self._languages)
+            heard = max(again, key=lambda recognition: recognition.transcript.confidence)
+        return heard
+
+    def _decode(self, samples: NDArray[np.float32], language: str) -> Recognition:
+        logits = self._logits(samples, language)
+        tags = [self.table.tag(int(i)) for i in logits[:TAG_FRAMES].argmax(axis=1)]
+        log_posteriors = log_softmax(logits[TAG_FRAMES:])
+
+        def at_pace(pace: float) -> NDArray[np.float32]:
+            return log_softmax(self._logits(at_speed(samples, pace), language)[TAG_FRAMES:])
+
+        return Recognition(transcribe(log_posteriors, tags, self.table), log_posteriors, at_pace)
+
+    def _logits(self, samples: NDArray[np.float32], language: str) -> NDArray[np.float32]:
+        features = self._features(samples)
         feed = {
             "x": features[None],
             "x_length": np.array([len(features)], np.int32),
-            "language": self._language,
+            "language": np.array([self._contract.language_ids[language]], np.int32),
             "text_norm": self._text_norm,
         }
         try:
             logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0][0]
         except Exception as error:  # onnxruntime's classes share no base but this
-            raise RecognizerError(f"onnxruntime failed on {len(pcm)} bytes of audio: {error}") from error
-        tags = [self.table.tag(int(i)) for i in logits[:TAG_FRAMES].argmax(axis=1)]
-        log_posteriors = log_softmax(logits[TAG_FRAMES:])
-        return Recognition(transcribe(log_posteriors, tags, self.table), log_posteriors)
+            raise RecognizerError(f"onnxruntime failed on {len(samples)} samples of audio: {error}") from error
+        return logits
 
 
 class SherpaRecognizer:

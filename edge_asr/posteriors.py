@@ -7,7 +7,7 @@ frame is :data:`FRAME_S` of audio. Nothing here knows which model or engine made
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,6 +81,8 @@ class Recognition:
     transcript: Transcript
     log_posteriors: NDArray[np.float32] | None
     """[frames, vocabulary] without the tag frames; None where the engine keeps them to itself."""
+    at_pace: Callable[[float], NDArray[np.float32]] | None = None
+    """Listens again: the log-posteriors of the same audio played at another pace (0.9: a tenth slower)."""
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -114,3 +116,23 @@ def transcribe(log_posteriors: NDArray[np.float32], tags: Sequence[str], table: 
             Token(table.pieces[token].replace(WORD_START, " "), round(s * FRAME_S, 3)) for token, s, _ in runs
         ),
     )
+
+
+_SCRIPTS = {
+    re.compile(r"[\u3040-\u30ff]"): {"ja"},
+    re.compile(r"[\uac00-\ud7af]"): {"ko"},
+    re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"): {"zh", "yue", "ja"},
+}
+"""Characters that only some languages write; Latin letters stand in the texts of all."""
+
+_TAGGED_LANGUAGES = {"zh", "en", "yue", "ja", "ko"}
+
+
+def foreign(transcript: Transcript, languages: Sequence[str]) -> bool:
+    """Whether the language tag or the script is none of ``languages``; never, where these are empty."""
+    allowed = set(languages)
+    if not allowed or not transcript.text:
+        return False
+    if transcript.language in _TAGGED_LANGUAGES - allowed:
+        return True
+    return any(pattern.search(transcript.text) and not allowed & written for pattern, written in _SCRIPTS.items())

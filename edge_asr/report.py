@@ -1,0 +1,163 @@
+"""Writes an evaluation as one HTML page: table, plots, and the worst utterances to listen to. Needs no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from edge_asr.evaluation import Condition, Outcome
+
+WORST = 40
+"""Utterances on the page, at most."""
+
+COLUMNS = {
+    "snr": "SNR, dB",
+    "n": "recordings",
+    "accepted": "accepted",
+    "acceptance": "acceptance",
+    "wrong_commands": "wrong commands",
+    "wrong_numbers": "wrong numbers",
+    "false_accepts_per_hour": "false accepts per hour",
+    "wer": "word error rate",
+    "rtf": "real-time factor",
+}
+"""Keys of a condition's summary that are shown, with their headings."""
+
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 280, 50, 12, 40
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
+td.text, th.text { text-align: left } svg { max-width: 100%; font: 12px system-ui, sans-serif } audio { height: 2em }
+"""
+
+
+def text_of(value: object, *, clean: str = "clean") -> str:
+    """A figure for people."""
+    if value is None:
+        return clean
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def row_of(summary: Mapping[str, Any]) -> list[str]:
+    """The figures of :data:`COLUMNS`; a dash where there is nothing to measure."""
+    return [text_of(summary[key], clean="clean" if key == "snr" else "-") for key in COLUMNS]
+
+
+def page(result: Mapping[str, Any], conditions: Sequence[Condition], folder: Path) -> str:
+    """The whole page; ``folder`` is where it will lie, for the links to the recordings."""
+    summaries = result["conditions"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>edge-asr eval</title><style>{_STYLE}</style>",
+        f"<h1>Evaluation</h1><p>Model {escape(result['model'])}, grammar {escape(result['grammar'])}.</p>",
+        _table(list(COLUMNS.values()), [row_of(summary) for summary in summaries]),
+        *_acceptance(summaries),
+        "<h2>Rejections</h2>",
+        _rejections(summaries),
+        *_calibration(summaries),
+        f"<h2>Worst utterances</h2><p>At most {WORST}, wrong commands first; to hear: as recorded, no noise added.</p>",
+        *_worst(conditions, folder),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _acceptance(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    measured = sorted(
+        (s for s in summaries if s["acceptance"] is not None), key=lambda s: (s["snr"] is None, s["snr"] or 0)
+    )
+    if measured:
+        low = min(0.9, *(s["acceptance"] for s in measured)) // 0.1 / 10
+        names = [text_of(s["snr"]) for s in measured]
+        points = [((i + 0.5) / len(measured), (s["acceptance"] - low) / (1 - low)) for i, s in enumerate(measured)]
+        yield "<h2>Acceptance by signal-to-noise ratio</h2>"
+        yield _plot(points, names, [low, (1 + low) / 2, 1.0], "dB")
+
+
+def _calibration(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    bands: dict[float, list[float]] = {}
+    for band in (band for summary in summaries for band in summary["calibration"]):
+        n, confidence, right = bands.get(band["from"], [0, 0, 0])
+        bands[band["from"]] = [n + band["n"], confidence + band["confidence"] * band["n"], right + band["right"]]
+    if bands:
+        points = [(confidence / n, right / n) for _, (n, confidence, right) in sorted(bands.items())]
+        rows = [
+            [f"{low:.1f}", text_of(c / n), text_of(right / n), str(n)] for low, (n, c, right) in sorted(bands.items())
+        ]
+        yield "<h2>Calibration</h2><p>Commands' confidence, and how often they were right; all conditions together.</p>"
+        yield _plot(points, ["0", "", "0.5", "", "1"], [0.0, 0.5, 1.0], "confidence", diagonal=True)
+        yield _table(["from", "mean confidence", "right", "commands"], rows)
+
+
+def _plot(
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    levels: Sequence[float],
+    axis: str,
+    *,
+    diagonal: bool = False,
+) -> str:
+    """A line through points in the unit square, as inline SVG; ``names`` are spread along the horizontal axis."""
+    width, height = _WIDTH - _LEFT - 20, _HEIGHT - _TOP - _BOTTOM
+
+    def place(x: float, y: float) -> str:
+        return f"{_LEFT + x * width:.1f},{_TOP + (1 - y) * height:.1f}"
+
+    low, span = levels[0], levels[-1] - levels[0]
+    lines = []
+    for level in levels:
+        y = _TOP + (1 - (level - low) / span) * height
+        lines.append(
+            f'<path d="M{_LEFT},{y:.1f} h{width}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">{level:.2f}</text>'
+        )
+    for i, name in enumerate(names):
+        x = _LEFT + width * (i / (len(names) - 1) if diagonal else (i + 0.5) / len(names))
+        lines.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{escape(name)}</text>')
+    if diagonal:
+        lines.append(f'<path d="M{place(0, 0)} L{place(1, 1)}" stroke="#bbb" stroke-dasharray="4"/>')
+    lines.append(f'<text x="{_LEFT + width / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(axis)}</text>')
+    lines.append(f'<path d="M{" L".join(place(x, y) for x, y in points)}" fill="none" stroke="#06c" stroke-width="2"/>')
+    for x, y in points:
+        cx, cy = place(x, y).split(",")
+        lines.append(f'<circle cx="{cx}" cy="{cy}" r="4" fill="#06c"/>')
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(lines)}</svg>'
+
+
+def _rejections(summaries: Sequence[Mapping[str, Any]]) -> str:
+    reasons = sorted({reason for summary in summaries for reason in summary["rejections"]})
+    rows = [[text_of(s["snr"]), *(str(s["rejections"].get(reason, 0)) for reason in reasons)] for s in summaries]
+    return _table([COLUMNS["snr"], *reasons], rows)
+
+
+def _worst(conditions: Sequence[Condition], folder: Path) -> Iterator[str]:
+    failed = [(condition.snr_db, o) for condition in conditions for o in condition.outcomes if _has_failed(o)]
+    failed.sort(key=lambda pair: -max((command.confidence for command in pair[1].commands), default=0.0))
+    if not failed:
+        yield "<p>None: every recording came to what its label says.</p>"
+        return
+    heads = "".join(f"<th class=text>{head}</th>" for head in ("SNR", "label", "outcome", "text", "listen"))
+    yield f"<table><tr>{heads}</tr>"
+    for snr_db, outcome in failed[:WORST]:
+        label = f"{outcome.item.intent} {dict(outcome.item.slots)}" if outcome.item.intent else "no command"
+        link = escape(Path(os.path.relpath(outcome.item.audio, folder)).as_posix(), quote=True)
+        cells = "".join(f"<td class=text>{escape(each)}</td>" for each in (label, _came(outcome), outcome.text))
+        yield f'<tr><td>{text_of(snr_db)}</td>{cells}<td><audio controls preload="none" src="{link}"></audio></td></tr>'
+    yield "</table>"
+
+
+def _has_failed(outcome: Outcome) -> bool:
+    return not outcome.accepted if outcome.item.intent is not None else bool(outcome.commands)
+
+
+def _came(outcome: Outcome) -> str:
+    """What came of a recording, in words."""
+    commands = [f"{c.intent} {dict(c.slots)} ({c.confidence:.2f})" for c in outcome.commands]
+    rejections = [f"rejected: {r.reason} ({r.confidence:.2f})" for r in outcome.rejections]
+    return "; ".join(commands + rejections) or "nothing heard"
