@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
 from edge_asr import clock, contract
+from edge_asr.confirmation import Pending
 from edge_asr.contract import Data, Health, Meta, MicrophoneHealth, OutboxHealth, Payload, Renderer
 from edge_asr.events import Command, Draft, Message, Rejection, Token, Transcript, Utterance, new_id
 from tests.payloads import check, validator
@@ -97,7 +98,12 @@ def test_every_message_validates_against_its_schema(
     renderer = Renderer(ROOT, "edge01", mode)
     drafts = {
         contract.TRANSCRIPT: contract.transcript_draft(utterance(), transcript, model=MODEL),
-        contract.COMMAND: contract.command_draft(utterance(), transcript, command, model=MODEL, confirmed=heard),
+        contract.COMMAND: contract.command_draft(
+            utterance(), transcript, command, model=MODEL, confirmed_ns=clock.boottime_ns() if heard else None
+        ),
+        contract.PENDING: contract.pending_draft(
+            Pending(new_id(), utterance(), transcript, command, 1, clock.boottime_ns()), model=MODEL
+        ),
         contract.REJECTED: contract.rejection_draft(utterance(), rejection, transcript if heard else None, model=MODEL),
         contract.ALARM: contract.alarm_draft("disk-full", "The disk is full; free some space.", severity="critical"),
     }
