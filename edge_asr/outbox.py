@@ -84,6 +84,9 @@ _OLDEST_OF = "SELECT seq FROM message WHERE category = :category ORDER BY seq LI
 _OLDEST_DEAD_LETTER = "SELECT seq FROM dead_letter ORDER BY seq LIMIT 1"
 _SEQ_AT, _CRC_AT = 0, 10
 
+_FILE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises about a file: a spoilt name in the schema cannot even be put into a message."""
+
 _SURROUNDINGS = ("full", "disk I/O", "unable to open", "locked", "readonly")
 """In the messages of SQLite errors that say nothing about the file's content."""
 
@@ -304,7 +307,7 @@ class _Database:
         with _told_of(self._path):
             try:
                 results = self._transact(works, durable=durable)
-            except (sqlite3.Error, UnicodeDecodeError) as error:
+            except _FILE_ERRORS as error:
                 if _is_damage(error):
                     self._heal(str(error))
                 elif "full" in str(error) or self._ballast.needed():
@@ -439,7 +442,7 @@ class _Database:
         _swap_in_rescued(self._path)
         try:
             self._connection = self._connect()
-        except (sqlite3.Error, UnicodeDecodeError) as error:
+        except _FILE_ERRORS as error:
             if self._ballast.needed():
                 self._ballast.release()  # a full disk has no room for the log file that opening creates
             elif not _is_damage(error):
@@ -653,7 +656,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether the file is at fault, not its surroundings: our SQL is fixed, so it fails only where the file does."""
     if isinstance(error, sqlite3.OperationalError):
         return not any(surroundings in str(error) for surroundings in _SURROUNDINGS)
-    # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, a spoilt name in the schema as UnicodeDecodeError.
+    # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, what a bug of ours raises as its subclasses.
     return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, sqlite3.DataError, UnicodeDecodeError}
 
 
@@ -662,7 +665,7 @@ def _told_of(path: Path) -> Iterator[None]:
     """Turn what SQLite and the file system raise into one clear line."""
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
+    except (*_FILE_ERRORS, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         remedy = "check the folder's permissions and free space"
         raise OutboxError(f"{path}: the outbox cannot be used ({reason}); {remedy}") from None
@@ -745,10 +748,10 @@ def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> 
             rescued += 1
         for row in _readable_rows(source, "dead_letter", f"{_COLUMNS}, reason", highest_seq):
             target.execute(insert_dead, row)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*_FILE_ERRORS):
             counted = source.execute("SELECT dropped, category FROM ledger").fetchall()
             target.executemany("UPDATE ledger SET dropped = ? WHERE category = ?", counted)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(*_FILE_ERRORS):
             target.executemany("INSERT INTO damage VALUES (?, ?, ?)", source.execute("SELECT * FROM damage").fetchall())
     return rescued
 
@@ -758,7 +761,7 @@ def _readable_rows(source: sqlite3.Connection, table: str, columns: str, highest
     query = f"SELECT {columns} FROM {table} WHERE seq > ? ORDER BY seq"  # noqa: S608 - our constants
     after = failures = 0
     while after <= highest_seq and failures < _SALVAGE_GIVES_UP_AFTER:
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*_FILE_ERRORS):
             for row in source.execute(query, (after,)):
                 if row[_SEQ_AT] > after:  # a damaged tree may run in circles
                     after, failures = row[_SEQ_AT], 0

@@ -230,3 +230,12 @@ def test_user_properties_let_a_consumer_sort_without_parsing() -> None:
     message = committed(contract.transcript_draft(utterance(), TRANSCRIPT, model=MODEL), seq=7)
     payload = RENDERER.message(message, replayed=True, life_left_s=None)
     assert dict(payload.user_properties) == {"seq": "7", "replayed": "true", "time_quality": message.time_quality}
+
+
+def test_a_confirmed_commands_life_begins_with_the_confirmation() -> None:
+    now_ns = clock.boottime_ns()
+    draft = contract.command_draft(utterance(ended_s_ago=60), TRANSCRIPT, COMMAND, model=MODEL, confirmed_ns=now_ns)
+    assert draft.expires_ns == now_ns + 10 * clock.NS_PER_S
+    data = data_of(rendered(draft, 9.0))
+    assert data["confirmed"] is True
+    assert data["latency_ms"] == pytest.approx(0, abs=500)
