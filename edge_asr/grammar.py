@@ -10,27 +10,29 @@ An upper-case word such as RCCB is also heard letter by letter.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import lru_cache
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Literal, Union
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_asr.events import Answer, Risk, SlotValue
-from edge_asr.numbers import Language, digits_of, spoken_digits, spoken_forms, value_of
-from edge_asr.settings import explain
+from edge_asr.numbers import LIMIT, MAX_DECIMALS, Language, digits_of, spoken_digits, spoken_forms, value_of
+from edge_asr.settings import explain, parse_yaml, problems
 from edge_asr.wordgraph import Automaton, Mark, Meaning, Number, Sketch, Step, Value, WordGraph, minimal_trie
 
 MAX_NUMBERS = 100_000
 """Values of one range; more would take minutes to spell out."""
 
 _CJK = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_NAME = re.compile(r"[\w-]+")
 _PIECES = re.compile(r"\{[^{}]*\}|<[^<>]*>|[\[\]()|;]|[^\s\[\](){}<>|;]+")
 
 
@@ -56,19 +58,41 @@ class Intent(_Part):
     """None: the site's default."""
     answer: Answer | None = None
     """What this intent says to a command that waits for confirmation; alone it is a command like any other."""
+    stations: tuple[str, ...] = ()
+    """Names of the sources from which it may be commanded; empty: all."""
 
 
 class Enumeration(_Part):
     """A slot whose values are listed, each with the ways people say it."""
 
-    values: Annotated[tuple[str | int | dict[str, str | tuple[str, ...]], ...], Field(min_length=1)]
+    values: Annotated[tuple[tuple[str, Annotated[tuple[str, ...], Field(min_length=1)]], ...], Field(min_length=1)]
+    """Each value with the templates of what people say for it."""
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _listed(cls, written: object) -> object:
+        """``- oven`` is said as it is called, ``- oven: [oven, furnace]`` in words of its own."""
+        if not isinstance(written, list):
+            return written
+        entries = [entry if isinstance(entry, dict) else {entry: entry} for entry in written]
+        return [
+            (_text(value), [_text(each) for each in (said if isinstance(said, list) else [said])])
+            for entry in entries
+            for value, said in entry.items()
+        ]
 
     def phrases(self) -> Iterator[tuple[str, str]]:
         """(value, template) for every way of saying every value."""
-        for entry in self.values:
-            for value, said in entry.items() if isinstance(entry, dict) else ((str(entry), str(entry)),):
-                for template in (said,) if isinstance(said, str) else said:
-                    yield value, template
+        for value, said in self.values:
+            for template in said:
+                yield value, template
+
+
+def _text(written: object) -> str:
+    """YAML takes `on`, `off`, `yes` and `no` for truth values; a guess at what was meant may command something else."""
+    if isinstance(written, str) or (isinstance(written, int) and not isinstance(written, bool)):
+        return str(written)
+    raise ValueError(f"{written!r} is no text; put it in quotes")
 
 
 class NumberRange(_Part):
@@ -81,8 +105,10 @@ class NumberRange(_Part):
     @model_validator(mode="after")
     def _sane(self) -> NumberRange:
         low, high = self.range
-        if not low <= high:
-            raise ValueError(f"range: {low}..{high} is empty; write the lower bound first")
+        if not -LIMIT < low <= high < LIMIT:
+            raise ValueError(f"range: {low}..{high} is not two numbers below {LIMIT}, the lower one first")
+        if any(-int(x.as_tuple().exponent) > MAX_DECIMALS for x in (low, self.step)):
+            raise ValueError(f"range: nobody says more than {MAX_DECIMALS} decimals")
         if (high - low) / self.step >= MAX_NUMBERS:
             raise ValueError(f"range: {low}..{high} by {self.step} has more than {MAX_NUMBERS} values; widen the step")
         return self
@@ -126,27 +152,28 @@ class Grammar(_Part):
 def load(path: Path) -> Grammar:
     """Read and check one grammar file. Raises GrammarError."""
     try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise GrammarError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise GrammarError(f"{path}: {where}{getattr(error, 'problem', None) or 'not YAML'}; mend it there") from None
+    except ValueError as error:
+        raise GrammarError(f"{path}: {error}; mend the YAML there") from None
     if isinstance(tree, dict) and isinstance(tree.get("slots"), dict):
-        problems = list(_slot_kind_problems(path, tree["slots"]))
-        if problems:
-            raise GrammarError("\n".join(problems))
+        wrong = list(_slot_problems(path, tree["slots"]))
+        if wrong:
+            raise GrammarError("\n".join(wrong))
     try:
         return Grammar.model_validate(tree)
     except ValidationError as error:
-        raise GrammarError("\n".join(f"{path}: {explain(problem, Grammar)}" for problem in error.errors())) from None
+        raise GrammarError("\n".join(f"{path}: {explain(problem, Grammar)}" for problem in problems(error))) from None
 
 
-def _slot_kind_problems(path: Path, slots: Mapping[str, object]) -> Iterator[str]:
+def _slot_problems(path: Path, slots: Mapping[str, object]) -> Iterator[str]:
     """Said before pydantic tries every kind of slot in turn and reports three times as much."""
     kinds: dict[str, type[_Part]] = {"values": Enumeration, "range": NumberRange, "digits": Digits}
     for name, body in slots.items():
+        if not _NAME.fullmatch(str(name)):
+            yield f"{path}: slots.{name}: a name holds letters, digits, _ and -; it becomes a key of the payload"
+            continue
         kind = next((k for k in kinds if isinstance(body, dict) and k in body), None)
         if kind is None:
             yield f"{path}: slots.{name}: expected `values: [...]`, `range: [low, high]` or `digits: n`"
@@ -154,7 +181,7 @@ def _slot_kind_problems(path: Path, slots: Mapping[str, object]) -> Iterator[str
         try:
             kinds[kind].model_validate(body)
         except ValidationError as error:
-            yield from (f"{path}: slots.{name}.{explain(problem, kinds[kind])}" for problem in error.errors())
+            yield from (f"{path}: slots.{name}.{explain(problem, kinds[kind])}" for problem in problems(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +266,27 @@ _Template = Union[_Text, _Sequence, _Choice, _AnyOrder, _Slot]  # noqa: UP007 - 
 
 
 class _TemplateParser:
-    """Recursive descent over one template; ``where`` prefixes every error."""
+    """Recursive descent over one template; ``where`` prefixes every error, ``inside`` are the rules being read."""
 
     def __init__(self, grammar: Grammar, where: str, inside: tuple[str, ...] = ()) -> None:
         self._grammar, self._where, self._inside = grammar, where, inside
+
+    def sentence(self, template: str) -> _Template:
+        """Parse what is said as a whole: not in silence, and filling no slot twice."""
+        parsed = self.parse(template)
+        if _is_optional(parsed):
+            raise GrammarError(f"{self._where}: {template!r} can be said without a word; something must stay")
+        twice = [name for name, count in Counter(_filled(parsed)).items() if count > 1]
+        if twice:
+            raise GrammarError(f"{self._where}: {template!r} can fill {twice[0]} twice; call one {{...:other}}")
+        return parsed
+
+    def phrase(self, template: str) -> _Template:
+        """Parse what is said for a slot's value: a sentence without slots of its own."""
+        parsed = self.sentence(template)
+        if inner := _filled(parsed):
+            raise GrammarError(f"{self._where}: {template!r}: a slot's value cannot hold the slot {{{inner[0]}}}")
+        return parsed
 
     def parse(self, template: str) -> _Template:
         stripped = _PIECES.sub("", template).strip()
@@ -251,10 +295,10 @@ class _TemplateParser:
         self._template = template
         self._pieces = _PIECES.findall(template)
         self._at = 0
-        parsed = self._group("")
-        if not self._pieces:
-            raise GrammarError(f"{self._where}: the sentence is empty")
-        return parsed
+        try:
+            return self._group("")
+        except RecursionError:
+            raise GrammarError(f"{self._where}: {template[:40]!r}...: nested too deeply") from None
 
     def _group(self, closing: str) -> _Template:
         branches: list[list[_Template]] = [[]]
@@ -288,9 +332,11 @@ class _TemplateParser:
         if piece == "(":
             return self._group(")")
         if piece.startswith("{"):
-            kind, _, name = piece[1:-1].strip().partition(":")
+            kind, colon, name = piece[1:-1].strip().partition(":")
             if kind not in self._grammar.slots:
                 raise GrammarError(f"{self._where}: {piece}: no such slot; define slots.{kind}")
+            if colon and not _NAME.fullmatch(name):
+                raise GrammarError(f"{self._where}: {piece}: a name holds letters, digits, _ and -")
             return _Slot(kind, name or kind)
         if piece.startswith("<"):
             rule = piece[1:-1].strip()
@@ -304,6 +350,27 @@ class _TemplateParser:
         if piece in {"]", ")", "}", ">"}:
             raise GrammarError(f"{self._where}: {self._template!r}: unpaired {piece!r}")
         return _spelled(piece)
+
+
+def _is_optional(template: _Template) -> bool:
+    """Whether the template can be said without a word."""
+    if isinstance(template, _Text):
+        return not template.words
+    if isinstance(template, _Slot):
+        return False
+    return (any if isinstance(template, _Choice) else all)(map(_is_optional, template.parts))
+
+
+def _filled(template: _Template) -> list[str]:
+    """Names of the slots that one sentence can fill; those of alternatives count once."""
+    if isinstance(template, _Text):
+        return []
+    if isinstance(template, _Slot):
+        return [template.name]
+    below = [_filled(part) for part in template.parts]
+    if isinstance(template, _Choice):
+        return list(functools.reduce(or_, map(Counter, below), Counter[str]()).elements())
+    return list(itertools.chain.from_iterable(below))
 
 
 def _spelled(piece: str) -> _Template:
@@ -368,7 +435,7 @@ class _Compiler:
         if isinstance(definition, Enumeration):
             parser = _TemplateParser(self._grammar, f"{self._where}: slots.{slot.kind}")
             for value, template in definition.phrases():
-                last = self.add(parser.parse(template), source)
+                last = self.add(parser.phrase(template), source)
                 self._sketch.empty[last].append(((Value(slot.name, value),), end))
             return end
         if isinstance(definition, Digits):
@@ -389,13 +456,13 @@ class _Compiler:
         return end
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _number_graph(values: tuple[Decimal, ...], language: Language) -> Automaton:
     forms = (form for value in values for form in spoken_forms(value, language))
     return minimal_trie(forms)
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _digit_graph(count: int, language: Language) -> Automaton:
     return minimal_trie(f for n in range(10**count) for f in spoken_digits(f"{n:0{count}d}", language))
 
@@ -435,6 +502,6 @@ def compile_graph(grammars: Mapping[str, Grammar]) -> CommandGraph:
             where = f"{name}: intents.{intent_name}"
             compiler = _Compiler(sketch, grammar, where)
             for sentence in intent.sentences:
-                end = compiler.add(_TemplateParser(grammar, where).parse(sentence), 0)
+                end = compiler.add(_TemplateParser(grammar, where).sentence(sentence), 0)
                 sketch.empty[end].append(((Meaning(intent_name, grammar.language),), final))
     return CommandGraph(sketch.finish(final), intents)

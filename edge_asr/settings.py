@@ -403,7 +403,7 @@ def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{key}: missing"
     if kind == "value_error":
         reason = str(context.get("error", problem["msg"]))
-        return f"{key}: {reason}" if isinstance(value, (dict, BaseModel)) else f"{key}: {_shown(value)} {reason}"
+        return f"{key}: {reason}" if isinstance(value, (dict, list, BaseModel)) else f"{key}: {_shown(value)} {reason}"
     limits = _limits(location, root)
     if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
         return f"{key}: {_shown(value)} is not {limits}"

@@ -201,18 +201,20 @@ def _determinized(sketch: Sketch, final: int) -> tuple[list[dict[Step, int]], li
 
 
 def _minimal(arcs: Sequence[Mapping[Step, int]], endings: Sequence[_Endings]) -> WordGraph:
-    """Merge nodes with the same future, from the ends backwards."""
+    """Merge nodes with the same future, from the ends backwards, and leave out those without one."""
     merged: dict[tuple[_Endings, frozenset[tuple[Step, int]]], int] = {}
     representative: dict[int, int] = {}
     for node in _children_first(arcs):
-        future = frozenset((step, representative[target]) for step, target in arcs[node].items())
-        representative[node] = merged.setdefault((endings[node], future), node)
+        future = frozenset((step, representative[end]) for step, end in arcs[node].items() if end in representative)
+        if future or endings[node] or node == 0:
+            representative[node] = merged.setdefault((endings[node], future), node)
     names = {node: i for i, node in enumerate(sorted(set(representative.values()), key=lambda n: (n != 0, n)))}
     return WordGraph(
         arcs=tuple(
             Arc(names[node], names[representative[target]], step)
             for node in names
             for step, target in sorted(arcs[node].items(), key=lambda item: (item[1], item[0].word, repr(item[0])))
+            if target in representative
         ),
         endings={names[n]: tuple(sorted(endings[n], key=repr)) for n in names if endings[n]},
     )
