@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edge_asr
-from edge_asr import clock, commands, contract, grammar, inference, logs, model_store, settings, systemd
+from edge_asr import clock, commands, contract, grammar, hotwords, inference, logs, model_store, settings, systemd
 from edge_asr.audio import FrameCutter
 from edge_asr.commands import Interpreter
 from edge_asr.contract import Meta, Renderer
 from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
+from edge_asr.hotwords import HotwordError, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
 from edge_asr.model_store import ModelFiles
 from edge_asr.outbox import Outbox, OutboxError
@@ -37,6 +38,9 @@ DRAIN_LIMIT_S = 10.0
 """Sources that ended by themselves (recordings, a pipe) leave the broker so long to take the rest."""
 
 STATUS_INTERVAL_S = 5.0
+
+RELOADED = ("log", "hotwords", "commands")
+"""Sections of the settings that SIGHUP takes over."""
 
 
 def grammar_paths(options: settings.Commands) -> dict[str, Path]:
@@ -58,17 +62,19 @@ class Engine:
 
     files: ModelFiles
     recognizer: OnnxRecognizer | SherpaRecognizer
+    hotwords: Hotwords | None
     interpreter: Interpreter | None
     new_detector: Callable[[], SileroDetector]
 
     @classmethod
     def build(cls, options: Settings) -> Engine:
-        """Check and load models and grammars. Raises ModelError, GrammarError."""
+        """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
         files = model_store.locate(options.model.name)
         vad = model_store.locate_vad()
         recognizer = inference.open_recognizer(files, options.model)
+        words = build_hotwords(options.hotwords, recognizer)
         interpreter = build_interpreter(options.commands, recognizer)
-        return cls(files, recognizer, interpreter, lambda: SileroDetector(vad))
+        return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))
 
     def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
         """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
@@ -77,9 +83,9 @@ class Engine:
         now_ns = clock.boottime_ns()
         for frame in (*cutter.feed(pcm, now_ns), *cutter.flush(now_ns)):
             for utterance in ear.feed(frame):
-                yield understand(utterance, self.recognizer, self.interpreter)
+                yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
         for utterance in ear.flush():
-            yield understand(utterance, self.recognizer, self.interpreter)
+            yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
 
 
 def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
@@ -92,6 +98,18 @@ def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | S
         words = ", ".join(interpreter.unspellable)
         log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)
     return interpreter
+
+
+def build_hotwords(options: settings.Hotwords, recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
+    """The site's words under the model's tokens; None without any. Raises HotwordError."""
+    listed = hotwords.load(options)
+    if not listed:
+        return None
+    words = Hotwords(listed, recognizer.table)
+    if words.unspellable:
+        never = ", ".join(words.unspellable)
+        log.warning("the model %s cannot write, so never hear: %s; give them `spoken`", recognizer.name, never)
+    return words
 
 
 def build_source(options: settings.SourceSettings) -> Source:
@@ -123,6 +141,7 @@ class Daemon:
             sources=chosen,
             new_detector=self._engine.new_detector,
             recognizer=self._engine.recognizer,
+            hotwords=self._engine.hotwords,
             interpreter=self._engine.interpreter,
             outbox=self.outbox,
             live=self._publisher.publish_live,
@@ -182,18 +201,19 @@ class Daemon:
                 loop.remove_signal_handler(number)
 
     def _apply_settings(self) -> None:
-        """Take over what may change while running: the log and the commands. Bad settings change nothing."""
+        """Take over what may change while running: :data:`RELOADED`. Bad settings change nothing."""
         systemd.reloading()
         try:
             assert self._reload is not None  # noqa: S101 - the handler is installed only then
             fresh = self._reload()
+            words = build_hotwords(fresh.hotwords, self._engine.recognizer)
             interpreter = build_interpreter(fresh.commands, self._engine.recognizer)
-        except (settings.SettingsError, grammar.GrammarError) as error:
+        except (settings.SettingsError, HotwordError, grammar.GrammarError) as error:
             log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
         else:
             logs.configure(fresh.log)
-            self._pipeline.interpreter = interpreter
-            old = self._options.model_copy(update={"log": fresh.log, "commands": fresh.commands})
+            self._pipeline.hotwords, self._pipeline.interpreter = words, interpreter
+            old = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
             later = sorted(name for name in Settings.model_fields if getattr(old, name) != getattr(fresh, name))
             self._options = old
             self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))

@@ -1,4 +1,4 @@
-"""Looks the box over before a person must: settings, model, grammars, microphone, broker, clock, disk.
+"""Looks the box over before a person must: settings, model, hotwords, grammars, microphone, broker, clock, disk.
 
 Every finding says what was looked at, what was found, and what to do if it is not well.
 """
@@ -15,9 +15,10 @@ from typing import Literal
 
 from edge_asr import clock, inference, model_store
 from edge_asr.audio import SILENCE_DBFS, read_file
-from edge_asr.daemon import build_interpreter
+from edge_asr.daemon import build_hotwords, build_interpreter
 from edge_asr.grammar import GrammarError
 from edge_asr.health import DEAD_BELOW_DBFS
+from edge_asr.hotwords import HotwordError
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
@@ -51,6 +52,7 @@ def examine(options: Settings) -> Iterator[Finding]:
     recognizer: list[OnnxRecognizer | SherpaRecognizer] = []
     yield _model(options, recognizer.append)
     if recognizer:
+        yield _hotwords(options, recognizer[0])
         yield _grammars(options, recognizer[0])
     for source in options.sources:
         if isinstance(source, MicrophoneSource):
@@ -76,6 +78,19 @@ def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognize
         return Finding("model", "ok", f"{files.name} on {recognizer.provider} hears the test recording right")
     remedy = "import the model again; its files or this CPU's arithmetic are not what they were"
     return Finding("model", "failed", f"{files.name} hears {heard!r} for {GOLDEN_TEXT!r}", remedy)
+
+
+def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:
+    try:
+        hotwords = build_hotwords(options.hotwords, recognizer)
+    except HotwordError as error:
+        return Finding("hotwords", "failed", str(error).splitlines()[0], "mend it")
+    if hotwords is None:
+        return Finding("hotwords", "ok", "none")
+    if hotwords.unspellable:
+        words = ", ".join(hotwords.unspellable[:8])
+        return Finding("hotwords", "warning", f"the model cannot write: {words}", "give them `spoken`")
+    return Finding("hotwords", "ok", f"{len(hotwords)}")
 
 
 def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:

@@ -4,9 +4,10 @@
 2. Each source's :class:`Ear` gives the frame its speech probability and feeds the gate (``speech``).
 3. A closed utterance enters the bounded queue of finals (:class:`_Work`). A full queue makes the listener wait, the
    source's buffer fill, and at last the oldest audio go: finals themselves are never dropped.
-4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``) and interprets
-   it (``commands``); :meth:`Pipeline._append` appends transcript, command or rejection to the outbox in one commit
-   (``outbox``). While there is no final, the growing utterance of whoever speaks is recognized: a partial.
+4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), prefers the
+   site's own words in its text (``hotwords``) and interprets it (``commands``); :meth:`Pipeline._append` appends
+   transcript, command or rejection to the outbox in one commit (``outbox``). While there is no final, the growing
+   utterance of whoever speaks is recognized: a partial.
 5. From there the publisher takes over; nothing here knows or waits for a broker.
 
 Stopping: a closed source ends its frames, the listener flushes the gate, and the last final is committed before
@@ -38,6 +39,7 @@ from edge_asr.events import (
     Utterance,
 )
 from edge_asr.health import SourceMeter
+from edge_asr.hotwords import Hotwords
 from edge_asr.inference import RecognizerError
 from edge_asr.outbox import OutboxError
 from edge_asr.posteriors import Recognition
@@ -159,12 +161,16 @@ class Ear:
         return 0.0
 
 
-def understand(utterance: Utterance, recognizer: Recognizer, interpreter: Interpreter | None) -> Understanding:
+def understand(
+    utterance: Utterance, recognizer: Recognizer, hotwords: Hotwords | None, interpreter: Interpreter | None
+) -> Understanding:
     """Recognize and interpret one utterance; blocking."""
     try:
         recognition = recognizer.recognize(utterance.pcm)
     except RecognizerError as error:
         return Understanding(utterance, None, Rejection("recognizer-failed", str(error)))
+    if hotwords is not None:
+        recognition = hotwords.apply(recognition)
     transcript = recognition.transcript
     decision = interpreter.interpret(recognition) if interpreter is not None else None
     return Understanding(utterance, transcript if transcript.text else None, decision)
@@ -225,6 +231,7 @@ class Pipeline:
         interpreter: Interpreter | None,
         outbox: Outbox,
         live: Live,
+        hotwords: Hotwords | None,
     ) -> None:
         self._options = options
         self._sources = sources
@@ -234,6 +241,8 @@ class Pipeline:
         self.interpreter = interpreter
         """May be replaced between two utterances (SIGHUP)."""
         self._outbox = outbox
+        self.hotwords = hotwords
+        """May be replaced between two utterances (SIGHUP)."""
         self._live = live
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
         self._confirming = asyncio.Event()
@@ -299,7 +308,9 @@ class Pipeline:
             utterance, final = work
             self.busy_since_ns = clock.boottime_ns()
             interpreter = self.interpreter if final else None
-            heard = await loop.run_in_executor(self._executor, understand, utterance, self._recognizer, interpreter)
+            heard = await loop.run_in_executor(
+                self._executor, understand, utterance, self._recognizer, self.hotwords, interpreter
+            )
             if final:
                 taken_s = (clock.boottime_ns() - self.busy_since_ns) / clock.NS_PER_S
                 self.real_time_factor = taken_s / utterance.duration_s

@@ -170,6 +170,32 @@ class Commands(_Section):
     """A risky command that is not confirmed within this time is cancelled."""
 
 
+class Hotword(_Section):
+    """A word or phrase of the site; in YAML also the phrase alone."""
+
+    phrase: Annotated[str, Field(min_length=1)]
+    """As the transcript shall show it: RCCB, conveyor belt, 3号机."""
+    weight: Annotated[float, Field(ge=0, le=20)] | None = None
+    """None: the weight of all."""
+    spoken: tuple[str, ...] = ()
+    """What the model may write where ``phrase`` is said, if it is not the same in other letters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phrase_alone(cls, given: object) -> object:
+        return {"phrase": given} if isinstance(given, str) else given
+
+
+class Hotwords(_Section):
+    """Words of the site that the model hardly knows and shall prefer."""
+
+    phrases: tuple[Hotword, ...] = ()
+    file: Path | None = None
+    """More of them: one phrase per line, its own weight after a colon if it has one, ``#`` for comments."""
+    weight: Annotated[float, Field(ge=0, le=20)] = 1.0
+    """Nats per sound by which a hotword may be less likely than the free text; see docs/hotwords.md."""
+
+
 class Outbox(_Section):
     """The durable queue between the microphone and the broker."""
 
@@ -235,6 +261,7 @@ class Settings(_Section):
     partials: Partials = Partials()
     sources: tuple[SourceSettings, ...] = (MicrophoneSource(type="microphone"),)
     commands: Commands = Commands()
+    hotwords: Hotwords = Hotwords()
     outbox: Outbox = Outbox()
     mqtt: Mqtt = Mqtt()
     log: Log = Log()
