@@ -30,11 +30,11 @@ from edge_asr.broker import BrokerError
 from edge_asr.daemon import Daemon, Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.grammar import GrammarError
+from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, bundled_manifests
 from edge_asr.outbox import OutboxError, read_statistics
 from edge_asr.pipeline import Understanding
 from edge_asr.publisher import PublisherError
-from edge_asr.hotwords import HotwordError
 from edge_asr.settings import Mqtt, Settings
 from edge_asr.sources import SourceError, audio_files, list_devices, measure_level
 from edge_asr.subscriber import Screen, Subscriber, SubscriberError
@@ -66,6 +66,7 @@ def _one_line_errors() -> Iterator[None]:
         settings.SettingsError: EXIT_CONFIG,
         ModelError: EXIT_CONFIG,
         GrammarError: EXIT_CONFIG,
+        HotwordError: EXIT_CONFIG,
         AudioFileError: EXIT_NO_INPUT,
         SourceError: EXIT_UNAVAILABLE,
         BrokerError: EXIT_UNAVAILABLE,
@@ -85,7 +86,6 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
-        HotwordError: EXIT_CONFIG,
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --settings and --set, and hand the command its ``options: Settings``."""
@@ -154,11 +154,14 @@ def play(options: Settings, **_: object) -> None:
 @main.command(epilog=_example("edge-asr transcribe examples/recordings --json"))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_with_settings
+@click.option("--hotwords", type=click.Path(path_type=Path), help="Words to prefer, one per line: see hotwords.file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per utterance.")
 def transcribe(
     options: Settings, files: tuple[Path, ...], hotwords: Path | None, *, as_json: bool, **_: object
 ) -> None:
     """Recognize recordings as the daemon would hear them: text and command of every utterance."""
+    if hotwords is not None:
+        options = options.model_copy(update={"hotwords": options.hotwords.model_copy(update={"file": hotwords})})
     engine = Engine.build(options)
     failed = False
     for path in files:
@@ -176,12 +179,9 @@ def transcribe(
 @main.command(epilog=_example("edge-asr listen --set mqtt.host=broker.plant", "edge-asr listen --topic '#' --json"))
 @_with_settings
 @click.option("--topic", help="MQTT topic filter; the device's own topics by default.")
-@click.option("--hotwords", type=click.Path(path_type=Path), help="Words to prefer, one per line: see hotwords.file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per message: topic and data.")
 def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) -> None:
     """Show what a subscriber sees."""
-    if hotwords is not None:
-        options = options.model_copy(update={"hotwords": options.hotwords.model_copy(update={"file": hotwords})})
     mqtt = options.mqtt if options.mqtt.host is not None else Mqtt(**{**options.mqtt.model_dump(), "host": "127.0.0.1"})
     screen = Screen(_console())
 

@@ -228,21 +228,21 @@ class Pipeline:
         sources: Sequence[Source],
         new_detector: Callable[[], SpeechDetector],
         recognizer: Recognizer,
+        hotwords: Hotwords | None,
         interpreter: Interpreter | None,
         outbox: Outbox,
         live: Live,
-        hotwords: Hotwords | None,
     ) -> None:
         self._options = options
         self._sources = sources
         self.ears = {source.name: Ear(new_detector(), options.vad) for source in sources}
         """Source -> its ear, whose meter tells the source's health."""
         self._recognizer = recognizer
+        self.hotwords = hotwords
+        """May be replaced between two utterances (SIGHUP)."""
         self.interpreter = interpreter
         """May be replaced between two utterances (SIGHUP)."""
         self._outbox = outbox
-        self.hotwords = hotwords
-        """May be replaced between two utterances (SIGHUP)."""
         self._live = live
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
         self._confirming = asyncio.Event()
