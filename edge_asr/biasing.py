@@ -3,15 +3,16 @@
 Law: everything is a CTC Viterbi score in nats, relative to the free path, which is the best alignment of anything at
 all. A sentence's gap is what its best alignment, over any spelling the token table allows, concedes to the free path:
 never positive. Sentences compete by their score, the gap plus :data:`INSERTION` per token. The second reading is exact
-too: from the backward pass every word has the score of the best sentence through it (its max-marginal), so the best
-sentence with another meaning is found, not guessed.
+too: from the backward pass every word and every ending has the score of the best sentence through it (its
+max-marginal), so the best sentence with another meaning is found, not guessed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +38,11 @@ out ("with milk" for "with skim milk"); the field's remedy is a bonus per token.
 IDLE = -0.001
 """Log-posterior of the blank above which a frame that follows another such frame says nothing and is skipped."""
 
+UNRANKED = 2.0
+"""Nats below the last ranked sentence at which one counts that was not ranked."""
+
 RUNNERS_UP = 24
-"""Words tried, best first, in search of a second meaning; beyond that the margin is wide anyway."""
+"""Words and endings tried, best first, in search of a second meaning; beyond that the margin is wide anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,24 +266,54 @@ class GrammarDecoder:
 
     def match(self, log_posteriors: Floats) -> GrammarMatch | None:
         """The best reading of [frames, vocabulary] log-posteriors; None if no sentence is anywhere near them."""
+        return matched(self._hypotheses(log_posteriors))
+
+    def ranking(self, log_posteriors: Floats) -> list[Hypothesis]:
+        """The best sentence of each meaning, best first; only those that are best through some word."""
+        best: dict[Reading, Hypothesis] = {}
+        for hypothesis in self._hypotheses(log_posteriors):
+            best.setdefault(hypothesis.reading, hypothesis)
+        return list(best.values())
+
+    def _hypotheses(self, log_posteriors: Floats) -> Iterator[Hypothesis]:
         blank = log_posteriors[:, BLANK] > IDLE
         log_posteriors = log_posteriors[~(blank & np.roll(blank, 1))]
-        if not len(log_posteriors):
-            return None
-        lattice = self._graph.plausible(log_posteriors)
-        if lattice is None:
-            return None
-        alignment = _Alignment(lattice, log_posteriors)
-        hypotheses = alignment.hypotheses()
-        best = next(hypotheses, None)
-        if best is None:
-            return None
-        others = (h for h in hypotheses if h.reading != best.reading)
-        second = next(others, None)
-        if second is None or not best.numerals:
-            return GrammarMatch(best, second)
-        renumbered = (h for h in itertools.chain([second], others) if h.said_numbers != best.said_numbers)
-        return GrammarMatch(best, second, next(renumbered, None))
+        lattice = self._graph.plausible(log_posteriors) if len(log_posteriors) else None
+        if lattice is not None:
+            yield from _Alignment(lattice, log_posteriors).hypotheses()
+
+
+def matched(hypotheses: Iterable[Hypothesis]) -> GrammarMatch | None:
+    """Sort out hypotheses that come best first; takes no more of them than it needs."""
+    ordered = iter(hypotheses)
+    best = next(ordered, None)
+    if best is None:
+        return None
+    others = (h for h in ordered if h.reading != best.reading)
+    second = next(others, None)
+    if second is None or not best.numerals:
+        return GrammarMatch(best, second)
+    renumbered = (h for h in itertools.chain([second], others) if h.said_numbers != best.said_numbers)
+    return GrammarMatch(best, second, next(renumbered, None))
+
+
+def combined(rankings: Sequence[Sequence[Hypothesis]]) -> list[Hypothesis]:
+    """One ranking of several listenings to the same audio: gaps are averaged, the rest is as first heard.
+
+    A meaning that one listening does not rank counts there as :data:`UNRANKED` below its last.
+    """
+    first: dict[Reading, Hypothesis] = {}
+    total: dict[Reading, float] = defaultdict(float)
+    for hypothesis in itertools.chain(*rankings):
+        first.setdefault(hypothesis.reading, hypothesis)
+    for ranking in filter(None, rankings):
+        heard = {h.reading: h.gap for h in ranking}
+        floor = min(h.score for h in ranking) - UNRANKED
+        for reading, hypothesis in first.items():
+            total[reading] += heard.get(reading, floor - float(INSERTION) * hypothesis.tokens)
+    count = sum(map(bool, rankings))
+    averaged = [replace(hypothesis, gap=total[reading] / count) for reading, hypothesis in first.items()]
+    return sorted(averaged, key=lambda hypothesis: -hypothesis.score)
 
 
 class _Alignment:
@@ -288,36 +322,51 @@ class _Alignment:
     def __init__(self, lattice: _Lattice, log_posteriors: Floats) -> None:
         self._lattice = lattice
         free = log_posteriors.max(axis=1)
-        # Relative to the free path: what a frame of a sentence concedes, never positive.
-        self._emitted = log_posteriors[:, lattice.token] - free[:, None]
-        self._blank = log_posteriors[:, BLANK] - free
-        self._last = len(free) - 1
+        # Relative to the free path: what a frame of a sentence concedes, never positive. Behind the last frame stands
+        # a silent one that costs nothing, so that every sentence ends at rest.
+        self._emitted = np.vstack(
+            [
+                log_posteriors[:, lattice.token] - free[:, None],
+                np.full((1, len(lattice.token)), IMPOSSIBLE),
+            ]
+        )
+        self._blank = np.append(log_posteriors[:, BLANK] - free, np.float32(0))
+        self._last = len(free)
         self._before = lattice.onward.scores(self._emitted, self._blank)
         self._after = lattice.backward.scores(self._emitted[::-1], self._blank[::-1])
         through = self._before[0] + self._after[0][::-1] - self._emitted - INSERTION  # both directions counted the arc
         self._frame = through.argmax(axis=0)
-        self._through = through[self._frame, np.arange(through.shape[1])]
+        self._endings = np.flatnonzero(lattice.backward.starts)
+        self._through = np.append(through.max(axis=0), self._before[1][-1, self._endings])
 
     def hypotheses(self) -> Iterator[Hypothesis]:
-        """Sentences from best to worse: the best one through each word, at most :data:`RUNNERS_UP` of them."""
-        seen: set[int] = set()
+        """Sentences from best to worse: the best one through each word and ending, the :data:`RUNNERS_UP` best."""
+        lattice = self._lattice
+        seen: set[tuple[str, int]] = set()
         sentences = 0
-        for arc in np.argsort(-self._through, kind="stable").tolist():
-            if self._through[arc] < IMPOSSIBLE / 2 or sentences > RUNNERS_UP:
+        for place in np.argsort(-self._through, kind="stable").tolist():
+            if self._through[place] < IMPOSSIBLE / 2 or sentences > RUNNERS_UP:
                 return
-            if int(self._lattice.word[arc]) in seen:
+            ending = None if place < len(lattice.word) else int(self._endings[place - len(lattice.word)])
+            if (("word", int(lattice.word[place])) if ending is None else ("ending", ending)) in seen:
                 continue
             sentences += 1
-            frames = self._frames_through(arc)
-            seen.update(self._lattice.word[frames[frames >= 0]].tolist())
+            frames = self._frames_through(place) if ending is None else self._frames_to(ending)
+            emitted = frames[frames >= 0]
+            seen.update(("word", word) for word in lattice.word[emitted].tolist())
+            seen.add(("ending", int(lattice.onward.target[emitted[-1]])))
             yield from self._sentences(frames)
 
     def _frames_through(self, arc: int) -> Ints:
         """The best complete path through an arc: per frame the arc it emits, -1 for a blank."""
         t = int(self._frame[arc])
-        before = _trace(self._lattice.onward, self._before, t, arc)
-        after = _trace(self._lattice.backward, self._after, self._last - t, arc)
+        before = _trace(self._lattice.onward, self._before, t, arc=arc)
+        after = _trace(self._lattice.backward, self._after, self._last - t, arc=arc)
         return np.array(before[::-1] + after[1:])
+
+    def _frames_to(self, ending: int) -> Ints:
+        """The best complete path to an ending."""
+        return np.array(_trace(self._lattice.onward, self._before, self._last, node=ending)[::-1])
 
     def _sentences(self, frames: Ints) -> Iterator[Hypothesis]:
         """A path as a sentence; more than one where equal words mean different things."""
@@ -347,11 +396,12 @@ def _is_numeral(step: Step, language: Language) -> bool:
     return step.number is not None or value_of([step.word], language) is not None
 
 
-def _trace(direction: _Direction, scores: tuple[Floats, Floats], t: int, arc: int) -> list[int]:
-    """The best path that emits ``arc`` at frame t: the arc emitted at t, t-1, ... 0, or -1 for a blank."""
+def _trace(
+    direction: _Direction, scores: tuple[Floats, Floats], t: int, *, arc: int = -1, node: int | None = None
+) -> list[int]:
+    """The best path that emits ``arc``, or rests in ``node``, at frame t: the arc emitted at t, t-1, ... 0 or -1."""
     emitting, resting = scores
     path = [arc]
-    node: int | None = None  # set while the path rests in a blank
     for before in range(t - 1, -1, -1):
         at = int(direction.source[arc]) if node is None else node
         candidates = direction.arrivals(at, but=int(direction.token[arc]) if node is None else -1)
