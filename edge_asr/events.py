@@ -139,6 +139,8 @@ class Command:
     """The sentence of the grammar that was matched."""
     answer: Answer | None = None
     """Set where the intent answers a pending command."""
+    stations: tuple[str, ...] = ()
+    """Sources that may give this command; empty: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,6 +173,9 @@ def understand(
         recognition = hotwords.apply(recognition)
     transcript = recognition.transcript
     decision = interpreter.interpret(recognition) if interpreter is not None else None
+    if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
+        stations = ", ".join(decision.stations)
+        decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
     return Understanding(utterance, transcript if transcript.text else None, decision)
 
 

@@ -11,20 +11,9 @@ import edge_asr
 
 ORDER = (
     *("events", "clock", "settings", "audio", "speech", "posteriors", "numbers", "wordgraph", "grammar", "biasing"),
-    *(
-        "hotwords",
-        "commands",
-        "confirmation",
-        "outbox",
-        "model_store",
-        "inference",
-        "sources",
-        "contract",
-        "publisher",
-        "systemd",
-        "logs",
-    ),
-    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "cli"),
+    *("hotwords", "commands", "linter", "confirmation", "outbox", "model_store", "inference", "sources", "contract"),
+    *("publisher", "systemd", "logs"),
+    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))

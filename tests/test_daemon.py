@@ -25,7 +25,7 @@ from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_po
 from tests.soundcard import sound_card
 
 RECORDINGS = model_store.bundled("recordings")
-GOLDEN = RECORDINGS / "golden.flac"
+COMMAND = RECORDINGS / "20-emergency-stop.flac"
 SILENCE = quiet(SAMPLE_RATE)
 
 
@@ -132,7 +132,7 @@ def test_everything_committed_before_a_sigkill_arrives_later_and_in_order(tmp_pa
     outbox = tmp_path / "state" / "outbox.db"
     with running(port_file) as box:
         for _ in range(2):
-            box.say(GOLDEN)
+            box.say(COMMAND)
         wait_until(lambda: outbox.exists() and read_statistics(outbox).last_seq >= 4, "two utterances are committed")
         box.process.kill()
         box.process.wait()
@@ -149,7 +149,7 @@ def test_a_broker_restarted_under_load_costs_neither_message_nor_order(tmp_path:
         with running(write_settings(tmp_path, broker.port)) as box:
             for restart in (True, True, False):
                 before = len(sequence(subscriber.messages))
-                box.say(GOLDEN)
+                box.say(COMMAND)
                 subscriber.wait_for(lambda m, n=before: len(sequence(m)) > n, "the next message")  # type: ignore[misc]
                 if restart:
                     broker.restart()
@@ -162,14 +162,14 @@ def test_a_broker_restarted_under_load_costs_neither_message_nor_order(tmp_path:
 
 
 def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> None:
-    wav = tmp_path / "golden.wav"
-    samples, rate = soundfile.read(GOLDEN)
+    wav = tmp_path / "command.wav"
+    samples, rate = soundfile.read(COMMAND)
     soundfile.write(wav, samples, rate)
     with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, "#") as subscriber:
         settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
         with running(settings, **card.environment) as box:
             for time_spoken in (1, 2):
-                wait_until(card.recording, "the microphone is open")
+                wait_until(lambda n=time_spoken: box.log.count("capturing from") >= n, "the microphone is open")
                 card.play(wav)
                 subscriber.wait_for(
                     lambda m, n=time_spoken: sum(x.topic.endswith("evt/transcript") for x in m) >= n,  # type: ignore[misc]
@@ -184,7 +184,7 @@ def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> 
     with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
         with running(write_settings(tmp_path, broker.port)) as box:
             assert box.process.stdin
-            box.process.stdin.write(read_file(GOLDEN)[: -SAMPLE_RATE // 2 * 2])  # no silence: the gate stays open
+            box.process.stdin.write(read_file(COMMAND)[: -SAMPLE_RATE // 2 * 2])  # no silence: the gate stays open
             box.process.stdin.flush()
             subscriber.wait_for(lambda m: any(x.topic.endswith("live/partial") for x in m) or m, "the daemon listens")
             box.wait_for_log("listening to")
@@ -198,7 +198,7 @@ def test_sighup_takes_over_new_grammars_and_refuses_broken_ones(tmp_path: Path) 
         settings = write_settings(tmp_path, broker.port, commands={"grammars": ["coffee.en"]})
         with running(settings) as box:
             box.wait_for_log("listening to")
-            box.say(GOLDEN)
+            box.say(COMMAND)
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/rejected") for x in m), "no coffee")
             settings.write_text("commands: [", encoding="utf-8")
             box.process.send_signal(signal.SIGHUP)
@@ -206,7 +206,7 @@ def test_sighup_takes_over_new_grammars_and_refuses_broken_ones(tmp_path: Path) 
             write_settings(tmp_path, broker.port, device="another-name")
             box.process.send_signal(signal.SIGHUP)
             box.wait_for_log("a restart is needed for: device")
-            box.say(GOLDEN)
+            box.say(COMMAND)
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "now a command")
             assert box.hang_up() == 0
 
