@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,13 +22,16 @@ from typing import Any
 import click
 import yaml
 from rich.console import Console
+from rich.live import Live
+from rich.table import Column, Table
 
 import edge_asr
-from edge_asr import bench, commands, demo, doctor, inference, linter, logs, model_store, settings
+from edge_asr import bench, commands, demo, doctor, evaluation, inference, linter, logs, model_store, report, settings
 from edge_asr import grammar as grammars
-from edge_asr.audio import AudioFileError, read_file
+from edge_asr.audio import AudioFileError, read_file, to_float
 from edge_asr.broker import BrokerError
 from edge_asr.daemon import Daemon, Engine, grammar_paths
+from edge_asr.evaluation import ManifestError
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
@@ -55,6 +59,19 @@ class _ExamplesLast(click.Group):
         return list(self.commands)
 
 
+def _decibels(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """``6,9.5`` as numbers."""
+    if value is None:
+        return None
+    try:
+        ratios_db = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers with commas between them", ctx, param) from None
+    if not all(math.isfinite(ratio_db) for ratio_db in ratios_db):
+        raise click.BadParameter(f"{value!r} is not finite", ctx, param)
+    return ratios_db
+
+
 def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
@@ -68,6 +85,7 @@ def _one_line_errors() -> Iterator[None]:
         GrammarError: EXIT_CONFIG,
         HotwordError: EXIT_CONFIG,
         AudioFileError: EXIT_NO_INPUT,
+        ManifestError: EXIT_NO_INPUT,
         SourceError: EXIT_UNAVAILABLE,
         BrokerError: EXIT_UNAVAILABLE,
         SubscriberError: EXIT_UNAVAILABLE,
@@ -247,6 +265,66 @@ def measure(options: Settings, *, as_json: bool, **_: object) -> None:
     click.echo(f"Thread CPU time, milliseconds per second of audio ({result['audio_s']} s, median of {bench.ROUNDS}):")
     for stage in result["stages"]:
         click.echo(f"  {stage['name']:28s} {stage['cpu_ms_per_audio_s']:8.3f}")
+
+
+@main.command(
+    "eval",
+    epilog=_example(
+        "edge-asr eval site.jsonl --html report.html",
+        "edge-asr eval site.jsonl --noise hall.flac --snr 6,12,18 --json figures.json",
+    ),
+)
+@click.argument("manifest", type=click.Path(path_type=Path))
+@_with_settings
+@click.option("--noise", type=click.Path(path_type=Path), help="Recording of noise to mix in, at each of --snr.")
+@click.option("--snr", "snrs_db", callback=_decibels, help="Signal-to-noise ratios in dB, e.g. 6,12,18; needs --noise.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, other stretches of the noise.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures to this file.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots to this file.")
+def evaluate(
+    options: Settings,
+    manifest: Path,
+    noise: Path | None,
+    snrs_db: tuple[float, ...] | None,
+    seed: int,
+    json_path: Path | None,
+    html_path: Path | None,
+    **_: object,
+) -> None:
+    """Measure on labelled recordings: commands accepted rightly and wrongly, text, cost; clean and in noise.
+
+    MANIFEST has one JSON object a line: audio (a path beside it) and, where known, text, intent, slots.
+    """
+    if (noise is None) != (snrs_db is None):
+        raise click.UsageError("--noise and --snr belong together")
+    _quiet_logs(options)
+    items = evaluation.read_manifest(manifest)
+    engine = Engine.build(options)
+    stretch = to_float(read_file(noise)) if noise is not None else None
+    table = Table(*(Column(head, justify="right") for head in report.COLUMNS.values()))
+    conditions = []
+    with Live(table, console=_console()):
+        for snr_db in (None, *(snrs_db or ())):
+            condition = evaluation.measure(engine, items, options.vad, noise=stretch, snr_db=snr_db, seed=seed)
+            conditions.append(condition)
+            table.add_row(*report.row_of(evaluation.summarize(condition)))
+    result = {
+        "model": f"{engine.files.manifest.name} {engine.files.manifest.version}",
+        "grammar": ", ".join(options.commands.grammars),
+        "conditions": [evaluation.summarize(condition) for condition in conditions],
+    }
+    if json_path is not None:
+        _write(json_path, json.dumps(result, indent=1) + "\n")
+    if html_path is not None:
+        _write(html_path, report.page(result, conditions, html_path.resolve().parent))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        click.echo(f"edge-asr: {path}: cannot be written ({error.strerror})", err=True)
+        raise SystemExit(EXIT_IO) from None
 
 
 @main.group(cls=_ExamplesLast)

@@ -14,18 +14,23 @@ WORST = 40
 """Utterances on the page, at most."""
 
 COLUMNS = {
-    "snr": "SNR, dB",
-    "n": "recordings",
+    "snr": "SNR dB",
+    "n": "n",
     "accepted": "accepted",
-    "acceptance": "acceptance",
-    "wrong_commands": "wrong commands",
-    "wrong_numbers": "wrong numbers",
-    "false_accepts_per_hour": "false accepts per hour",
-    "wer": "word error rate",
-    "rtf": "real-time factor",
+    "acceptance": "rate",
+    "wrong_commands": "wrong",
+    "wrong_numbers": "wrong no.",
+    "false_accepts_per_hour": "false/h",
+    "wer": "WER",
+    "rtf": "RTF",
 }
 """Keys of a condition's summary that are shown, with their headings."""
 
+_LEGEND = (
+    "accepted: exactly the labelled command came; rate: of the recordings with a command; wrong: another command came; "
+    "wrong no.: commands with another number than was said; false/h: commands per hour of recordings without one; "
+    "WER: word error rate of the text (characters in CJK); RTF: CPU time over duration."
+)
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 280, 50, 12, 40
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
@@ -53,6 +58,7 @@ def page(result: Mapping[str, Any], conditions: Sequence[Condition], folder: Pat
         f"<!doctype html><html lang=en><meta charset=utf-8><title>edge-asr eval</title><style>{_STYLE}</style>",
         f"<h1>Evaluation</h1><p>Model {escape(result['model'])}, grammar {escape(result['grammar'])}.</p>",
         _table(list(COLUMNS.values()), [row_of(summary) for summary in summaries]),
+        f"<p>{_LEGEND}</p>",
         *_acceptance(summaries),
         "<h2>Rejections</h2>",
         _rejections(summaries),
