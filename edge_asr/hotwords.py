@@ -282,20 +282,26 @@ def _gapped(piece: str) -> str:
 class _Prefix:
     """A sequence of tokens in the beam; children know each other by their token, so equal sequences are one object."""
 
-    __slots__ = ("blank", "children", "credit", "gained", "label", "parent", "score", "state", "token", "total")
+    __slots__ = (
+        *("parent", "children", "token", "state", "gained", "secured", "credit"),
+        *("blank", "label", "total", "safe", "score"),
+    )
 
-    def __init__(self, parent: _Prefix | None, token: int, state: str, gained: float, credit: float) -> None:
+    def __init__(
+        self, parent: _Prefix | None, token: int, state: str, gained: float, secured: float, credit: float
+    ) -> None:
         self.parent, self.token, self.state = parent, token, state
         self.gained = gained
         """Bonus of the hotwords that are certain."""
-        self.credit = credit
-        """What the state promises on top."""
+        self.secured, self.credit = secured, credit
+        """What the state is worth on top if the audio ends here, and if it goes on as one hopes."""
         self.children: dict[int, _Prefix] = {}
 
     def settle(self, blank: float, label: float) -> None:
         """Take over the log-probability of all alignments so far that end in a blank, and in the last token."""
         self.blank, self.label = blank, label
         self.total = _log_add(blank, label)
+        self.safe = self.total + self.gained + self.secured
         self.score = self.total + self.gained + self.credit
 
     def grown(self, token: int) -> float:
@@ -342,24 +348,22 @@ class _Search:
     """Prefix beam search (Hannun et al. 2014) that ranks prefixes by probability, bonus and credit."""
 
     def __init__(self, context: _Context, vocabulary: _Vocabulary, *, beam: int, margin: float) -> None:
-        self._context, self._vocabulary = context, vocabulary
+        self._vocabulary = vocabulary
         self._beam, self._margin = beam, margin
         self._credit = lru_cache(maxsize=1 << 14)(context.credit)
+        self._final = lru_cache(maxsize=1 << 14)(context.final)
         self._leading = lru_cache(maxsize=1 << 12)(self._led)
         self._starters, self._starting = self._led("")
 
     def best(self, log_posteriors: Floats) -> tuple[list[int], float]:
         """The sequence of tokens with the highest score, and the score."""
-        root = _Prefix(None, -1, "", 0.0, 0.0)
+        root = _Prefix(None, -1, "", 0.0, 0.0, 0.0)
         root.settle(0.0, _IMPOSSIBLE)
         beam = [root]
         for row, shared in zip(log_posteriors, self._shared(log_posteriors), strict=True):
             beam = self._advance(beam, row, shared)
-        score, best = max(
-            ((each.total + each.gained + self._context.final(each.state), each) for each in beam),
-            key=lambda pair: pair[0],
-        )
-        return best.tokens(), score
+        best = max(beam, key=lambda prefix: prefix.safe)
+        return best.tokens(), best.safe
 
     def _shared(self, log_posteriors: Floats) -> Iterator[dict[int, float]]:
         """Per frame the tokens that may extend any prefix, with their log-posteriors."""
@@ -391,24 +395,25 @@ class _Search:
     def _best_of(self, prefixes: list[_Prefix]) -> list[_Prefix]:
         """The prefixes that remain, best first.
 
-        Where two have the same state and last token, the future treats both alike: the worse one gives way.
+        Where two have the same state and last token, the future treats both alike: the worse one gives way. One
+        place is kept for the best of the others without credit, so that hopes do not displace what they may come to.
         """
         prefixes.sort(key=lambda prefix: -prefix.score)
-        floor = prefixes[0].score - self._margin
-        if len(prefixes) <= self._beam:
-            return [prefix for prefix in prefixes if prefix.score >= floor]
-        fronts: dict[tuple[str, int], _Prefix] = {}
-        rest = [prefix for prefix in prefixes if fronts.setdefault((prefix.state, prefix.token), prefix) is not prefix]
-        kept = [*fronts.values(), *rest][: self._beam]
-        kept.sort(key=lambda prefix: -prefix.score)
-        return [prefix for prefix in kept if prefix.score >= floor]
+        floor = max(prefix.safe for prefix in prefixes) - self._margin
+        if len(prefixes) > self._beam:
+            fronts: dict[tuple[str, int], _Prefix] = {}
+            rest = [each for each in prefixes if fronts.setdefault((each.state, each.token), each) is not each]
+            ranked = [*fronts.values(), *rest]
+            safest = max(ranked[self._beam - 1 :], key=lambda prefix: prefix.safe)
+            prefixes = sorted([*ranked[: self._beam - 1], safest], key=lambda prefix: -prefix.score)
+        return [prefix for prefix in prefixes if prefix.score >= floor]
 
     def _grown(
         self, beam: Sequence[_Prefix], row: Floats, shared: Mapping[int, float]
     ) -> list[tuple[float, float, _Prefix, int]]:
         """(upper bound of the score, log-probability, prefix, token) of all children outside the beam, best first."""
         near = float(row.max()) - self._margin
-        floor = beam[0].score + near
+        floor = max(prefix.safe for prefix in beam) + near
         inside = set(beam)
         grown = []
         for prefix in beam:
@@ -418,7 +423,7 @@ class _Search:
                 reached = prefix.grown(token) + value
                 promise = promises.get(token)
                 if promise is None:
-                    promise = prefix.credit + self._starting.get(token, 0.0)
+                    promise = prefix.secured + self._starting.get(token, 0.0)
                 bound = reached + prefix.gained + promise
                 if bound >= floor and prefix.children.get(token) not in inside:
                     grown.append((bound, reached, prefix, token))
@@ -433,7 +438,7 @@ class _Search:
 
     def _new(self, prefix: _Prefix, token: int) -> _Prefix:
         state, gained = self._vocabulary.step(prefix.state, token)
-        child = _Prefix(prefix, token, state, prefix.gained + gained, self._credit(state))
+        child = _Prefix(prefix, token, state, prefix.gained + gained, self._final(state), self._credit(state))
         prefix.children[token] = child
         return child
 
