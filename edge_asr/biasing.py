@@ -101,9 +101,9 @@ def spellings(word: str, table: TokenTable) -> list[tuple[int, int, int]]:
         for identifier in ids.get(text[start:end], ())
     ]
     if not word.isascii():
-        arcs += [(0, identifier, end) for start, identifier, end in arcs if start == 1]
+        arcs = [(0, identifier, end) for start, identifier, end in arcs if start == 1] + arcs
     forward, backward = {0}, {len(text)}
-    for start, _, end in arcs:  # sorted by start, except for the CJK shortcuts, which start at 0 where all begins
+    for start, _, end in arcs:  # sorted by start
         if start in forward:
             forward.add(end)
     for start, _, end in sorted(arcs, key=lambda arc: -arc[2]):
