@@ -57,6 +57,16 @@ def at_speed(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]:
     return played
 
 
+def signal_to_noise_db(samples: NDArray[np.float32]) -> float:
+    """How far the loudest frames stand above the quietest, which are the pauses around and between words."""
+    frames = samples[: samples.size // FRAME_SAMPLES * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+    if not frames.size:
+        return 0.0
+    levels_db = 10 * np.log10(np.square(frames).mean(axis=1) + 1e-10)
+    loud_db, quiet_db = np.percentile(levels_db, [95, 10])
+    return float(loud_db - quiet_db)
+
+
 def level_dbfs(pcm: bytes) -> float:
     """RMS level; 0 dBFS is a full-scale square wave, so a full-scale sine reads -3.01."""
     if not pcm:

@@ -93,7 +93,7 @@ def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | S
     if not options.grammars:
         return None
     graph = commands.load_graph(list(grammar_paths(options).values()))
-    interpreter = Interpreter(graph, recognizer.table, options)
+    interpreter = Interpreter(graph, recognizer.table, options, recognizer.languages)
     if interpreter.unspellable:
         words = ", ".join(interpreter.unspellable)
         log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)

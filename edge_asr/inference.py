@@ -17,7 +17,7 @@ import kaldi_native_fbank as knf
 import numpy as np
 import onnxruntime as ort
 
-from edge_asr.audio import at_speed, to_float
+from edge_asr.audio import at_speed, signal_to_noise_db, to_float
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Token, Transcript
 from edge_asr.model_store import ModelError
 from edge_asr.posteriors import (
@@ -172,7 +172,7 @@ class OnnxRecognizer:
         self.provider: str = self._session.get_providers()[0]
         self._features = Features(self._contract)
         self._language = options.language
-        self._languages = options.languages if options.language == "auto" else ()
+        self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
         itn = self._contract.with_itn if options.use_itn else self._contract.without_itn
         self._text_norm = np.array([itn], np.int32)
 
@@ -180,8 +180,8 @@ class OnnxRecognizer:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
         samples = _checked(pcm)
         heard = self._decode(samples, self._language)
-        if foreign(heard.transcript, self._languages):  # listen again for what is spoken here
-            again = (self._decode(samples, language) for language in self._languages)
+        if self._language == "auto" and foreign(heard.transcript, self.languages):  # again, for what is spoken here
+            again = (self._decode(samples, language) for language in self.languages)
             heard = max(again, key=lambda recognition: recognition.transcript.confidence)
         return heard
 
@@ -193,7 +193,8 @@ class OnnxRecognizer:
         def at_pace(pace: float) -> NDArray[np.float32]:
             return log_softmax(self._logits(at_speed(samples, pace), language)[TAG_FRAMES:])
 
-        return Recognition(transcribe(log_posteriors, tags, self.table), log_posteriors, at_pace)
+        transcript = transcribe(log_posteriors, tags, self.table)
+        return Recognition(transcript, log_posteriors, signal_to_noise_db(samples), at_pace)
 
     def _logits(self, samples: NDArray[np.float32], language: str) -> NDArray[np.float32]:
         features = self._features(samples)
@@ -220,6 +221,7 @@ class SherpaRecognizer:
         contract = check_contract(_open_session(files.model), files.model)
         self.table = load_tokens(files.tokens, contract.vocabulary)
         self.provider = options.provider
+        self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
         self._recognizer: Any = sherpa_onnx.OfflineRecognizer.from_sense_voice(
             model=str(files.model),
             tokens=str(files.tokens),

@@ -81,6 +81,8 @@ class Recognition:
     transcript: Transcript
     log_posteriors: NDArray[np.float32] | None
     """[frames, vocabulary] without the tag frames; None where the engine keeps them to itself."""
+    signal_to_noise_db: float | None = None
+    """Of the audio, see ``audio``; None where nobody measured."""
     at_pace: Callable[[float], NDArray[np.float32]] | None = None
     """Listens again: the log-posteriors of the same audio played at another pace (0.9: a tenth slower)."""
 
