@@ -246,8 +246,16 @@ class _PortAudio:
         ]
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def _portaudio() -> _PortAudio:
+    with _loading:  # a cache alone would let two threads make two
+        return _load_portaudio()
+
+
+@functools.cache
+def _load_portaudio() -> _PortAudio:
     return _PortAudio()
 
 
@@ -421,17 +429,16 @@ class _Mailbox:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def drain(self) -> AsyncIterator[AudioFrame]:
-        """Every frame until the end."""
+    async def get(self) -> AudioFrame | None:
+        """The next frame; None after the last."""
         while True:
             self._news.clear()
-            ended = self._ended
-            while self._frames:
-                with self._lock:
-                    frame = self._frames.popleft()
-                yield frame
+            ended = self._ended  # read before the frames: what was put before the end is still delivered
+            with self._lock:
+                if self._frames:
+                    return self._frames.popleft()
             if ended:
-                return
+                return None
             await self._news.wait()
 
 
@@ -469,7 +476,7 @@ class Microphone:
         atexit.register(self._leave)  # runs before sounddevice's own hook, which must not meet a reading thread
         self._thread.start()
         try:
-            async for frame in self._mailbox.drain():
+            while (frame := await self._mailbox.get()) is not None:
                 yield frame
         finally:
             self._stop.set()
@@ -499,8 +506,6 @@ class Microphone:
             _portaudio()  # a missing library does not appear by waiting
             while not self._stop.is_set():
                 self._attempt(mailbox)
-            if self.last_frame_ns is not None:
-                self._hand_over(self._cutter.flush(self.last_frame_ns), mailbox)
         except BaseException as error:  # noqa: BLE001 - raised again where the frames are consumed
             self._failure = error
         finally:

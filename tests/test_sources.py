@@ -398,20 +398,22 @@ if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE: what MemoryDenyWrite
     print("no-mdwe", flush=True)
 logging.basicConfig(level=logging.INFO, format="OURS %(message)s")
 
+async def consume(source):
+    async for _ in source.frames():
+        pass
+
 async def main():
-    source, said = Microphone(MicrophoneSource(type="microphone")), None
-    async def consume():
-        async for _ in source.frames():
-            pass
-    consumer = asyncio.create_task(consume())
+    sources = [Microphone(MicrophoneSource(type="microphone", name=name)) for name in sys.argv[1:]]
+    consumers = [asyncio.create_task(consume(source)) for source in sources]
     stdin = asyncio.create_task(asyncio.to_thread(sys.stdin.readline))
+    said = None
     while not stdin.done():
-        if source.state != said:
-            said = source.state
-            print(said, flush=True)
+        states = {source.state for source in sources}
+        if len(states) == 1 and states != said:
+            said = states
+            print(*states, flush=True)
         await asyncio.sleep(0.01)
-    await source.close()
-    await consumer
+    await asyncio.gather(*(source.close() for source in sources), *consumers)
 
 asyncio.run(main())
 print("ended", flush=True)
@@ -419,9 +421,10 @@ print("ended", flush=True)
 
 
 @contextlib.contextmanager
-def capturing_process() -> Iterator[tuple[subprocess.Popen[str], Callable[[str], None]]]:
+def capturing_process(*names: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], None]]]:
+    """A process with microphones of these names, and a function that waits until it says that all are in a state."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CAPTURE],
+        [sys.executable, "-c", CAPTURE, *names],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -445,7 +448,7 @@ def capturing_process() -> Iterator[tuple[subprocess.Popen[str], Callable[[str],
 
 def test_without_executable_memory_it_works_and_c_libraries_keep_quiet(card: SoundCard) -> None:
     card.unplug()
-    with capturing_process() as (process, wait_for):
+    with capturing_process("microphone") as (process, wait_for):
         wait_for("lost")
         card.plug()
         wait_for("capturing")
@@ -460,19 +463,21 @@ def test_without_executable_memory_it_works_and_c_libraries_keep_quiet(card: Sou
     assert len(err.splitlines()) == 4
 
 
-def test_a_process_ends_in_time_although_its_sound_server_is_frozen(card: SoundCard) -> None:
-    with capturing_process() as (process, wait_for):
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_a_process_ends_in_time_although_its_sound_server_is_frozen(card: SoundCard, names: list[str]) -> None:
+    with capturing_process(*names) as (process, wait_for):
         wait_for("capturing")
         card.freeze()
         wait_for("lost")
         out, err = process.communicate("\n", timeout=10)
     assert process.returncode == 0
     assert out.endswith("ended\n")
-    assert "'default' hangs and is abandoned" in err
+    for name in names:
+        assert f"{name}: 'default' hangs and is abandoned" in err
 
 
 def test_a_process_ends_in_time_although_its_sound_server_froze_before_it_was_opened(card: SoundCard) -> None:
-    with capturing_process() as (process, wait_for):
+    with capturing_process("microphone") as (process, wait_for):
         wait_for("capturing")
         card.kill()
         wait_for("lost")
@@ -612,10 +617,12 @@ def test_audio_lost_without_a_word_is_noticed_once_and_measured(lost_s: float, a
 
 
 @given(late_s=st.floats(0, 0.9), at=st.integers(5, 50))
-def test_a_backlog_that_comes_in_after_all_is_no_loss(late_s: float, at: int) -> None:
+def test_backlogs_that_come_in_after_all_are_no_loss(late_s: float, at: int) -> None:
     step = 0.032
-    deliveries = [(max(i * step, at * step + late_s) if i >= at else i * step, 512) for i in range(1, 200)]
-    assert not any(replay(deliveries))
+    due_s = [i * step for i in range(1, 200)]
+    freezes = [due_s[at], due_s[at + 100]]
+    held_back = [max([due, *(start + late_s for start in freezes if start <= due < start + late_s)]) for due in due_s]
+    assert not any(replay([(seconds, 512) for seconds in held_back]))
 
 
 # Recordings
@@ -646,9 +653,10 @@ def test_recordings_are_played_in_order_with_a_quiet_second_between_them(tmp_pat
 
 
 def test_a_directory_is_its_recordings_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b.wav", "a.FLAC", "c.ogg", "notes.txt", ".hidden.wav"):
+    names = [f"{letter}.{suffix}" for letter, suffix in zip("hdbfacge", ["wav", "FLAC", "ogg", "mp3"] * 2, strict=True)]
+    for name in [*names, "notes.txt", ".hidden.wav"]:
         (tmp_path / name).touch()
-    assert [path.name for path in audio_files(tmp_path)] == ["a.FLAC", "b.wav", "c.ogg"]
+    assert [path.name for path in audio_files(tmp_path)] == sorted(names)
     assert audio_files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
 
 
