@@ -36,6 +36,9 @@ BEAM = 8
 BEST_TOKENS = 8
 """Tokens per frame that may extend any prefix: so many of all, and so many of those that begin a hotword."""
 
+PAUSE_FRAMES = 3
+"""Frames (of 60 ms) around what the free text hears in which a hotword may sound; all else is a pause."""
+
 MARGIN = 12.0
 """Nats that a prefix or a token may lie behind the best one before it is dropped without a look."""
 
@@ -58,8 +61,8 @@ class Hotword:
     written: str
     """How the transcript shows it."""
     weight: float
-    """Nats per sound (see :func:`_sounds`): how much less likely than the free text it may be and still be preferred.
-    0 only corrects the spelling."""
+    """Nats per token that the model needs at least to write it: how much less likely than the free text it may be and
+    still be preferred. A word with a token of its own is not rare to the model. 0 only corrects the spelling."""
     spoken: tuple[str, ...] = ()
     """What the model may write instead, where it is not ``written`` in other letters: ``x k forty seven``."""
 
@@ -154,12 +157,6 @@ def _forms(hotword: Hotword) -> list[str]:
     return [form for form in found if form]
 
 
-def _sounds(form: str) -> int:
-    """How much there is to hear in canonical text: letters, a short word and an East Asian character counting three."""
-    words = "".join(f" {char} " if _is_wide(char) else char for char in form).split()
-    return sum(max(len(word), 3) for word in words)
-
-
 class _Context:
     """Finds hotwords in canonical text, also piece by piece while the text still grows.
 
@@ -227,50 +224,31 @@ class _Context:
 
 
 class _Vocabulary:
-    """What each token of a table adds to canonical text, and which tokens lead on from a state."""
+    """What each token of a table adds to canonical text."""
 
-    def __init__(self, table: TokenTable, context: _Context) -> None:
-        texts = [_gapped(piece.replace(WORD_START, " ")) for piece in table.pieces]
+    def __init__(self, table: TokenTable) -> None:
+        self.texts = [_gapped(piece.replace(WORD_START, " ")) for piece in table.pieces]
+        """Per token; a gap in front is kept."""
+        self.longest = table.longest_piece
         self._ids: dict[str, list[int]] = defaultdict(list)
         for identifiers in table.ids_by_spelling.values():
             for identifier in identifiers:
-                self._ids[texts[identifier]].append(identifier)
-        self._longest = table.longest_piece
-        self._onward: dict[str, list[str]] = defaultdict(list)
-        for beginning in context.beginnings:
-            self._onward[beginning[:-1]].append(beginning)
-        self.step = lru_cache(maxsize=1 << 16)(lambda state, token: context.step(state, texts[token]))
-        """(state, token) -> (new state, bonus gained)."""
+                self._ids[self.texts[identifier]].append(identifier)
 
-    def can_spell(self, form: str) -> bool:
-        """Whether some sequence of tokens writes the canonical text."""
-        reached = {0}
+    def fewest(self, form: str) -> int | None:
+        """How many tokens it takes at least to write the canonical text; None if it cannot be written."""
+        counts = {0: 0}
         for start in range(len(form)):
-            if start in reached:
-                reached |= {end for end, _ in self._pieces(form, start)}
-        return len(form) in reached
+            if start in counts:
+                for end in range(start + 1, min(len(form), start + self.longest) + 1):
+                    if self.writing(form[:start], form[start:end]):
+                        counts[end] = min(counts[start] + 1, counts.get(end, end))
+        return counts.get(len(form))
 
-    def _pieces(self, form: str, start: int) -> Iterator[tuple[int, list[int]]]:
-        for end in range(start + 1, min(len(form), start + self._longest) + 1):
-            identifiers = self._writing(form[:start], form[start:end])
-            if identifiers:
-                yield end, identifiers
-
-    def _writing(self, before: str, text: str) -> list[int]:
+    def writing(self, before: str, text: str) -> list[int]:
         """Tokens that append ``text`` to ``before``, with a gap of no meaning in front or without."""
         gapless = not before or _is_wide(before[-1]) or _is_wide(text[0])
         return [*self._ids.get(text, ()), *(self._ids.get(" " + text, ()) if gapless else ())]
-
-    def leading(self, state: str) -> Ints:
-        """The tokens that lead on from a state towards a hotword."""
-        found: list[int] = []
-        beginnings = [state]
-        for beginning in beginnings:
-            for further in self._onward.get(beginning, ()):
-                if len(further) - len(state) <= self._longest:
-                    beginnings.append(further)
-                    found += self._writing(state, further[len(state) :])
-        return np.unique(np.array(found, np.int64))
 
 
 def _gapped(piece: str) -> str:
@@ -344,12 +322,32 @@ def best_tokens(log_posteriors: Floats, count: int) -> Ints:
     return found
 
 
+def _telling(log_posteriors: Floats) -> NDArray[np.bool_]:
+    """Which frames the search looks at.
+
+    Idle ones say nothing after another idle one. In silence even a good model gives its favourite words a few percent:
+    a hotword may replace what was heard there, but not fill a pause.
+    """
+    heard = log_posteriors.argmax(axis=1) != BLANK
+    near = np.convolve(heard, np.ones(2 * PAUSE_FRAMES + 1))[PAUSE_FRAMES : PAUSE_FRAMES + len(heard)] > 0
+    idle = (log_posteriors[:, BLANK] > IDLE) | ~near
+    telling: NDArray[np.bool_] = ~idle
+    telling[0] = True
+    telling[1:] |= ~idle[:-1]
+    return telling
+
+
 class _Search:
     """Prefix beam search (Hannun et al. 2014) that ranks prefixes by probability, bonus and credit."""
 
     def __init__(self, context: _Context, vocabulary: _Vocabulary, *, beam: int, margin: float) -> None:
         self._vocabulary = vocabulary
         self._beam, self._margin = beam, margin
+        self._onward: dict[str, list[str]] = defaultdict(list)
+        for beginning in context.beginnings:
+            self._onward[beginning[:-1]].append(beginning)
+        texts = vocabulary.texts
+        self._step = lru_cache(maxsize=1 << 16)(lambda state, token: context.step(state, texts[token]))
         self._credit = lru_cache(maxsize=1 << 14)(context.credit)
         self._final = lru_cache(maxsize=1 << 14)(context.final)
         self._leading = lru_cache(maxsize=1 << 12)(self._led)
@@ -432,12 +430,19 @@ class _Search:
 
     def _led(self, state: str) -> tuple[Ints, dict[int, float]]:
         """The tokens that lead from a state towards a hotword, and what each one earns and promises."""
-        leading = self._vocabulary.leading(state)
-        steps = {token: self._vocabulary.step(state, token) for token in leading.tolist()}
+        found: set[int] = set()
+        beginnings = [state]
+        for beginning in beginnings:
+            for further in self._onward.get(beginning, ()):
+                if len(further) - len(state) <= self._vocabulary.longest:
+                    beginnings.append(further)
+                    found.update(self._vocabulary.writing(state, further[len(state) :]))
+        leading = np.array(sorted(found), np.int64)
+        steps = {token: self._step(state, token) for token in leading.tolist()}
         return leading, {token: gained + self._credit(after) for token, (after, gained) in steps.items()}
 
     def _new(self, prefix: _Prefix, token: int) -> _Prefix:
-        state, gained = self._vocabulary.step(prefix.state, token)
+        state, gained = self._step(prefix.state, token)
         child = _Prefix(prefix, token, state, prefix.gained + gained, self._final(state), self._credit(state))
         prefix.children[token] = child
         return child
@@ -504,15 +509,17 @@ class Hotwords:
         self._table = table
         self._written: dict[str, str] = {}
         bonus: dict[str, float] = {}
-        for hotword in hotwords:
+        vocabulary = _Vocabulary(table)
+        listed = list(hotwords)
+        for hotword in listed:
             for form in _forms(hotword):
-                self._written[form] = hotword.written
-                bonus[form] = hotword.weight * _sounds(form)
-        self._context = _Context(bonus)
-        vocabulary = _Vocabulary(table, self._context)
-        hearable = {written for form, written in self._written.items() if vocabulary.can_spell(form)}
-        self.unspellable = tuple(h for h in dict.fromkeys(self._written.values()) if h not in hearable)
+                tokens = vocabulary.fewest(form)
+                if tokens is not None:
+                    self._written[form], bonus[form] = hotword.written, hotword.weight * tokens
+        hearable = set(self._written.values())
+        self.unspellable = tuple(each.written for each in listed if each.written not in hearable)
         """Hotwords that no tokens of the model write; they are never heard."""
+        self._context = _Context(bonus)
         self._search = _Search(self._context, vocabulary, beam=beam, margin=margin)
 
     def __len__(self) -> int:
@@ -526,7 +533,7 @@ class Hotwords:
         transcript, log_posteriors = recognition.transcript, recognition.log_posteriors
         tokens, confidence = transcript.tokens, transcript.confidence
         if log_posteriors is not None and len(log_posteriors):
-            labels, _ = self.search(log_posteriors)
+            labels, _ = self.search(log_posteriors[_telling(log_posteriors)])
             if self._heard("".join(self._print(label) for label in labels)):
                 runs = aligned(log_posteriors, labels)
                 tokens = tuple(
@@ -543,10 +550,7 @@ class Hotwords:
 
     def search(self, log_posteriors: Floats) -> tuple[list[int], float]:
         """The tokens with the highest score, and the score."""
-        blank = log_posteriors[:, BLANK] > IDLE
-        idle = blank & np.roll(blank, 1)
-        idle[0] = False
-        return self._search.best(log_posteriors[~idle])
+        return self._search.best(log_posteriors)
 
     def _print(self, label: int) -> str:
         return self._table.pieces[label].replace(WORD_START, " ")

@@ -192,8 +192,8 @@ class Hotwords(_Section):
     phrases: tuple[Hotword, ...] = ()
     file: Path | None = None
     """More of them: one phrase per line, its own weight after a colon if it has one, ``#`` for comments."""
-    weight: Annotated[float, Field(ge=0, le=20)] = 1.0
-    """Nats per sound by which a hotword may be less likely than the free text; see docs/hotwords.md."""
+    weight: Annotated[float, Field(ge=0, le=20)] = 2.0
+    """Nats per token by which a hotword may be less likely than the free text; see docs/hotwords.md."""
 
 
 class Outbox(_Section):

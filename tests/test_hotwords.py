@@ -79,6 +79,9 @@ def text_of(hotwords: Hotwords, *frames: str | Mapping[str, float]) -> str:
 TINY = TokenTable(("<blank>", "▁a", "b", "▁", "a"))
 
 
+LETTERS = TokenTable(("<blank>", "▁", "a", "b", "1", "三", "号"))
+
+
 def posteriors_of(table: TokenTable, max_frames: int) -> st.SearchStrategy[Floats]:
     logit = st.floats(-3, 3, width=32)
     row = st.lists(logit, min_size=len(table), max_size=len(table))
@@ -111,7 +114,16 @@ def by_brute_force(
 def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     log_posteriors: Floats, weights: Mapping[str, float]
 ) -> None:
-    bonus = {phrase: weight * sum(max(len(word), 3) for word in phrase.split()) for phrase, weight in weights.items()}
+    letters = {
+        "a": 1,
+        "ab": 2,
+        "aa": 2,
+        "ab a": 3,
+        "b": 1,
+        "aba": 3,
+        "a b": 3,
+    }  # "▁a" and "a" are one token, "▁b" is two
+    bonus = {phrase: weight * letters[phrase] for phrase, weight in weights.items()}
     scores = by_brute_force(log_posteriors, TINY, bonus)
     hotwords = Hotwords(
         [Hotword(phrase, weight) for phrase, weight in weights.items()], TINY, beam=10**6, margin=math.inf
@@ -146,7 +158,7 @@ def pattern_of(phrase: str) -> tuple[int, str]:
 )
 def test_hotwords_are_found_leftmost_longest_and_between_word_boundaries(text: str, phrases: set[str]) -> None:
     longest_first = "|".join(pattern for _, pattern in sorted(map(pattern_of, phrases), reverse=True))
-    hotwords = Hotwords([Hotword("@", 1.0, (phrase,)) for phrase in phrases], TINY)
+    hotwords = Hotwords([Hotword("@", 1.0, (phrase,)) for phrase in phrases], LETTERS)
     expected = re.sub(longest_first, "@", text, flags=re.IGNORECASE)
     assert hotwords.apply(written_as(text)).transcript.text == expected.strip()
 
@@ -168,6 +180,14 @@ def test_a_hotword_is_preferred_to_a_likelier_text() -> None:
     frames = ("▁the", "▁con", "vey", "or", "▁b", DOUBTFUL_ELT)
     assert heard(*frames).transcript.text == "the conveyor bs"
     assert text_of(listed("conveyor belt"), *frames) == "the conveyor belt"
+
+
+def test_a_hotword_does_not_fill_a_pause() -> None:
+    pause = [{"<blank>": 0.6, "▁belt": 0.4}] * 3
+    silence: list[str | dict[str, float]] = ["<blank>"] * 3
+    text = text_of(listed("belt", weight=20.0), "▁the", "▁drum", *silence, *pause, *silence, "s")
+    assert text == "the drums"
+    assert text_of(listed("belt", weight=20.0), "▁the", "▁drum", *pause) == "the drum belt"
 
 
 def test_weight_zero_corrects_the_spelling_and_nothing_else() -> None:
@@ -197,7 +217,7 @@ def test_a_hotword_does_not_fire_inside_another_word() -> None:
 
 
 def test_each_occurrence_earns_its_bonus_once_however_long_it_sounds() -> None:
-    hotwords = listed("belt", weight=1.0)  # four letters: four nats
+    hotwords = listed("belt", weight=4.0)
     once, twice = [heard(*frames).log_posteriors for frames in (("▁belt",), ("▁belt", "▁belt"))]
     held = heard("▁belt").log_posteriors
     assert once is not None
