@@ -103,7 +103,7 @@ class Interpreter:
             return self._from_text(recognition.transcript.text)
         match = self._decoder.match(recognition.log_posteriors)
         if match is None:
-            return Rejection("not-understood", "the audio is too short for any sentence of the grammar")
+            return Rejection("not-understood", f"heard {recognition.transcript.text!r}, no command")
         again: Sequence[GrammarMatch | None] = ()
         if recognition.at_pace is not None and self._is_worth_listening_again(match):
             heard = [recognition.log_posteriors, *map(recognition.at_pace, PACES)]
