@@ -473,7 +473,6 @@ class Microphone:
         self._thread = threading.Thread(
             target=self._run, args=[self._mailbox], name=f"capture-{self.name}", daemon=True
         )  # a daemon, since a frozen sound server would not let it end
-        atexit.register(self._leave)  # runs before sounddevice's own hook, which must not meet a reading thread
         self._thread.start()
         try:
             while (frame := await self._mailbox.get()) is not None:
@@ -504,6 +503,7 @@ class Microphone:
         """Body of the capture thread."""
         try:
             _portaudio()  # a missing library does not appear by waiting
+            atexit.register(self._leave)  # after sounddevice's own hook, so before it at exit: it must meet no reader
             while not self._stop.is_set():
                 self._attempt(mailbox)
         except BaseException as error:  # noqa: BLE001 - raised again where the frames are consumed

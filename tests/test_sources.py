@@ -499,9 +499,17 @@ from edge_asr.sources import Microphone
 
 frames = Microphone(MicrophoneSource(type="microphone")).frames()
 asyncio.new_event_loop().run_until_complete(frames.__anext__())
+
+import sounddevice, threading
+terminate = sounddevice._terminate
+def observed():
+    print("left:", *(thread.name for thread in threading.enumerate()))
+    terminate()
+sounddevice._terminate = observed
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False)
     assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "left: MainThread\n", "PortAudio was ended under a reading thread"
     assert card.environment
 
 
