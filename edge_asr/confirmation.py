@@ -31,6 +31,11 @@ class Pending:
     until_ns: int
     """CLOCK_BOOTTIME at which it is cancelled."""
 
+    @property
+    def asked_again(self) -> bool:
+        """Whether a first confirmation was given and another is wanted."""
+        return self.steps_left < _STEPS[self.command.risk]
+
 
 @dataclass(frozen=True, slots=True)
 class Confirmed:
@@ -76,12 +81,12 @@ class ConfirmationDesk:
         waiting = self._pending.get(utterance.source)
         answer = decision.answer if isinstance(decision, Command) else None
         if waiting is not None and answer == "confirm":
-            return [*outcomes, self._confirmed(waiting, utterance.ended_ns)]
+            return [*outcomes, Immediate(utterance, transcript, None), self._confirmed(waiting, utterance.ended_ns)]
         if waiting is not None and not _is_noise(decision):
             said = "cancelled by the speaker" if answer == "cancel" else "something else was said"
             outcomes.append(self._cancelled(waiting, "cancelled" if answer == "cancel" else "not-confirmed", said))
             if answer == "cancel":
-                return outcomes
+                return [Immediate(utterance, transcript, None), *outcomes]
         if isinstance(decision, Command) and decision.risk != "normal" and transcript is not None:
             pending = Pending(
                 id=new_id(),

@@ -25,8 +25,8 @@ from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
 from edge_asr.hotwords import HotwordError, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
 from edge_asr.model_store import ModelFiles
-from edge_asr.outbox import Outbox, OutboxError
-from edge_asr.pipeline import Ear, Pipeline, Source, Understanding, understand
+from edge_asr.outbox import Outbox, OutboxError, Statistics
+from edge_asr.pipeline import Ear, Pipeline, Source, Understanding, understand, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
@@ -155,19 +155,22 @@ class Daemon:
             systemd.ready(self._status())
             log.info("listening to %s", ", ".join(source.name for source in chosen))
             try:
-                await self._pipeline.run()
-                if not self._stopping:
-                    await self._drain()
+                await with_company(self._hear(), *background)
             finally:
-                systemd.stopping("committing what was heard")
-                for task in background:
-                    task.cancel()
-                await asyncio.gather(*background, return_exceptions=True)
                 self.outbox.close()
+
+    async def _hear(self) -> None:
+        try:
+            await self._pipeline.run()
+            if not self._stopping:
+                await self._drain()
+        finally:
+            systemd.stopping("saying goodbye to the broker")
 
     async def stop(self) -> None:
         """Close the sources; :meth:`run` returns when everything heard is committed."""
         log.info("stopping")
+        systemd.stopping("committing what was heard")
         self._stopping = True
         await self._pipeline.close()
 
@@ -251,6 +254,7 @@ class Daemon:
     async def _watch(self) -> None:
         """Feed the watchdog while the loop turns and neither recognizer nor outbox hangs."""
         interval_s = systemd.watchdog_interval_s()
+        trouble = ""
         while True:
             since = self._pipeline.busy_since_ns
             busy_s = 0.0 if since is None else (clock.boottime_ns() - since) / clock.NS_PER_S
@@ -259,9 +263,15 @@ class Daemon:
             else:
                 log.error("one utterance has been worked on for %.0f s; without an end systemd restarts us", busy_s)
             self._show_status()
+            if self._pipeline.trouble != trouble:
+                trouble = self._pipeline.trouble
+                state = contract.status_data("degraded" if trouble else "online", trouble)
+                self._publisher.publish_retained(contract.STATUS, state)
             await asyncio.sleep(interval_s or STATUS_INTERVAL_S)
 
     async def _report_health(self) -> None:
+        """Publish how the box does, and raise an alarm whenever a message was given up."""
+        before: Statistics | None = None
         while True:
             microphones = {name: ear.meter.read() for name, ear in self._pipeline.ears.items()}
             try:
@@ -271,4 +281,25 @@ class Daemon:
             else:
                 health = self._meter.read(microphones, statistics, self._pipeline.real_time_factor)
                 self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
+                await self._raise_alarms(before or statistics, statistics)
+                before = statistics
             await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _raise_alarms(self, before: Statistics, now: Statistics) -> None:
+        """One alarm for each kind of loss since the last look."""
+        dropped = sum(now.dropped.values()) - sum(before.dropped.values())
+        refused = now.dead_letters - before.dead_letters
+        alarms = []
+        if dropped > 0:
+            detail = (
+                f"the outbox was full: {dropped} messages were dropped; restore the broker or raise outbox.max_bytes"
+            )
+            alarms.append(contract.alarm_draft("outbox-dropped", detail, severity="critical"))
+        if refused > 0:
+            detail = f"the broker refuses {refused} messages for good; check its access rules and size limits"
+            alarms.append(contract.alarm_draft("outbox-refused", detail, severity="critical"))
+        if now.damages > before.damages:
+            detail = f"{self._options.outbox_path} was damaged; what was readable is kept; check the disk"
+            alarms.append(contract.alarm_draft("outbox-damaged", detail, severity="critical"))
+        with contextlib.suppress(OutboxError):  # full: the pipeline says so, and the next look finds it again
+            await self.outbox.append(*alarms)

@@ -491,14 +491,19 @@ class _Mark:
             ) from None
         text = os.pread(self._file, 32, 0).strip()
         self.value = int(text) if text.isdigit() else 0
+        if not text:
+            self._write(0)  # on a disk that fills up later, the file has its size already
 
     def reserve(self, seq: int) -> None:
         """Make sure that ``seq`` is remembered as used, whatever becomes of the database."""
         if seq > self.value:
             value = seq - 1 + _SEQ_BLOCK
-            os.pwrite(self._file, b"%20d\n" % value, 0)
-            os.fdatasync(self._file)
+            self._write(value)
             self.value = value
+
+    def _write(self, value: int) -> None:
+        os.pwrite(self._file, b"%20d\n" % value, 0)
+        os.fdatasync(self._file)
 
     def close(self) -> None:
         os.close(self._file)

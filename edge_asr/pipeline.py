@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +29,7 @@ from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import level_dbfs, peak_dbfs
 from edge_asr.events import (
     FRAME_SAMPLES,
+    SAMPLE_RATE,
     AudioFrame,
     Command,
     Draft,
@@ -52,6 +53,9 @@ FINALS = 8
 
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
+
+STOP_LIMIT_NS = 5 * clock.NS_PER_S
+"""A stopping daemon does not wait longer for a full disk: systemd would kill it before it could say what is lost."""
 
 APPEND_RETRY_S = 2.0
 """Pause before a failed commit is tried again: a full disk may be freed by a person or by the outbox's own quota."""
@@ -119,6 +123,21 @@ class Understanding:
 
 Live = Callable[[str, Mapping[str, Json]], None]
 """Publishes (topic suffix, payload) at once or not at all."""
+
+
+async def with_company(work: Awaitable[object], *company: asyncio.Task[None]) -> None:
+    """Await ``work`` beside tasks that run all along: cancelled with it, and the error of one that ends is raised."""
+    main = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([main, *company], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*company, main):
+            if task.done():
+                task.result()
+        await main
+    finally:
+        for task in (main, *company):
+            task.cancel()
+        await asyncio.gather(main, *company, return_exceptions=True)
 
 
 class Ear:
@@ -254,8 +273,11 @@ class Pipeline:
         self._growing: dict[str, str] = {}
         """Source -> id of its open utterance; a partial that comes after its final is dropped."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="recognizer")
-        self.busy_since_ns: int | None = None
-        """CLOCK_BOOTTIME at which the current decode or commit began; None: idle. The watchdog's question."""
+        self._began_ns: dict[object, int] = {}
+        """CLOCK_BOOTTIME at which each decode or commit now under way began."""
+        self._closed_ns: int | None = None
+        self.trouble = ""
+        """Why nothing can be committed; empty when all is well."""
         self.utterances = 0
         """Finals committed since start."""
         self.real_time_factor: float | None = None
@@ -263,17 +285,23 @@ class Pipeline:
 
     async def run(self) -> None:
         """Listen to all sources until all have ended and everything heard is committed."""
-        clerk = asyncio.create_task(self._cancel_unconfirmed(), name="confirmation")
         try:
-            await asyncio.gather(self._listen_to_all(), self._understand())
+            await with_company(
+                asyncio.gather(self._listen_to_all(), self._understand()),
+                asyncio.create_task(self._cancel_unconfirmed(), name="confirmation"),
+            )
         finally:
-            clerk.cancel()
-            await asyncio.gather(clerk, return_exceptions=True)
             self._executor.shutdown(wait=False)
         await self._commit(self._desk.close())
 
+    @property
+    def busy_since_ns(self) -> int | None:
+        """CLOCK_BOOTTIME at which the oldest decode or commit under way began; None: idle. The watchdog's question."""
+        return min(self._began_ns.values(), default=None)
+
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
+        self._closed_ns = clock.boottime_ns()
         for source in self._sources:
             await source.close()
 
@@ -284,15 +312,15 @@ class Pipeline:
     async def _listen(self, source: Source) -> None:
         """Gate one source's frames into finals, and offer partials while somebody speaks."""
         ear = self.ears[source.name]
-        interval_ns = int(self._options.partials.interval_s * clock.NS_PER_S)
-        next_partial_ns = 0
+        interval = round(self._options.partials.interval_s * SAMPLE_RATE)
+        next_partial = 0
         async for frame in source.frames():
             for utterance in ear.feed(frame):
                 await self._close(utterance)
             if not ear.speaking:
-                next_partial_ns = frame.captured_ns + interval_ns
-            elif self._options.partials.enabled and frame.captured_ns >= next_partial_ns:
-                next_partial_ns = frame.captured_ns + interval_ns
+                next_partial = frame.end + interval
+            elif self._options.partials.enabled and frame.end >= next_partial:
+                next_partial = frame.end + interval
                 growing = ear.growing()
                 if growing is not None:
                     self._growing[source.name] = growing.id
@@ -309,37 +337,55 @@ class Pipeline:
         loop = asyncio.get_running_loop()
         while (work := await self._work.take()) is not None:
             utterance, final = work
-            self.busy_since_ns = clock.boottime_ns()
+            began_ns = clock.boottime_ns()
             interpreter = self.interpreter if final else None
-            heard = await loop.run_in_executor(
-                self._executor, understand, utterance, self._recognizer, self.hotwords, interpreter
-            )
+            with self._at_work():
+                heard = await loop.run_in_executor(
+                    self._executor, understand, utterance, self._recognizer, self.hotwords, interpreter
+                )
             if final:
-                taken_s = (clock.boottime_ns() - self.busy_since_ns) / clock.NS_PER_S
+                taken_s = (clock.boottime_ns() - began_ns) / clock.NS_PER_S
                 self.real_time_factor = taken_s / utterance.duration_s
                 await self._append(heard)
             elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
                 self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
-            self.busy_since_ns = None
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Let the watchdog know since when something is being done."""
+        job = object()
+        self._began_ns[job] = clock.boottime_ns()
+        try:
+            yield
+        finally:
+            del self._began_ns[job]
 
     async def _append(self, heard: Understanding) -> None:
-        """Commit everything that came of an utterance; a full disk delays it and loses nothing."""
+        """Commit everything that came of an utterance."""
         await self._commit(self._desk.judge(heard.utterance, heard.transcript, heard.decision))
         self._confirming.set()
         self.utterances += 1
         _tell(heard)
 
     async def _commit(self, outcomes: Sequence[confirmation.Outcome]) -> None:
+        """Commit; a full disk delays it and loses nothing, unless the disk stays full when the daemon must stop."""
         drafts = [draft for outcome in outcomes for draft in self._drafts(outcome)]
         while drafts:
-            self.busy_since_ns = clock.boottime_ns()
             try:
-                await self._outbox.append(*drafts)
-                break
+                with self._at_work():
+                    await self._outbox.append(*drafts)
             except OutboxError as error:
-                log.warning("cannot commit, trying again in %g s: %s", APPEND_RETRY_S, error)
-                self.busy_since_ns = None  # waiting, not hanging: a restart would lose the utterance
-                await asyncio.sleep(APPEND_RETRY_S)
+                if str(error) != self.trouble:
+                    log.warning("nothing can be committed, trying again every %g s: %s", APPEND_RETRY_S, error)
+                    self.trouble = str(error)
+                if self._closed_ns is not None and clock.boottime_ns() - self._closed_ns > STOP_LIMIT_NS:
+                    raise OutboxError(f"{len(drafts)} messages of this stop are lost: {error}") from None
+                await asyncio.sleep(APPEND_RETRY_S)  # waiting, not hanging: a restart would lose the utterance
+            else:
+                if self.trouble:
+                    log.info("committing again")
+                    self.trouble = ""
+                return
 
     def _drafts(self, outcome: confirmation.Outcome) -> list[Draft]:
         model = self._recognizer.name
@@ -355,7 +401,7 @@ class Pipeline:
             return [contract.rejection_draft(held.utterance, outcome.rejection, held.transcript, model=model)]
         utterance, transcript = outcome.utterance, outcome.transcript
         drafts = []
-        if transcript is not None:
+        if transcript is not None and not (isinstance(outcome, confirmation.Pending) and outcome.asked_again):
             drafts.append(contract.transcript_draft(utterance, transcript, model=model))
         if isinstance(outcome, confirmation.Pending):
             drafts.append(contract.pending_draft(outcome, model=model))

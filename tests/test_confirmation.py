@@ -45,7 +45,8 @@ def test_a_risky_command_becomes_one_when_confirmed_and_lives_from_then() -> Non
     (pending,) = desk.judge(utterance(1), SAID, command("confirm"))
     assert isinstance(pending, Pending)
     assert pending.until_ns == 11 * NS_PER_S
-    (confirmed,) = desk.judge(utterance(5), SAID, YES)
+    said, confirmed = desk.judge(utterance(5), SAID, YES)
+    assert said == Immediate(utterance(5), SAID, None)
     assert confirmed == Confirmed(pending, 5 * NS_PER_S)
     assert kinds(desk.judge(utterance(6), SAID, YES)) == [Immediate]
 
@@ -53,10 +54,11 @@ def test_a_risky_command_becomes_one_when_confirmed_and_lives_from_then() -> Non
 def test_two_steps_want_two_confirmations() -> None:
     desk = ConfirmationDesk(WINDOW_S)
     desk.judge(utterance(1), SAID, command("two-step"))
-    (again,) = desk.judge(utterance(5), SAID, YES)
+    _, again = desk.judge(utterance(5), SAID, YES)
     assert isinstance(again, Pending)
+    assert again.asked_again
     assert (again.steps_left, again.until_ns) == (1, 15 * NS_PER_S)
-    assert kinds(desk.judge(utterance(14), SAID, YES)) == [Confirmed]
+    assert kinds(desk.judge(utterance(14), SAID, YES)) == [Immediate, Confirmed]
 
 
 @pytest.mark.parametrize("said", [TALK, command(), command("confirm")], ids=["talk", "command", "another risky one"])
@@ -73,7 +75,7 @@ def test_a_no_cancels_it_and_noise_does_not() -> None:
     desk = ConfirmationDesk(WINDOW_S)
     desk.judge(utterance(1), SAID, command("confirm"))
     assert kinds(desk.judge(utterance(2), None, NOISE)) == [Immediate]
-    (cancelled,) = desk.judge(utterance(3), SAID, NO)
+    _, cancelled = desk.judge(utterance(3), SAID, NO)
     assert isinstance(cancelled, Cancelled)
     assert cancelled.rejection.reason == "cancelled"
 
