@@ -1,0 +1,166 @@
+"""What keeps the daemon honest: no task dies in silence, the watchdog is answered, a full disk costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from edge_asr import clock, contract, model_store, pipeline, settings
+from edge_asr.audio import FrameCutter, quiet, read_file
+from edge_asr.daemon import Engine
+from edge_asr.events import SAMPLE_RATE, AudioFrame, Draft, Message
+from edge_asr.outbox import OutboxError
+from edge_asr.pipeline import Pipeline, with_company
+
+RECORDINGS = model_store.bundled("recordings")
+OPTIONS = settings.Settings(
+    sources=(settings.StdinSource(type="stdin"),), commands=settings.Commands(confirm_within_s=4.0)
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.build(OPTIONS)
+
+
+class Speaker:
+    """A microphone before which recordings are played, then silence until it is closed."""
+
+    name = "stdin"
+
+    def __init__(self, *recordings: str) -> None:
+        self._pcm = b"".join(read_file(RECORDINGS / name) + quiet(SAMPLE_RATE) for name in recordings)
+        self._closed = asyncio.Event()
+
+    async def frames(self) -> AsyncIterator[AudioFrame]:
+        cutter = FrameCutter(self.name)
+        for frame in cutter.feed(self._pcm, clock.boottime_ns()):
+            await asyncio.sleep(0)
+            yield frame
+        await self._closed.wait()
+
+    async def close(self) -> None:
+        self._closed.set()
+
+
+class Shelf:
+    """An outbox on a disk that is full for the first so many commits."""
+
+    def __init__(self, full_for: int = 0) -> None:
+        self.drafts: list[Draft] = []
+        self.changed = asyncio.Condition()
+        self.refused = asyncio.Event()
+        self._full_for = full_for
+
+    async def append(self, *drafts: Draft) -> tuple[Message, ...]:
+        if self._full_for:
+            self._full_for -= 1
+            self.refused.set()
+            raise OutboxError("outbox.db: the disk is full; free some space")
+        async with self.changed:
+            self.drafts += drafts
+            self.changed.notify_all()
+        return ()
+
+    async def wait_for(self, topics: Sequence[str]) -> None:
+        async with self.changed:
+            await asyncio.wait_for(self.changed.wait_for(lambda: [d.topic for d in self.drafts] == list(topics)), 20)
+
+
+def pipe(engine: Engine, source: Speaker, shelf: Shelf) -> Pipeline:
+    return Pipeline(
+        OPTIONS,
+        sources=[source],
+        new_detector=engine.new_detector,
+        recognizer=engine.recognizer,
+        hotwords=None,
+        interpreter=engine.interpreter,
+        outbox=shelf,
+        live=lambda _topic, _data: None,
+    )
+
+
+def test_a_companion_that_dies_ends_the_work_with_its_error() -> None:
+    async def dies() -> None:
+        raise RuntimeError("a bug")
+
+    async def scenario() -> None:
+        work = asyncio.get_running_loop().create_future()
+        with pytest.raises(RuntimeError, match="a bug"):
+            await with_company(work, asyncio.create_task(dies()))
+        assert work.cancelled()
+
+    asyncio.run(scenario())
+
+
+def test_companions_end_with_the_work() -> None:
+    async def scenario() -> None:
+        companion = asyncio.create_task(asyncio.sleep(3600))
+        await with_company(asyncio.sleep(0), companion)
+        assert companion.cancelled()
+
+    asyncio.run(scenario())
+
+
+def test_an_unanswered_question_is_cancelled_in_silence_and_leaves_nothing_for_the_watchdog(engine: Engine) -> None:
+    async def scenario() -> None:
+        speaker, shelf = Speaker("01-start-line-three.flac"), Shelf()
+        line = pipe(engine, speaker, shelf)
+        running = asyncio.create_task(line.run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.PENDING, contract.REJECTED])
+        await asyncio.sleep(0)
+        assert shelf.drafts[-1].data["reason"] == "not-confirmed"
+        assert line.busy_since_ns is None
+        await speaker.close()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_a_confirmed_command_is_told_with_what_was_said_to_confirm_it(engine: Engine) -> None:
+    async def scenario() -> None:
+        speaker, shelf = Speaker("01-start-line-three.flac", "01b-confirm.flac"), Shelf()
+        running = asyncio.create_task(pipe(engine, speaker, shelf).run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.PENDING, contract.TRANSCRIPT, contract.COMMAND])
+        asked, answered = shelf.drafts[1].data, shelf.drafts[3].data
+        assert answered["utterance_id"] == asked["utterance_id"]
+        assert answered["confirmed"] is True
+        await speaker.close()
+        await running
+
+    asyncio.run(scenario())
+
+
+def test_a_full_disk_delays_a_message_and_loses_none(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "APPEND_RETRY_S", 0.01)
+
+    async def scenario() -> None:
+        speaker, shelf = Speaker("20-emergency-stop.flac"), Shelf(full_for=3)
+        line = pipe(engine, speaker, shelf)
+        running = asyncio.create_task(line.run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.COMMAND])
+        await speaker.close()
+        await running
+        assert line.trouble == ""
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_on_a_full_disk_ends_in_time_and_says_what_is_lost(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "APPEND_RETRY_S", 0.01)
+    monkeypatch.setattr(pipeline, "STOP_LIMIT_NS", 0)
+
+    async def scenario() -> None:
+        speaker, shelf = Speaker("20-emergency-stop.flac"), Shelf(full_for=10**9)
+        line = pipe(engine, speaker, shelf)
+        running = asyncio.create_task(line.run())
+        await asyncio.wait_for(shelf.refused.wait(), 20)
+        await line.close()
+        with pytest.raises(OutboxError, match="2 messages of this stop are lost: outbox"):
+            await running
+
+    asyncio.run(scenario())
