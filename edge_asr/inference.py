@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import kaldi_native_fbank as knf
 import numpy as np
@@ -39,13 +39,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_UTTERANCE_S: Final = 30.0
-"""Longer audio in one piece costs gigabytes that onnxruntime never gives back (300 s: 2.6 GB)."""
+MAX_UTTERANCE_S: Final = 31.0
+"""Longer audio in one piece costs gigabytes that onnxruntime never gives back (300 s: 2.6 GB); the gate's longest limit
+is a second less."""
 
 MIN_SAMPLES: Final = 400
 """25 ms: one feature window; less has no frame at all."""
 
-_INPUTS: Final = ("x", "x_length", "language", "text_norm")
+_INPUTS: Final = {
+    "x": "tensor(float)",
+    "x_length": "tensor(int32)",
+    "language": "tensor(int32)",
+    "text_norm": "tensor(int32)",
+}
 _LANGUAGES: Final = ("auto", "zh", "en", "yue", "ja", "ko")
 _PROVIDERS: Final = {
     "cpu": "CPUExecutionProvider",
@@ -77,9 +83,9 @@ class Contract:
 
 
 def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
-    """Read and check the metadata and the inputs; raises ModelError naming what is missing."""
-    inputs = tuple(i.name for i in session.get_inputs())
-    if inputs != _INPUTS:
+    """Read and check the metadata, the inputs and the output; raises ModelError naming what is wrong."""
+    inputs = {i.name: i.type for i in session.get_inputs()}
+    if list(inputs.items()) != list(_INPUTS.items()):  # in this order: sherpa-onnx feeds them by place
         raise ModelError(f"{path}: inputs are {inputs}, expected {_INPUTS}; this is not a SenseVoice model")
     meta = session.get_modelmeta().custom_metadata_map
     try:
@@ -100,9 +106,19 @@ def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
         ) from None
     except ValueError as error:
         raise ModelError(f"{path}: metadata is damaged ({error}); import the model again") from None
-    dim = session.get_inputs()[0].shape[2]
-    if not (contract.neg_mean.size == contract.inv_stddev.size == dim == 80 * contract.lfr_window):
-        raise ModelError(f"{path}: CMVN has {contract.neg_mean.size} values for {dim} features; import the model again")
+    feature_shape = session.get_inputs()[0].shape
+    dim = 80 * contract.lfr_window
+    if not (len(feature_shape) == 3 and contract.neg_mean.size == contract.inv_stddev.size == feature_shape[2] == dim):
+        raise ModelError(
+            f"{path}: CMVN has {contract.neg_mean.size} values for {feature_shape} features; import the model again"
+        )
+    if contract.lfr_shift < 1 or not np.isfinite([contract.neg_mean, contract.inv_stddev]).all():
+        raise ModelError(f"{path}: metadata is damaged (lfr_window_shift or CMVN); import the model again")
+    logits = {output.name: output.shape for output in session.get_outputs()}.get("logits", [])
+    if len(logits) != 3 or (isinstance(logits[2], int) and logits[2] != contract.vocabulary):
+        raise ModelError(
+            f"{path}: has no output logits [.., .., {contract.vocabulary}]; this is not a SenseVoice model"
+        )
     return contract
 
 
@@ -113,17 +129,15 @@ def _open_session(path: Path, *, provider: str = "cpu", threads: int = 1) -> ort
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning burns 29 ms after every call
     options.log_severity_level = 3
-    wanted = _PROVIDERS[provider]
-    if wanted not in ort.get_available_providers():
-        log.warning(
-            "onnxruntime here has no %s provider: the model runs on the CPU; install a matching wheel", provider
-        )
-        wanted = _PROVIDERS["cpu"]
+    chosen = [_PROVIDERS[each] for each in (provider, "cpu") if _PROVIDERS[each] in ort.get_available_providers()]
     try:
-        return ort.InferenceSession(str(path), options, providers=[wanted, *({_PROVIDERS["cpu"]} - {wanted})])
+        session = ort.InferenceSession(str(path), options, providers=list(dict.fromkeys(chosen)))
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated classes: not a usable model
         reason = str(error).splitlines()[0][:160]
         raise ModelError(f"{path}: onnxruntime cannot load it ({reason}); import the model again") from None
+    if session.get_providers()[0] != _PROVIDERS[provider]:
+        log.warning("onnxruntime has no %s here: the model runs on the CPU; install a matching wheel", provider)
+    return session
 
 
 class Features:
@@ -169,7 +183,9 @@ class OnnxRecognizer:
         self._session = _open_session(files.model, provider=options.provider, threads=options.threads)
         self._contract = check_contract(self._session, files.model)
         self.table = load_tokens(files.tokens, self._contract.vocabulary)
-        self.provider: str = self._session.get_providers()[0]
+        in_use = self._session.get_providers()[0]
+        self.provider = next(name for name, theirs in _PROVIDERS.items() if theirs == in_use)
+        """The one really in use, named as in the settings."""
         self._features = Features(self._contract)
         self._language = options.language
         self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
@@ -218,24 +234,32 @@ class SherpaRecognizer:
         import sherpa_onnx  # noqa: PLC0415 - 30 MB that the default engine does not need
 
         self.name = files.name
-        contract = check_contract(_open_session(files.model), files.model)
+        session = _open_session(files.model)
+        contract = check_contract(session, files.model)
+        if "Nano" in session.get_modelmeta().custom_metadata_map.get("comment", ""):
+            raise ModelError(f"{files.model}: sherpa-onnx takes its comment for FunASR-Nano's; use engine onnxruntime")
         self.table = load_tokens(files.tokens, contract.vocabulary)
-        self.provider = options.provider
+        self.provider = _sherpa_provider(Path(sherpa_onnx.__file__).parent, options.provider)
+        """The one in use as far as sherpa-onnx lets one know, named as in the settings."""
         self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
         self._recognizer: Any = sherpa_onnx.OfflineRecognizer.from_sense_voice(
             model=str(files.model),
             tokens=str(files.tokens),
             num_threads=options.threads,
-            provider=options.provider,
+            provider=self.provider,
             language=options.language,
             use_itn=options.use_itn,
         )
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
-        stream = self._recognizer.create_stream()
-        stream.accept_waveform(SAMPLE_RATE, _checked(pcm))
-        self._recognizer.decode_stream(stream)
+        samples = _checked(pcm)
+        try:
+            stream = self._recognizer.create_stream()
+            stream.accept_waveform(SAMPLE_RATE, samples)
+            self._recognizer.decode_stream(stream)
+        except Exception as error:  # whatever class the binding makes of a C++ exception
+            raise RecognizerError(f"sherpa-onnx failed on {len(samples)} samples of audio: {error}") from error
         result = stream.result
         transcript = Transcript(
             text=result.text.strip(),
@@ -248,7 +272,15 @@ class SherpaRecognizer:
                 for piece, start in zip(result.tokens, result.timestamps, strict=False)
             ),
         )
-        return Recognition(transcript, None)
+        return Recognition(transcript, None, signal_to_noise_db(samples))
+
+
+def _sherpa_provider(package: Path, wanted: Literal["cpu", "cuda", "tensorrt"]) -> Literal["cpu", "cuda", "tensorrt"]:
+    """What sherpa-onnx will use: asked for a provider that its wheel does not bring, it takes the CPU in silence."""
+    if wanted == "cpu" or list(package.rglob(f"libonnxruntime_providers_{wanted}.so*")):
+        return wanted
+    log.warning("sherpa-onnx has no %s here: the model runs on the CPU; install a matching wheel", wanted)
+    return "cpu"
 
 
 class SileroDetector:

@@ -1,0 +1,354 @@
+"""The neural networks: the same text, tags and times as sherpa-onnx, and one line for every file that is no model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import sherpa_onnx
+from onnx import TensorProto, helper
+
+from edge_asr import audio, inference, model_store, settings
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE
+from edge_asr.inference import OnnxRecognizer, RecognizerError, SherpaRecognizer, SileroDetector, open_recognizer
+from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition
+
+MICRO = model_store.bundled("models") / "micro-en"
+RECORDINGS = sorted(model_store.bundled("recordings").glob("*.flac"))
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+COMMON = [
+    *sorted((SHARED / "spoken-commands" / "audio").glob("*.flac"))[::8],
+    *sorted((SHARED / "spoken-digits" / "audio").glob("*.*"))[::40],
+    *sorted((SHARED / "noise").glob("*/*.*"))[::40],
+]
+"""Real people and real noise, where they are at hand."""
+
+SAME_KERNELS = onnxruntime.__version__.startswith("1.28.")
+"""As inside sherpa-onnx 2.0.1; another minor version of onnxruntime may round an int8 sum otherwise."""
+
+
+@functools.cache
+def onnx_recognizer(**options: Any) -> OnnxRecognizer:
+    return OnnxRecognizer(model_store.locate("micro-en"), settings.Model(**options))
+
+
+@functools.cache
+def sherpa_recognizer(**options: Any) -> SherpaRecognizer:
+    return SherpaRecognizer(model_store.locate("micro-en"), settings.Model(engine="sherpa-onnx", **options))
+
+
+@functools.cache
+def pcm_of(path: Path) -> bytes:
+    return audio.read_file(path)[: 15 * SAMPLE_RATE * 2]
+
+
+def what_was_heard(recognition: Recognition) -> Mapping[str, object]:
+    heard = recognition.transcript
+    return {"text": heard.text, "tags": (heard.language, heard.emotion, heard.event), "tokens": heard.tokens}
+
+
+# ---------------------------------------------------------------- the recognizers
+
+
+@pytest.mark.parametrize("files", [RECORDINGS, COMMON], ids=["bundled", "real people and noise"])
+def test_both_engines_hear_the_same_text_tags_and_token_times(files: list[Path]) -> None:
+    different = {
+        path.name: (ours, theirs)
+        for path in files
+        if (ours := what_was_heard(onnx_recognizer().recognize(pcm_of(path))))
+        != (theirs := what_was_heard(sherpa_recognizer().recognize(pcm_of(path))))
+    }
+    assert len(different) <= (0 if SAME_KERNELS else len(files) // 20), different
+
+
+def test_the_language_and_number_options_reach_both_engines_alike() -> None:
+    pcm = pcm_of(RECORDINGS[0])
+    for options in ({"language": "en"}, {"use_itn": True}, {"language": "zh", "use_itn": True}):
+        ours = what_was_heard(onnx_recognizer(**options).recognize(pcm))
+        assert ours == what_was_heard(sherpa_recognizer(**options).recognize(pcm))
+
+
+def test_a_recognition_is_complete() -> None:
+    pcm = pcm_of(model_store.bundled("recordings") / "20-emergency-stop.flac")
+    heard = onnx_recognizer().recognize(pcm)
+    assert heard.transcript.text == "emergency stop"
+    assert (heard.transcript.language, heard.transcript.event) == ("en", "Speech")
+    assert 0.8 < heard.transcript.confidence <= 1
+    assert heard.log_posteriors is not None
+    frames, vocabulary = heard.log_posteriors.shape
+    assert vocabulary == len(onnx_recognizer().table) == 426
+    assert frames == pytest.approx(len(pcm) / 2 / SAMPLE_RATE / FRAME_S, abs=TAG_FRAMES)
+    assert "".join(token.text for token in heard.transcript.tokens).strip() == "emergency stop"
+    starts = [token.start_s for token in heard.transcript.tokens]
+    assert starts == sorted(starts)
+    assert all(0 <= start < frames * FRAME_S for start in starts)
+    assert heard.signal_to_noise_db is not None
+
+
+def test_recognizing_again_gives_the_same_to_the_bit() -> None:
+    pcm = pcm_of(RECORDINGS[1])
+    once, again = (onnx_recognizer().recognize(pcm).log_posteriors for _ in range(2))
+    assert once is not None
+    np.testing.assert_array_equal(once, again)
+
+
+def test_another_pace_has_more_frames_and_the_own_pace_hears_the_same() -> None:
+    heard = onnx_recognizer().recognize(pcm_of(model_store.bundled("recordings") / "20-emergency-stop.flac"))
+    assert heard.log_posteriors is not None
+    assert heard.at_pace is not None
+    assert len(heard.at_pace(1 / 1.2)) == pytest.approx(1.2 * len(heard.log_posteriors), abs=2)
+    np.testing.assert_array_equal(heard.at_pace(1.0), heard.log_posteriors)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+@pytest.mark.parametrize("samples", [0, 1, inference.MIN_SAMPLES - 1, int(inference.MAX_UTTERANCE_S * SAMPLE_RATE) + 1])
+def test_too_little_and_too_much_audio_cost_one_utterance_and_name_its_length(engine: str, samples: int) -> None:
+    recognizer = onnx_recognizer() if engine == "onnxruntime" else sherpa_recognizer()
+    with pytest.raises(RecognizerError, match=rf"^{samples / SAMPLE_RATE:.3f} s of audio, expected 0\.025\.\.31 s$"):
+        recognizer.recognize(bytes(2 * samples))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+@pytest.mark.parametrize("seconds", [0.025, 0.1, 5.0, 30.1])
+def test_silence_of_any_length_is_no_failure(engine: str, seconds: float) -> None:
+    recognizer = onnx_recognizer() if engine == "onnxruntime" else sherpa_recognizer()
+    recognizer.recognize(bytes(2 * int(seconds * SAMPLE_RATE)))
+
+
+def test_noise_at_full_scale_is_no_failure() -> None:
+    noise = np.random.default_rng(0).integers(-32768, 32768, 2 * SAMPLE_RATE).astype("<i2").tobytes()
+    assert 0 <= onnx_recognizer().recognize(noise).transcript.confidence <= 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+def test_a_provider_that_is_not_there_is_told_and_the_one_in_use_is_named(
+    engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    options = settings.Model.model_validate({"engine": engine, "provider": "cuda"})
+    with caplog.at_level(logging.WARNING):
+        recognizer = open_recognizer(model_store.locate("micro-en"), options)
+    assert recognizer.provider == "cpu"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{engine} has no cuda here: the model runs on the CPU; install a matching wheel"
+    ]
+    assert recognizer.recognize(pcm_of(RECORDINGS[0])).transcript.text
+
+
+def test_the_cpu_needs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert OnnxRecognizer(model_store.locate("micro-en"), settings.Model()).provider == "cpu"
+    assert caplog.records == []
+
+
+# ---------------------------------------------------------------- the speech detector
+
+
+def frames_of(pcm: bytes) -> Iterator[bytes]:
+    size = 2 * FRAME_SAMPLES
+    return (pcm[start : start + size] for start in range(0, len(pcm) - size + 1, size))
+
+
+@pytest.mark.parametrize("path", [RECORDINGS[0], *COMMON[:1], *COMMON[-1:]], ids=lambda path: path.stem)
+def test_the_detector_opens_and_closes_where_sherpas_does(path: Path) -> None:
+    config = sherpa_onnx.VadModelConfig()
+    config.silero_vad.model = str(model_store.locate_vad())
+    config.silero_vad.threshold = 0.5
+    config.silero_vad.min_silence_duration = 0.1
+    config.silero_vad.min_speech_duration = 0.05
+    config.sample_rate = SAMPLE_RATE
+    theirs = sherpa_onnx.VoiceActivityDetector(config, buffer_size_in_seconds=60)
+    ours = SileroDetector(model_store.locate_vad())
+    speaking: list[tuple[bool, bool]] = []
+    for frame in frames_of(pcm_of(path)):
+        theirs.accept_waveform(audio.to_float(frame))
+        speaking.append((ours.probability(frame) > 0.5, theirs.is_speech_detected()))
+    assert sum(mine == other for mine, other in speaking) / len(speaking) > 0.85  # least durations make the rest
+    first = [next((place for place, each in enumerate(speaking) if each[whose]), -1) for whose in (0, 1)]
+    assert abs(first[0] - first[1]) <= 3
+
+
+def test_the_detector_is_the_network_with_64_samples_of_context_and_its_state() -> None:
+    session = onnxruntime.InferenceSession(model_store.locate_vad())
+    samples = np.frombuffer(pcm_of(RECORDINGS[0]), "<i2").astype(np.float32) / 32768
+    padded = np.concatenate([np.zeros(64, np.float32), samples])
+    state = np.zeros((2, 1, 128), np.float32)
+    detector = SileroDetector(model_store.locate_vad())
+    for start, frame in zip(range(0, len(samples), FRAME_SAMPLES), frames_of(pcm_of(RECORDINGS[0])), strict=False):
+        window = padded[start : start + 64 + FRAME_SAMPLES][None]
+        expected, state = session.run(None, {"input": window, "state": state, "sr": np.array(16000)})
+        assert detector.probability(frame) == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_detector_that_was_reset_hears_as_if_for_the_first_time() -> None:
+    frames = list(frames_of(pcm_of(RECORDINGS[0])))
+    detector = SileroDetector(model_store.locate_vad())
+    first = [detector.probability(frame) for frame in frames[:40]]
+    detector.reset()
+    assert [detector.probability(frame) for frame in frames[:40]] == first
+
+
+def test_a_recording_without_a_speaker_and_one_with() -> None:
+    def loudest(name: str) -> float:
+        detector = SileroDetector(model_store.locate_vad())
+        frames = frames_of(pcm_of(model_store.bundled("recordings") / f"{name}.flac"))
+        return max(detector.probability(frame) for frame in frames)
+
+    assert loudest("20-emergency-stop") > 0.9
+    assert loudest("16-nobody-speaks") < 0.5
+
+
+def test_a_frame_of_another_length_is_a_wrong_argument() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        SileroDetector(model_store.locate_vad()).probability(bytes(100))
+
+
+# ---------------------------------------------------------------- what is no model
+
+
+@functools.cache
+def micro() -> onnx.ModelProto:
+    return onnx.load(MICRO / "model.int8.onnx")
+
+
+def with_metadata(**changes: str | None) -> onnx.ModelProto:
+    """The bundled model with other metadata; None: without."""
+    model = onnx.ModelProto()
+    model.CopyFrom(micro())
+    kept = {each.key: each.value for each in model.metadata_props}
+    del model.metadata_props[:]
+    changed = {key: value for key, value in {**kept, **changes}.items() if value is not None}
+    helper.set_model_props(model, changed)
+    return model
+
+
+def tiny(
+    inputs: Mapping[str, list[Any]], output: tuple[str, list[Any]], types: int = TensorProto.INT32
+) -> onnx.ModelProto:
+    """A model that only has the outward shape of something."""
+    name, shape = output
+    graph = helper.make_graph(
+        [helper.make_node("Constant", [], [name], value=helper.make_tensor("c", TensorProto.FLOAT, [1, 1, 1], [0.0]))],
+        "tiny",
+        [helper.make_tensor_value_info(i, TensorProto.FLOAT if i == "x" else types, s) for i, s in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, {each.key: each.value for each in micro().metadata_props})
+    return model
+
+
+OURS: dict[str, list[Any]] = {"x": ["N", "T", 560], "x_length": ["N"], "language": ["N"], "text_norm": ["N"]}
+LOGITS = ("logits", ["N", "T", 426])
+NOT_A_NUMBER = ",".join(["nan"] * 560)
+
+FOREIGN: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
+    "another network's inputs": (lambda: tiny({"x": ["N", 80]}, LOGITS), "this is not a SenseVoice model"),
+    "the silero detector": (lambda: onnx.load(model_store.locate_vad()), "this is not a SenseVoice model"),
+    "64-bit lengths": (lambda: tiny(OURS, LOGITS, TensorProto.INT64), "inputs are"),
+    "flat features": (lambda: tiny({**OURS, "x": ["N", 560]}, LOGITS), "CMVN has 560 values for"),
+    "other features": (lambda: tiny({**OURS, "x": ["N", "T", 80]}, LOGITS), "CMVN has 560 values for"),
+    "another output": (lambda: tiny(OURS, ("probs", ["N", "T", 426])), "has no output logits"),
+    "a flat output": (lambda: tiny(OURS, ("logits", ["N", 426])), "has no output logits"),
+    "another vocabulary": (lambda: tiny(OURS, ("logits", ["N", "T", 5])), "has no output logits [.., .., 426]"),
+    "no CMVN": (lambda: with_metadata(neg_mean=None), "metadata 'neg_mean' is missing"),
+    "no languages": (lambda: with_metadata(lang_yue=None), "metadata 'lang_yue' is missing"),
+    "a window that is no number": (lambda: with_metadata(lfr_window_size="seven"), "metadata is damaged"),
+    "no step forward": (lambda: with_metadata(lfr_window_shift="0"), "metadata is damaged"),
+    "a step backward": (lambda: with_metadata(lfr_window_shift="-6"), "metadata is damaged"),
+    "CMVN that is no number": (lambda: with_metadata(inv_stddev=NOT_A_NUMBER), "metadata is damaged"),
+    "another vocabulary in the metadata": (lambda: with_metadata(vocab_size="427"), "no output logits [.., .., 427]"),
+}  # fmt: skip
+
+
+def files_in(folder: Path) -> ModelFiles:
+    """As they come when nobody vouches for them."""
+    return ModelFiles(folder / "model.int8.onnx", folder / "tokens.txt", model_store.locate("micro-en").manifest, "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copy(MICRO / "tokens.txt", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+def test_a_foreign_model_is_one_line_and_never_reaches_sherpa(name: str, engine: str, folder: Path) -> None:
+    make, complaint = FOREIGN[name]
+    onnx.save(make(), folder / "model.int8.onnx")
+    with pytest.raises(ModelError) as caught:  # sherpa-onnx would end this very process
+        open_recognizer(files_in(folder), settings.Model.model_validate({"engine": engine}))
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'model.int8.onnx'}: ")
+    assert complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+@pytest.mark.parametrize("content", ["empty", "truncated", "text", "zeros"])
+def test_a_broken_model_is_one_line(engine: str, content: str, folder: Path) -> None:
+    whole = (MICRO / "model.int8.onnx").read_bytes()
+    broken = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"<html>\n404", "zeros": bytes(5000)}
+    (folder / "model.int8.onnx").write_bytes(broken[content])
+    with pytest.raises(ModelError, match=r"^\S+model\.int8\.onnx: .*import the model again$"):
+        open_recognizer(files_in(folder), settings.Model.model_validate({"engine": engine}))
+
+
+def test_a_missing_model_is_one_line(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx: onnxruntime cannot load it"):
+        open_recognizer(files_in(folder), settings.Model())
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "not a tokens file"),
+        (b"", "0 tokens for a model of 426"),
+        (b"<blank> 0\n<unk> 1\n", "2 tokens for a model of 426; take tokens.txt of the same release"),
+        (b"\xff\xfe\x00", "not a tokens file"),
+        (b"<blank>\t0.0\n", "line 1: '<blank>\\t0.0' is not `piece 0`"),
+    ],
+)
+def test_broken_tokens_are_one_line(engine: str, content: bytes | None, complaint: str, folder: Path) -> None:
+    shutil.copy(MICRO / "model.int8.onnx", folder)
+    tokens = folder / "tokens.txt"
+    tokens.unlink()
+    if content is not None:
+        tokens.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        open_recognizer(files_in(folder), settings.Model.model_validate({"engine": engine}))
+    message = str(caught.value)
+    assert message.startswith(f"{tokens}: ")
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_a_comment_that_sherpa_dies_of_is_refused_for_sherpa_only(folder: Path) -> None:
+    onnx.save(with_metadata(comment="FunASR-Nano"), folder / "model.int8.onnx")
+    assert open_recognizer(files_in(folder), settings.Model()).recognize(pcm_of(RECORDINGS[0])).transcript.text
+    with pytest.raises(ModelError, match="use engine onnxruntime"):
+        open_recognizer(files_in(folder), settings.Model(engine="sherpa-onnx"))
+
+
+def test_a_detector_that_is_none_is_one_line() -> None:
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx: is not a silero VAD model; import it again"):
+        SileroDetector(MICRO / "model.int8.onnx")
+
+
+def test_sherpa_is_loaded_only_by_who_asks_for_it() -> None:
+    code = "import sys, edge_asr.daemon; sys.exit('sherpa_onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
