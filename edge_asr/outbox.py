@@ -762,15 +762,22 @@ def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> 
 
 
 def _readable_rows(source: sqlite3.Connection, table: str, columns: str, highest_seq: int) -> Iterator[tuple[Any, ...]]:
-    """Every row that can be read and whose checksum holds; what cannot be read is stepped over, number by number."""
-    query = f"SELECT {columns} FROM {table} WHERE seq > ? ORDER BY seq"  # noqa: S608 - our constants
-    after = failures = 0
-    while after <= highest_seq and failures < _SALVAGE_GIVES_UP_AFTER:
-        with contextlib.suppress(*_FILE_ERRORS):
-            for row in source.execute(query, (after,)):
-                if row[_SEQ_AT] > after:  # a damaged tree may run in circles
-                    after, failures = row[_SEQ_AT], 0
-                    if _is_sound(row):
-                        yield row
-            return
-        after, failures = after + 1, failures + 1
+    """Every row that can be read and whose checksum holds; what cannot be read is stepped over, number by number.
+
+    Each number is also asked for by itself: Python steps ahead, so a scan that fails takes the row before it along.
+    """
+    scan = f"SELECT {columns} FROM {table} WHERE seq >= ? ORDER BY seq"  # noqa: S608 - our constants
+    single = f"SELECT {columns} FROM {table} WHERE seq = ?"  # noqa: S608 - our constants
+    due, failures = 1, 0
+    while due <= highest_seq and failures < _SALVAGE_GIVES_UP_AFTER:
+        began_at, failures = due, failures + 1
+        for query in (scan, single):
+            with contextlib.suppress(*_FILE_ERRORS):
+                for row in source.execute(query, (due,)):
+                    if row[_SEQ_AT] >= due:  # a damaged tree may run in circles
+                        due, failures = row[_SEQ_AT] + 1, 0
+                        if _is_sound(row):
+                            yield row
+                if query == scan:
+                    return
+        due = max(due, began_at + 1)

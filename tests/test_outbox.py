@@ -529,6 +529,24 @@ def test_after_damage_it_goes_on_with_what_is_readable_and_with_fresh_numbers(
     assert any(record.levelname == "ERROR" and str(path) in record.getMessage() for record in caplog.records)
 
 
+def test_a_damaged_page_takes_no_message_along_that_stands_on_another(path: Path) -> None:
+    """Neither the one before it, which Python holds while it steps ahead, nor the one after it."""
+    originals = committed_file(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    page = path.read_bytes()[20 * 4096 : 21 * 4096]
+    assert page[0] == 0x0D, "a leaf"
+    hidden = [message for message in originals if message.id.encode() in page]
+    assert len(hidden) == int.from_bytes(page[3:5], "big")
+    zero_a_page_in_the_middle(path)
+
+    async def main() -> None:
+        with opened(path) as outbox:
+            assert await waiting(outbox) == [message for message in originals if message not in hidden]
+
+    asyncio.run(main())
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), spots=st.integers(1, 6), length=st.sampled_from([1, 30, 600]))
 def test_whatever_bytes_change_no_message_is_delivered_that_was_not_written(
