@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -38,7 +39,7 @@ class Speaker:
         cutter = FrameCutter(self.name)
         for frame in cutter.feed(self._pcm, clock.boottime_ns()):
             await asyncio.sleep(0)
-            yield frame
+            yield dataclasses.replace(frame, captured_ns=clock.boottime_ns())
         await self._closed.wait()
 
     async def close(self) -> None:
