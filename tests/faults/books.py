@@ -1,0 +1,235 @@
+"""The consumer and its books: what was promised against what came.
+
+Law, for one device:
+
+- lost: ``append`` returned, and it never came. Not ours: a killed broker forgot what it had acknowledged
+  (``forgotten``), or rightly dropped a command whose life ended while it had it (``expired_at_broker``).
+- reordered: at its first delivery something newer had come before. A live command may overtake, and only it.
+- duplicates: a second delivery under the same id. Under another id, or one id for two messages, it is ``foreign``.
+- stale: ``evt/command`` first came after the command's life, by CLOCK_BOOTTIME: no step of the wall clock moves it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from typing_extensions import Self
+
+from edge_asr import clock
+from tests.faults.device import ROOT
+from tests.payloads import complaint
+
+TRAVEL_NS = 100_000_000
+"""From the end of a life to its message's arrival: nobody can call back what the network carries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A line of the device's journal."""
+
+    seq: int
+    id: str
+    category: str
+    expires_ns: int
+
+
+def promises(journal: Path) -> list[Promise]:
+    """What ``append`` has returned so far."""
+    if not journal.exists():
+        return []
+    rows = (line.split() for line in journal.read_text(encoding="ascii").splitlines())
+    return [Promise(int(seq), id_, category, int(expires_ns)) for seq, id_, category, expires_ns in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as it came, unread: reading would delay the next arrival's time."""
+
+    topic: str
+    body: bytes
+    arrived_ns: int
+    """CLOCK_BOOTTIME."""
+
+
+class Consumer:
+    """Keeps what the broker sends, reconnects by itself and lets the broker keep its session meanwhile."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.deliveries: list[Delivery] = []
+        self._arrived = threading.Condition()
+        self._subscribed = threading.Event()
+        self._client = Client(CallbackAPIVersion.VERSION2, "books", protocol=MQTTProtocolVersion.MQTTv5)
+        self._client.reconnect_delay_set(1, 1)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"{ROOT}/evt/#", qos=1)
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = self._on_message
+        session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        session.SessionExpiryInterval = 3600
+        self._client.connect(host, port, keepalive=30, clean_start=False, properties=session)
+
+    def __enter__(self) -> Self:
+        self._client.loop_start()
+        if not self._subscribed.wait(20):
+            raise TimeoutError("the broker granted no subscription")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def has(self, message_id: str) -> bool:
+        """Whether that message has come; the newest are looked at first."""
+        wanted = message_id.encode()
+        return any(wanted in delivery.body for delivery in reversed(list(self.deliveries)))
+
+    def wait(self, limit_s: float) -> None:
+        """Return at the next arrival or after the limit."""
+        with self._arrived:
+            self._arrived.wait(limit_s)
+
+    def wait_for(self, count: int, limit_s: float = 600.0) -> None:
+        """Return once so many deliveries have come."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: len(self.deliveries) >= count, limit_s):
+                raise TimeoutError(f"{len(self.deliveries)} of {count} messages came in {limit_s:.0f} s")
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        now_ns = clock.boottime_ns()
+        with self._arrived:
+            self.deliveries.append(Delivery(message.topic, bytes(message.payload), now_ns))
+            self._arrived.notify_all()
+
+
+@dataclass
+class Account:
+    """What one scenario came to."""
+
+    scenario: str
+    kills: int = 0
+    committed: int = 0
+    lost: int = 0
+    reordered: int = 0
+    duplicates: int = 0
+    stale: int = 0
+    expired: int = 0
+    """Commands delivered as ``evt/expired``."""
+    foreign: int = 0
+    """Numbers or ids used twice, and payloads against their schema."""
+    expired_at_broker: int = 0
+    """Commands that the broker dropped at their message expiry, before the consumer was back."""
+    forgotten: int = 0
+    """Acknowledged by the broker, which was then killed: no publisher can know."""
+    unreadable: int = 0
+    """On damaged pages."""
+    late_from_broker: int = 0
+    """Commands that a frozen broker had taken in time and handed on too late; consumers compare ``expires_at``."""
+    seconds: float = 0.0
+    skipped: str = ""
+    """Why it could not be run here."""
+    failures: list[str] = field(default_factory=list)
+    """What else went wrong, one sentence each."""
+
+    @property
+    def violated(self) -> bool:
+        """Whether a promise was broken."""
+        return bool(self.lost or self.reordered or self.stale or self.foreign or self.failures)
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    seq: int
+    id: str
+    kind: str
+    """Last level of the topic."""
+    replayed: bool
+    arrived_ns: int
+
+    @property
+    def may_overtake(self) -> bool:
+        return not self.replayed and self.kind in {"command", "expired"}
+
+
+def settle(
+    account: Account,
+    promised: Sequence[Promise],
+    delivered: Sequence[Delivery],
+    *,
+    acknowledged: Collection[str] = (),
+    broker_killed: bool = False,
+    broker_frozen: bool = False,
+    excused_lost: int = 0,
+) -> Account:
+    """Fill in the account.
+
+    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged.
+    """
+    seen, invalid = _read(delivered)
+    first: dict[str, _Seen] = {}
+    for one in seen:
+        first.setdefault(one.id, one)
+    missing = [promise for promise in promised if promise.id not in first]
+    account.committed = len(promised)
+    taken = [promise.category for promise in missing if promise.id in acknowledged]
+    account.expired_at_broker = taken.count("command")
+    account.forgotten = len(taken) - account.expired_at_broker if broker_killed else 0
+    absent = len(missing) - account.expired_at_broker - account.forgotten
+    account.unreadable = min(absent, excused_lost)
+    account.lost = absent - account.unreadable
+    account.duplicates = len(seen) - len(first)
+    account.reordered = _inversions(list(first.values()))
+    account.expired = sum(one.kind == "expired" for one in first.values())
+    account.foreign = invalid + _foreign(promised, seen)
+    expires_ns = {promise.id: promise.expires_ns for promise in promised}
+    late = [
+        one
+        for one in first.values()
+        if one.kind == "command" and one.arrived_ns > expires_ns.get(one.id, one.arrived_ns) + TRAVEL_NS
+    ]
+    stale = len(late)
+    account.late_from_broker, account.stale = (stale, 0) if broker_frozen else (0, stale)
+    return account
+
+
+def _read(delivered: Sequence[Delivery]) -> tuple[list[_Seen], int]:
+    """Every delivery read, and how many distinct payloads are against their schema."""
+    seen: list[_Seen] = []
+    invalid: set[bytes] = set()
+    for one in delivered:
+        payload = json.loads(one.body)
+        if complaint(one.topic, payload):
+            invalid.add(one.body)
+        data = payload["data"]
+        kind = one.topic.rpartition("/")[2]
+        seen.append(_Seen(data["seq"], data["id"], kind, data["replayed"], one.arrived_ns))
+    return seen, len(invalid)
+
+
+def _inversions(first: Sequence[_Seen]) -> int:
+    found = newest = newest_ahead = 0
+    for one in first:
+        if one.may_overtake:
+            found += one.seq < max(newest, newest_ahead)
+            newest_ahead = max(newest_ahead, one.seq)
+        else:
+            found += one.seq < newest
+            newest = max(newest, one.seq)
+    return found
+
+
+def _foreign(promised: Sequence[Promise], seen: Sequence[_Seen]) -> int:
+    """A number and an id belong to each other for ever."""
+    pairs = {(promise.seq, promise.id) for promise in promised} | {(one.seq, one.id) for one in seen}
+    numbers, ids = {seq for seq, _ in pairs}, {id_ for _, id_ in pairs}
+    return 2 * len(pairs) - len(numbers) - len(ids)

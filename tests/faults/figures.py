@@ -1,0 +1,143 @@
+"""What delivery costs on this machine: an append, a day's backlog with a live command in it, a million rows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+from edge_asr import clock
+from edge_asr.contract import Renderer
+from edge_asr.outbox import Outbox
+from edge_asr.publisher import Publisher
+from edge_asr.settings import Mqtt
+from tests.broker import Broker
+from tests.faults.books import Consumer
+from tests.faults.device import ROOT, command_draft, transcript_draft
+
+APPENDS, BACKLOG, ROWS = 2_000, 100_000, 1_000_000
+MAX_BYTES = 4_000_000_000
+
+LIMITS = {
+    "append_median_ms": ("an append, median (ms)", 10.0),
+    "append_p99_ms": ("an append, 99th percentile (ms)", None),
+    "drain_per_s": ("messages per second of a backlog of 100,000 (at least)", -1000.0),
+    "live_command_s": ("longest wait of a live command meanwhile (s)", 0.5),
+    "open_s": ("opening an outbox of 1,000,000 messages (s)", 2.0),
+    "memory_mb": ("memory of the process that has it open, interpreter included (MB)", 64.0),
+}
+"""By figure: in words, and the most it may be; negative: the least."""
+
+
+def measure() -> dict[str, float]:
+    """All figures; a few minutes."""
+    with tempfile.TemporaryDirectory(prefix="figures-") as folder:
+        place = Path(folder)
+        return {**asyncio.run(_append(place)), **asyncio.run(_drain(place)), **_open(place)}
+
+
+def missed(measured: dict[str, float]) -> list[str]:
+    """One line for each figure beyond its limit."""
+    lines = []
+    for name, (words, limit) in LIMITS.items():
+        if limit is not None and (measured[name] > limit if limit > 0 else measured[name] < -limit):
+            lines.append(f"{words}: {measured[name]:g}, limit {abs(limit):g}")
+    return lines
+
+
+def table(measured: dict[str, float]) -> str:
+    """In Markdown."""
+    lines = ["| figure | measured | limit |", "|---|---:|---:|"]
+    for name, (words, limit) in LIMITS.items():
+        lines.append(f"| {words} | {measured[name]:,g} | {'' if limit is None else f'{abs(limit):,g}'} |")
+    return "\n".join(lines)
+
+
+async def _append(place: Path) -> dict[str, float]:
+    took_ms = []
+    with closing(Outbox(place / "append.db", MAX_BYTES)) as outbox:
+        for _ in range(APPENDS):
+            draft = transcript_draft(100)
+            began = time.perf_counter()
+            await outbox.append(draft)
+            took_ms.append(1000 * (time.perf_counter() - began))
+    cuts = statistics.quantiles(took_ms, n=100)
+    return {"append_median_ms": round(cuts[49], 2), "append_p99_ms": round(cuts[98], 2)}
+
+
+async def _fill(outbox: Outbox, messages: int) -> None:
+    for _ in range(messages // 1000):
+        await outbox.append(*[transcript_draft(100)] * 1000)
+
+
+async def _drain(place: Path) -> dict[str, float]:
+    """With a subscriber that takes everything; the broker keeps nothing on its disk."""
+    folder = place / "broker"
+    folder.mkdir()
+    with closing(Outbox(place / "drain.db", MAX_BYTES)) as outbox:
+        await _fill(outbox, BACKLOG)
+        with Broker(folder, durable=False) as broker, Consumer(broker.host, broker.port) as consumer:
+            mqtt = Mqtt.model_validate({"host": broker.host, "port": broker.port})
+            began = time.monotonic()
+            publishing = asyncio.create_task(Publisher(mqtt, Renderer(ROOT, "edge01"), outbox).run())
+            live = asyncio.create_task(_command_now_and_then(outbox))
+            await asyncio.to_thread(consumer.wait_for, BACKLOG)
+            took_s = time.monotonic() - began
+            for task in (live, publishing):
+                task.cancel()
+            await asyncio.gather(live, publishing, return_exceptions=True)
+            waits_s = [
+                (delivery.arrived_ns - born_ns) / clock.NS_PER_S
+                for delivery in consumer.deliveries
+                if delivery.topic.endswith("/command")
+                and (born_ns := _born.get(json.loads(delivery.body)["id"])) is not None
+            ]
+    return {"drain_per_s": round(BACKLOG / took_s), "live_command_s": round(max(waits_s), 3)}
+
+
+_born: dict[str, int] = {}
+"""When each live command was given to the outbox: its wait includes the commit."""
+
+
+async def _command_now_and_then(outbox: Outbox) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(0.5)
+            now_ns = clock.boottime_ns()
+            (command,) = await outbox.append(command_draft(10.0))
+            _born[command.id] = now_ns
+
+
+_OPEN = """
+import sys, time, pathlib
+from edge_asr.outbox import Outbox
+began = time.perf_counter()
+outbox = Outbox(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+took_s = time.perf_counter() - began
+peak_kb = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(outbox.last_seq, took_s, peak_kb)
+outbox.close()
+"""
+
+
+def _open(place: Path) -> dict[str, float]:
+    path = place / "million.db"
+
+    async def fill() -> None:
+        with closing(Outbox(path, MAX_BYTES)) as outbox:
+            await _fill(outbox, ROWS)
+
+    asyncio.run(fill())
+    done = subprocess.run(
+        [sys.executable, "-c", _OPEN, str(path), str(MAX_BYTES)], check=True, capture_output=True, text=True
+    )
+    rows, took_s, peak_kb = done.stdout.split()
+    assert int(rows) == ROWS
+    return {"open_s": round(float(took_s), 3), "memory_mb": round(int(peak_kb) / 1000, 1)}

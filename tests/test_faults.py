@@ -1,0 +1,118 @@
+"""The rig itself: the short form keeps every promise, and its books would find one that was broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from edge_asr import clock, contract
+from edge_asr.contract import Renderer
+from edge_asr.events import Message, new_id
+from tests.faults.books import Account, Delivery, Promise, settle
+from tests.faults.device import ROOT, command_draft, transcript_draft
+from tests.sysbox import CHECKOUT
+
+LIFE_S = 2.0
+RENDERER = Renderer(ROOT, "edge01")
+
+
+def test_the_short_form_breaks_no_promise(tmp_path: Path) -> None:
+    out = tmp_path / "faults.json"
+    done = subprocess.run(
+        [CHECKOUT / "tools" / "faults", "--short", "--json", out],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix},
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert [result[broken] for broken in ("lost", "reordered", "stale", "foreign")] == [0, 0, 0, 0]
+    assert result["kills"] >= 10
+    assert result["committed"] > 1000
+    assert result["expired"] > 0, "no command ever came too late: nothing was tested"
+    skipped = [scenario["scenario"] for scenario in result["scenarios"] if scenario["skipped"]]
+    assert os.geteuid() != 0 or not skipped
+    for scenario in result["scenarios"]:
+        assert scenario["skipped"] or scenario["scenario"] in done.stdout
+
+
+def message(seq: int, kind: str = "transcript") -> Message:
+    draft = command_draft(LIFE_S) if kind == "command" else transcript_draft(10)
+    now_ns = clock.boottime_ns()
+    return Message(
+        seq,
+        new_id(),
+        clock.boot_id(),
+        draft.topic,
+        draft.category,
+        draft.data,
+        0,
+        now_ns,
+        draft.expires_ns,
+        "unsynchronized",
+    )
+
+
+def delivery(sent: Message, *, replayed: bool = False, after_s: float = 0.0) -> Delivery:
+    payload = RENDERER.message(sent, replayed=replayed, life_left_s=LIFE_S if sent.expires_ns else None)
+    return Delivery(payload.topic, payload.body, sent.created_ns + round(after_s * clock.NS_PER_S))
+
+
+def account(sent: Sequence[Message], delivered: Sequence[Delivery]) -> Account:
+    promised = [Promise(one.seq, one.id, one.category, one.expires_ns or 0) for one in sent]
+    return settle(Account("books"), promised, delivered)
+
+
+def test_books_in_order_hold_nothing_against_anyone() -> None:
+    sent = [message(1), message(2, "command"), message(3)]
+    found = account(sent, [delivery(one) for one in sent])
+    assert not found.violated
+    assert (found.committed, found.duplicates) == (3, 0)
+
+
+def test_a_message_that_never_came_is_lost() -> None:
+    sent = [message(1), message(2)]
+    assert account(sent, [delivery(sent[1])]).lost == 1
+
+
+def test_a_second_delivery_is_a_duplicate_and_not_out_of_order() -> None:
+    sent = [message(1), message(2)]
+    found = account(sent, [delivery(one) for one in (*sent, *sent)])
+    assert (found.duplicates, found.reordered, found.violated) == (2, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replayed", "reordered"), [("transcript", True, 1), ("command", True, 1), ("command", False, 0)]
+)
+def test_only_a_live_command_may_overtake(kind: str, *, replayed: bool, reordered: int) -> None:
+    first, second = message(1), message(2, kind)
+    found = account([first, second], [delivery(second, replayed=replayed), delivery(first, replayed=True)])
+    assert found.reordered == reordered
+
+
+def test_a_live_command_may_not_come_behind_what_is_newer() -> None:
+    first, second = message(1, "command"), message(2)
+    assert account([first, second], [delivery(second), delivery(first)]).reordered == 1
+
+
+@pytest.mark.parametrize(("after_s", "stale"), [(LIFE_S - 0.1, 0), (LIFE_S + 0.3, 1)])
+def test_a_command_after_its_life_is_stale(after_s: float, stale: int) -> None:
+    late = message(1, "command")
+    assert account([late], [delivery(late, after_s=after_s)]).stale == stale
+
+
+def test_one_number_for_two_messages_and_a_payload_against_its_schema_are_foreign() -> None:
+    sent = [message(1)]
+    assert account(sent, [delivery(sent[0]), delivery(message(1))]).foreign == 1
+    whole = delivery(sent[0])
+    assert account(sent, [Delivery(whole.topic, whole.body.replace(b'"language"', b'"tongue"'), 0)]).foreign == 1
+    assert contract.TRANSCRIPT in whole.topic
