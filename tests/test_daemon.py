@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -161,6 +162,10 @@ def test_a_broker_restarted_under_load_costs_neither_message_nor_order(tmp_path:
         assert len(ids) == committed
 
 
+def captures(box: Box, times: int) -> bool:
+    return box.log.count("capturing from") >= times
+
+
 def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> None:
     wav = tmp_path / "command.wav"
     samples, rate = soundfile.read(COMMAND)
@@ -169,7 +174,7 @@ def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> 
         settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
         with running(settings, **card.environment) as box:
             for time_spoken in (1, 2):
-                wait_until(lambda n=time_spoken: box.log.count("capturing from") >= n, "the microphone is open")
+                wait_until(functools.partial(captures, box, time_spoken), "the microphone is open")
                 card.play(wav)
                 subscriber.wait_for(
                     lambda m, n=time_spoken: sum(x.topic.endswith("evt/transcript") for x in m) >= n,  # type: ignore[misc]

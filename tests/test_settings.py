@@ -71,7 +71,7 @@ def test_relative_paths_of_the_file_are_taken_from_its_folder(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setenv("HOME", "/home/worker")
+    monkeypatch.setenv("HOME", "/srv/worker")
     options = load(
         file,
         """
@@ -88,7 +88,7 @@ def test_relative_paths_of_the_file_are_taken_from_its_folder(
     assert options.mqtt.tls is not None
     assert options.mqtt.tls.ca_file == folder / "ca.pem"
     assert isinstance(options.sources[0], FilesSource)
-    assert options.sources[0].paths == (folder / "../recordings", Path("/home/worker/mine"))
+    assert options.sources[0].paths == (folder / "../recordings", Path("/srv/worker/mine"))
     assert options.model.name == str(folder / "models/small")
     assert options.commands.grammars == ("factory.en", str(folder / "press.yaml"), str(folder / "lines/four.yml"))
 
@@ -107,8 +107,8 @@ def test_relative_paths_typed_in_a_shell_are_taken_from_where_one_is(
 
 def test_the_outbox_lies_in_the_state_directory_of_systemd_else_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
-    monkeypatch.setenv("XDG_STATE_HOME", "/home/worker/state")
-    assert Settings().outbox_path == Path("/home/worker/state/edge-asr/outbox.db")
+    monkeypatch.setenv("XDG_STATE_HOME", "/srv/worker/state")
+    assert Settings().outbox_path == Path("/srv/worker/state/edge-asr/outbox.db")
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge-asr:/var/lib/other")
     assert Settings().outbox_path == Path("/var/lib/edge-asr/outbox.db")
 
