@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class Account:
     unreadable: int = 0
     """On damaged pages."""
     late_from_broker: int = 0
-    """Commands that a frozen broker had taken in time and handed on too late; consumers compare ``expires_at``."""
+    """Commands that the broker got in time and handed on too late; consumers compare ``expires_at``."""
     seconds: float = 0.0
     skipped: str = ""
     """Why it could not be run here."""
@@ -167,13 +167,15 @@ def settle(
     delivered: Sequence[Delivery],
     *,
     acknowledged: Collection[str] = (),
+    handed_over_ns: Mapping[str, int] | None = None,
     broker_killed: bool = False,
     broker_frozen: bool = False,
     excused_lost: int = 0,
 ) -> Account:
     """Fill in the account.
 
-    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged.
+    ``acknowledged``: ids that the broker had taken; ``handed_over_ns``: when it first got them; ``excused_lost``: so
+    many were on the pages that the rig damaged. A frozen broker may have got everything in time.
     """
     seen, invalid = _read(delivered)
     first: dict[str, _Seen] = {}
@@ -193,12 +195,15 @@ def settle(
     account.foreign = invalid + _foreign(promised, seen)
     expires_ns = {promise.id: promise.expires_ns for promise in promised}
     late = [
-        one
+        one.id
         for one in first.values()
         if one.kind == "command" and one.arrived_ns > expires_ns.get(one.id, one.arrived_ns) + TRAVEL_NS
     ]
-    stale = len(late)
-    account.late_from_broker, account.stale = (stale, 0) if broker_frozen else (0, stale)
+    got_ns = handed_over_ns or {}
+    account.late_from_broker = sum(
+        broker_frozen or got_ns.get(id_, expires_ns[id_] + 1) <= expires_ns[id_] for id_ in late
+    )
+    account.stale = len(late) - account.late_from_broker
     return account
 
 

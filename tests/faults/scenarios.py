@@ -30,7 +30,7 @@ PATIENCE_S = 60.0
 """For the outbox to empty once the fault is over."""
 
 COMMAND_LIFE_S = 2.0
-OUTAGE_S = 3.0
+OUTAGE_S = 2.5
 """Longer than a command lives."""
 
 YEAR_S = 365 * 86_400
@@ -150,6 +150,7 @@ class Stage:
             promises(self._journal),
             consumer.deliveries,
             acknowledged=self.tap.acknowledged if self.tap else (),
+            handed_over_ns=self.tap.handed_over_ns if self.tap else None,
             broker_killed=broker_killed,
             broker_frozen=broker_frozen,
             excused_lost=excused_lost,
@@ -245,9 +246,9 @@ def broker_freeze(stage: Stage) -> Account:
 def moody_broker(stage: Stage) -> Account:
     """Late and error PUBACKs, hang-ups, and one message that is never taken."""
     with MoodyBroker(stage.luck) as broker:
-        stage.orders = replace(stage.orders, port=broker.port)
+        stage.orders = replace(stage.orders, port=broker.port, pause_s=0.05)
         stage.start()
-        stage.speak(3 if stage.short else 15)
+        stage.speak(2 if stage.short else 15)
         Path(stage.orders.hush).touch()
         end = time.monotonic() + PATIENCE_S
         while stage.waiting() and time.monotonic() < end:
@@ -278,7 +279,7 @@ def on_link(stage: Stage, weathers: Sequence[Weather]) -> Account:
         for weather in weathers:
             stage.speak(1.0)
             link.weather = weather
-            stage.speak(OUTAGE_S, OUTAGE_S + 2)
+            stage.speak(OUTAGE_S, OUTAGE_S + 1)
             link.weather = Weather()
         stage.speak(1.0)
         stage.finish(consumer, devices)

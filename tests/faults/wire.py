@@ -148,6 +148,8 @@ class Tap(_Server):
         super().__init__()
         self._broker_port = port
         self.acknowledged: set[str] = set()
+        self.handed_over_ns: dict[str, int] = {}
+        """CLOCK_BOOTTIME at which the broker's side first got a message, by id."""
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_broker, to_broker = await asyncio.open_connection("127.0.0.1", self._broker_port)
@@ -164,13 +166,15 @@ class Tap(_Server):
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
 
-    @staticmethod
-    async def _there(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flying: dict[bytes, str]) -> None:
+    async def _there(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flying: dict[bytes, str]
+    ) -> None:
         while True:
             raw, kind, body = await _packet(reader)
             found = _ID.search(body) if kind == _PUBLISH else None
             if found:
-                flying[_published(body)[1]] = found[1].decode()
+                name = flying[_published(body)[1]] = found[1].decode()
+                self.handed_over_ns.setdefault(name, clock.boottime_ns())
             writer.write(raw)
             await writer.drain()
 
