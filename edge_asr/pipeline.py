@@ -148,10 +148,14 @@ class Ear:
         self._energy_gate_dbfs = options.energy_gate_dbfs
         self._gate = SpeechGate(options)
         self._quiet_samples = 0
+        self._expected: int | None = None
         self.meter = SourceMeter()
 
     def feed(self, frame: AudioFrame) -> list[Utterance]:
         """Take the next frame; return the utterances it closed."""
+        if frame.position != self._expected:
+            self._detector.reset()  # audio was lost: what came before says nothing about this frame
+        self._expected = frame.end
         return self._gate.feed(frame, self._probability(frame))
 
     def flush(self) -> list[Utterance]:
@@ -186,12 +190,12 @@ def understand(
     """Recognize and interpret one utterance; blocking."""
     try:
         recognition = recognizer.recognize(utterance.pcm)
+        if hotwords is not None:
+            recognition = hotwords.apply(recognition)
+        decision = interpreter.interpret(recognition) if interpreter is not None else None  # it may listen again
     except RecognizerError as error:
         return Understanding(utterance, None, Rejection("recognizer-failed", str(error)))
-    if hotwords is not None:
-        recognition = hotwords.apply(recognition)
     transcript = recognition.transcript
-    decision = interpreter.interpret(recognition) if interpreter is not None else None
     if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
         stations = ", ".join(decision.stations)
         decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
