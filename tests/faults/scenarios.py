@@ -119,16 +119,20 @@ class Stage:
     def finish(self, consumer: Consumer, devices: Devices | None = None) -> None:
         """Silence; then everything that was promised has its time to arrive."""
         Path(self.orders.hush).touch()
-        end = time.monotonic() + PATIENCE_S
-        while self.waiting() and time.monotonic() < end:
-            time.sleep(0.05)
-        if self.waiting():
-            self.account.failures.append(f"{self.waiting()} messages still wait {PATIENCE_S:.0f} s after the fault")
+        self.wait_until_empty()
         newest = promises(self._journal)[-1].id
         end = time.monotonic() + 5
         while not consumer.has(newest) and time.monotonic() < end:
             consumer.wait(0.2)
         self.expect_killed(devices)
+
+    def wait_until_empty(self) -> None:
+        """The outbox has its time to give everything away."""
+        end = time.monotonic() + PATIENCE_S
+        while self._waiting() and time.monotonic() < end:
+            time.sleep(0.05)
+        if self._waiting():
+            self.account.failures.append(f"{self._waiting()} messages still wait {PATIENCE_S:.0f} s after the fault")
 
     def expect_killed(self, devices: Devices | None = None) -> None:
         """Kill the device; it must not have ended by itself."""
@@ -160,7 +164,7 @@ class Stage:
     def _journal(self) -> Path:
         return Path(self.orders.journal)
 
-    def waiting(self) -> int:
+    def _waiting(self) -> int:
         try:
             return sum(read_statistics(Path(self.orders.outbox)).waiting.values())
         except OutboxError:  # a rescue is exchanging the files
@@ -250,9 +254,7 @@ def moody_broker(stage: Stage) -> Account:
         stage.start()
         stage.speak(2 if stage.short else 15)
         Path(stage.orders.hush).touch()
-        end = time.monotonic() + PATIENCE_S
-        while stage.waiting() and time.monotonic() < end:
-            time.sleep(0.05)
+        stage.wait_until_empty()
         stage.expect_killed()
         promised = promises(Path(stage.orders.journal))
         account = settle(stage.account, promised, broker.tried)
