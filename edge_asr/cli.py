@@ -50,6 +50,9 @@ EXIT_NO_INPUT = 66
 EXIT_UNAVAILABLE = 69
 EXIT_IO = 74
 EXIT_CONFIG = 78
+EXIT_INTERRUPTED = 130
+
+_DEMO_EXITS = {True: 0, False: EXIT_FOUND, None: EXIT_INTERRUPTED}
 
 
 class _ExamplesLast(click.Group):
@@ -102,7 +105,7 @@ def _one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
         raise SystemExit(0) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +153,7 @@ def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch
         _quiet_logs(options)
         if _has_no_microphone(options):
             _console().print("No microphone found: playing the bundled recordings instead.\n")
-            raise SystemExit(0 if asyncio.run(demo.play(options, _console())) else EXIT_FOUND)
+            raise SystemExit(_DEMO_EXITS[asyncio.run(demo.play(options, _console()))])
         asyncio.run(demo.watch(options, _console()))
         return
     logs.configure(options.log)
@@ -166,7 +169,7 @@ def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch
 def play(options: Settings, **_: object) -> None:
     """Play the bundled recordings through the whole product in real time; exit code 0 only if everything arrived."""
     _quiet_logs(options)
-    raise SystemExit(0 if asyncio.run(demo.play(options, _console())) else EXIT_FOUND)
+    raise SystemExit(_DEMO_EXITS[asyncio.run(demo.play(options, _console()))])
 
 
 @main.command(epilog=_example("edge-asr transcribe examples/recordings --json"))
@@ -352,7 +355,8 @@ def grammar_test(names: tuple[str, ...]) -> None:
             failed = commands.failed_expectations(commands.load_graph([file]), tests)
             for sentence, reading in failed.items():
                 click.echo(f"{name}: {sentence!r} is read as {reading}")
-            click.echo(f"{name}: {len(tests) - len(failed)} of {len(tests)} sentences mean what they must")
+            verdict = f"{len(tests) - len(failed)} of {len(tests)} sentences mean what they must"
+            click.echo(f"{name}: {verdict if tests else 'has no `tests:` section; see docs/grammar.md'}")
             wrong += len(failed)
     raise SystemExit(EXIT_FOUND if wrong else 0)
 
@@ -444,6 +448,7 @@ def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
     if as_json:
         click.echo(json.dumps(statistics))
         return
+    click.echo(f"{'file':14s} {options.outbox_path}")
     for name, value in statistics.items():
         shown = ", ".join(f"{k} {v}" for k, v in value.items()) or "none" if isinstance(value, dict) else value
         click.echo(f"{name.replace('_', ' '):14s} {shown}")

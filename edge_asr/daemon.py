@@ -34,6 +34,9 @@ from edge_asr.sources import Files, Microphone, Stdin
 log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 30.0
+GOODBYE_LIMIT_S = 0.5
+"""What was just committed may still go out when the daemon is told to stop; it is safe in the outbox in any case."""
+
 DRAIN_LIMIT_S = 10.0
 """Sources that ended by themselves (recordings, a pipe) leave the broker so long to take the rest."""
 
@@ -128,7 +131,8 @@ class Daemon:
         self._engine = Engine.build(options)
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
-        self._stopping = False
+        self.stopped = False
+        """Whether somebody asked it to stop."""
 
     async def run(self, sources: Sequence[Source] | None = None) -> None:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
@@ -162,8 +166,7 @@ class Daemon:
     async def _hear(self) -> None:
         try:
             await self._pipeline.run()
-            if not self._stopping:
-                await self._drain()
+            await self._drain(GOODBYE_LIMIT_S if self.stopped else DRAIN_LIMIT_S)
         finally:
             systemd.stopping("saying goodbye to the broker")
 
@@ -171,13 +174,13 @@ class Daemon:
         """Close the sources; :meth:`run` returns when everything heard is committed."""
         log.info("stopping")
         systemd.stopping("committing what was heard")
-        self._stopping = True
+        self.stopped = True
         await self._pipeline.close()
 
-    async def _drain(self) -> None:
-        """Wait until the broker has everything, or too long."""
-        deadline = asyncio.get_running_loop().time() + DRAIN_LIMIT_S
-        while self._options.mqtt.host is not None and asyncio.get_running_loop().time() < deadline:
+    async def _drain(self, limit_s: float) -> None:
+        """Give the broker a moment for the rest; the outbox keeps what it does not take."""
+        deadline = asyncio.get_running_loop().time() + limit_s
+        while self._publisher.connected and asyncio.get_running_loop().time() < deadline:
             if not await self.outbox.oldest(1):
                 return
             await asyncio.sleep(0.02)
@@ -188,6 +191,7 @@ class Daemon:
         tasks: set[asyncio.Task[None]] = set()
 
         def stop() -> None:
+            loop.remove_signal_handler(signal.SIGINT)  # a second Ctrl-C ends at once
             task = asyncio.create_task(self.stop(), name="stop")
             tasks.add(task)
             task.add_done_callback(tasks.discard)

@@ -33,8 +33,8 @@ async def watch(options: Settings, console: Console) -> None:
             await daemon.run()
 
 
-async def play(options: Settings, console: Console) -> bool:
-    """Play the bundled recordings in real time; True if everything that was published arrived and was right."""
+async def play(options: Settings, console: Console) -> bool | None:
+    """Play the bundled recordings in real time; whether everything published arrived, None if it was interrupted."""
     with contextlib.ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-asr-demo-")))
         recordings = model_store.bundled("recordings")
@@ -44,6 +44,9 @@ async def play(options: Settings, console: Console) -> bool:
         daemon = Daemon(options)
         async with _shown(options, console) as received:
             await daemon.run()
+            if daemon.stopped:
+                console.print("\nStopped before the end.")
+                return None
             published = daemon.outbox.last_seq
             arrived = await _arrival(received, published)
     commands = sum(delivery.kind == contract.COMMAND for delivery in received)

@@ -107,11 +107,11 @@ def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
 
 
 def _microphone(source: MicrophoneSource) -> Finding:
-    subject = f"microphone {source.name}"
+    subject = f"source {source.name}"
     try:
         level = measure_level(source.device, 1.0, source.channel)
     except SourceError as error:
-        return Finding(subject, "failed", str(error), "see `edge-asr devices`, and that the user is in the group audio")
+        return Finding(subject, "failed", str(error), "is the user in the group audio?")
     found = f"rms {level.rms_dbfs:.0f} dBFS, peak {level.peak_dbfs:.0f} dBFS"
     if level.peak_dbfs <= max(DEAD_BELOW_DBFS, SILENCE_DBFS):
         return Finding(

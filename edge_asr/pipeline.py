@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import level_dbfs, peak_dbfs
@@ -53,6 +53,9 @@ FINALS = 8
 
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
+
+CANCEL_AGAIN_S = 4.0
+"""Longer than any task takes to say goodbye."""
 
 STOP_LIMIT_NS = 5 * clock.NS_PER_S
 """A stopping daemon does not wait longer for a full disk: systemd would kill it before it could say what is lost."""
@@ -135,8 +138,11 @@ async def with_company(work: Awaitable[object], *company: asyncio.Task[None]) ->
                 task.result()
         await main
     finally:
-        for task in (main, *company):
-            task.cancel()
+        ending: set[asyncio.Future[Any]] = {main, *company}
+        while ending:  # more than once, for before Python 3.12 wait_for may swallow a cancellation
+            for each in ending:
+                each.cancel()
+            _, ending = await asyncio.wait(ending, timeout=CANCEL_AGAIN_S)
         await asyncio.gather(main, *company, return_exceptions=True)
 
 
@@ -421,8 +427,11 @@ class Pipeline:
             expiry_ns = self._desk.next_expiry_ns()
             left_s = None if expiry_ns is None else max(0.0, (expiry_ns - clock.boottime_ns()) / clock.NS_PER_S)
             self._confirming.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._confirming.wait(), left_s)
+            change = asyncio.ensure_future(self._confirming.wait())
+            try:
+                await asyncio.wait({change}, timeout=left_s)  # not wait_for: before 3.12 it may swallow a cancellation
+            finally:
+                change.cancel()
             await self._commit(self._desk.expire(clock.boottime_ns()))
 
 

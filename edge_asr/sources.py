@@ -668,7 +668,8 @@ class Stdin:
         try:
             while data := await asyncio.get_running_loop().run_in_executor(reader, self._read, stream.fileno()):
                 if cutter.end == 0 and data.startswith(b"RIFF"):
-                    raise SourceError(f"{self.name}: gets a WAV file; convert it to raw PCM: `sox FILE -t raw -`")
+                    convert = f"sox FILE -r {self._rate} -c 1 -b 16 -e signed -t raw -"
+                    raise SourceError(f"{self.name}: gets a WAV file; convert it to raw PCM: `{convert}`")
                 whole = (len(half) + len(data)) // BYTES_PER_SAMPLE * BYTES_PER_SAMPLE
                 data, half = (half + data)[:whole], (half + data)[whole:]
                 pcm = resampler.feed(np.frombuffer(data, dtype="<i2"))

@@ -200,6 +200,16 @@ def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> 
     assert read_statistics(tmp_path / "state" / "outbox.db").last_seq >= 1
 
 
+def test_input_that_ends_while_a_question_is_open_ends_the_daemon(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        with running(write_settings(tmp_path, broker.port)) as box:
+            box.say(RECORDINGS / "01-start-line-three.flac")
+            assert box.process.stdin
+            box.process.stdin.write(read_file(RECORDINGS / "01b-confirm.flac"))  # its end is the input's end
+            assert box.hang_up() == 0
+        subscriber.wait_for(lambda m: any(x.data.get("confirmed") for x in m), "the confirmed command")
+
+
 def test_sighup_takes_over_new_grammars_and_refuses_broken_ones(tmp_path: Path) -> None:
     with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
         settings = write_settings(tmp_path, broker.port, commands={"grammars": ["coffee.en"]})
