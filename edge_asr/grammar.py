@@ -74,11 +74,10 @@ class Enumeration(_Part):
         """``- oven`` is said as it is called, ``- oven: [oven, furnace]`` in words of its own."""
         if not isinstance(written, list):
             return written
-        entries = [entry if isinstance(entry, dict) else {entry: entry} for entry in written]
+        pairs = [pair for entry in written for pair in (entry.items() if isinstance(entry, dict) else [(entry, entry)])]
         return [
             (_text(value), [_text(each) for each in (said if isinstance(said, list) else [said])])
-            for entry in entries
-            for value, said in entry.items()
+            for value, said in pairs
         ]
 
     def phrases(self) -> Iterator[tuple[str, str]]:

@@ -284,6 +284,7 @@ WRONG = {
     site("a", "{n: {values: [on, off]}}"): "slots.n.values: True is no text; put it in quotes",
     site("a", "{n: {values: [{state: [on]}]}}"): "slots.n.values: True is no text; put it in quotes",
     site("a", "{n: {values: [1.5]}}"): "slots.n.values: 1.5 is no text; put it in quotes",
+    site("a", "{n: {values: [[a]]}}"): "slots.n.values: ['a'] is no text; put it in quotes",
     site("a", "{n: {values: oven}}"): "slots.n.values: 'oven' is wrong: expected a list",
     # files
     "": "holds None, expected `key: value` lines",
