@@ -458,7 +458,7 @@ SCENARIOS: Mapping[str, Callable[[Stage], Account]] = {
     "clock steps of a year": clock_steps,
 }
 
-LONG = {broker_stop, broker_kill, half_open_link, bad_link, read_only_disk}
+LONG = {broker_stop, broker_kill, broker_freeze, half_open_link, bad_link, read_only_disk}
 """Left out of the short form."""
 
 PRIVILEGED = {cut_link, half_open_link, bad_link, full_disk, read_only_disk}
