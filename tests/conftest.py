@@ -14,7 +14,7 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.fixture(autouse=True)
 def _the_log_as_it_was() -> Iterator[None]:
-    """A test that runs a verb of the command line in this process configures the log; the next one finds it as before."""
+    """A test that runs a verb in this process configures the log; the next one finds it as before."""
     loggers = [logging.getLogger(), logging.getLogger("edge_asr")]
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
     yield
