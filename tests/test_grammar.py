@@ -120,11 +120,13 @@ def meant(graph: CommandGraph) -> set[tuple[Words, Filled]]:
 )
 def test_a_template_means_what_its_naive_expansion_means(trees: list[Tree]) -> None:
     said = set[Said]().union(*map(expanded, trees))
+    flaws = []
     if any(not words for words, _ in said):
-        with pytest.raises(GrammarError, match="can be said without a word; something must stay"):
-            compiled([written(tree) for tree in trees])
-    elif any(len(dict(filled)) < len(filled) for _, filled in said):
-        with pytest.raises(GrammarError, match=r"can fill \w+ twice"):
+        flaws.append("can be said without a word; something must stay")
+    if any(len(dict(filled)) < len(filled) for _, filled in said):
+        flaws.append(r"can fill \w+ twice")
+    if flaws:  # of several sentences with a flaw the first is named
+        with pytest.raises(GrammarError, match="|".join(flaws)):
             compiled([written(tree) for tree in trees])
     else:
         graph = compiled([written(tree) for tree in trees])
@@ -138,7 +140,7 @@ def test_expansions_are_sentences_as_people_write_them(tree: Tree) -> None:
     loaded = Grammar.model_validate(
         {"language": "en", "intents": {"Do": {"sentences": ["x"]}}, "slots": SLOTS, "rules": RULES}
     )
-    assert {tuple(words_of(text)) for text in grammar.expansions(template, loaded, limit=100_000)} == said
+    assert {tuple(words_of(text)) for text in grammar.expansions(template, loaded, limit=10**7)} == said
 
 
 def test_any_order_is_all_permutations_in_a_graph_of_subsets() -> None:
