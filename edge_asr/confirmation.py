@@ -1,9 +1,9 @@
 """Holds risky commands until somebody says yes: per source at most one command is pending.
 
 Law: pure; time comes in as CLOCK_BOOTTIME nanoseconds. A pending command becomes a command only by the confirmation
-that follows it from the same source within the window (twice for risk ``two-step``), or by a request that names it.
-Everything else the source says cancels it, and so does time. Noise in which nobody spoke changes nothing. A confirmed
-command's life begins when it is confirmed.
+that follows it from the same source within the window (twice for risk ``two-step``). Everything else the source says
+cancels it, and so does time. Noise in which nobody spoke changes nothing. A confirmed command's life begins when it is
+confirmed.
 """
 
 from __future__ import annotations
@@ -99,16 +99,6 @@ class ConfirmationDesk:
             self._pending[utterance.source] = pending
             return [*outcomes, pending]
         return [*outcomes, Immediate(utterance, transcript, decision)]
-
-    def request(self, pending_id: str, answer: Literal["confirm", "cancel"], now_ns: int) -> list[Outcome]:
-        """What follows from a request that names a pending command; empty if it is not pending (any more)."""
-        outcomes: list[Outcome] = list(self.expire(now_ns))
-        waiting = next((p for p in self._pending.values() if p.id == pending_id), None)
-        if waiting is None:
-            return outcomes
-        if answer == "confirm":
-            return [*outcomes, self._confirmed(waiting, now_ns)]
-        return [*outcomes, self._cancelled(waiting, "cancelled", "cancelled by request")]
 
     def expire(self, now_ns: int) -> list[Cancelled]:
         """Cancel what nobody confirmed in time."""

@@ -39,7 +39,6 @@ RejectionReason = Literal[
     "language",
     "unsafe-number",
     "too-noisy",
-    "overload",
     "recognizer-failed",
     "not-confirmed",
     "cancelled",

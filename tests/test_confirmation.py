@@ -87,16 +87,6 @@ def test_a_yes_that_comes_too_late_or_from_elsewhere_confirms_nothing() -> None:
     assert kinds(desk.judge(utterance(11.5, "mic"), SAID, YES)) == [Cancelled, Immediate]
 
 
-def test_a_request_confirms_or_cancels_by_name_only() -> None:
-    for answer, outcome in (("confirm", Confirmed), ("cancel", Cancelled)):
-        desk = ConfirmationDesk(WINDOW_S)
-        (pending,) = desk.judge(utterance(1), SAID, command("confirm"))
-        assert isinstance(pending, Pending)
-        assert desk.request("another", answer, 2 * NS_PER_S) == []  # type: ignore[arg-type]
-        assert kinds(desk.request(pending.id, answer, 2 * NS_PER_S)) == [outcome]  # type: ignore[arg-type]
-        assert desk.request(pending.id, answer, 2 * NS_PER_S) == []  # type: ignore[arg-type]
-
-
 def test_stopping_cancels_what_is_pending() -> None:
     desk = ConfirmationDesk(WINDOW_S)
     desk.judge(utterance(1), SAID, command("confirm"))

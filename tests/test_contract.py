@@ -50,7 +50,7 @@ commands = st.builds(
 )
 rejections = st.builds(
     Rejection,
-    reason=st.sampled_from(["not-understood", "ambiguous", "language", "overload"]),
+    reason=st.sampled_from(["not-understood", "ambiguous", "language", "too-noisy"]),
     detail=texts,
     confidence=shares,
     candidates=st.lists(texts, max_size=3).map(tuple),
