@@ -167,7 +167,7 @@ def test_a_number_word_that_was_hardly_heard_is_unsafe_however_clear_the_rest() 
 @pytest.mark.parametrize("reliability", [0.6, 0.96])
 def test_a_number_that_another_pace_hears_otherwise_is_unsafe(reliability: float) -> None:
     def sentence(number: str | Mapping[str, float]) -> Floats:
-        return sounds("set", "press", "speed", "to", number, "hundred", "rpm")
+        return sounds("set", "press", "speed", "to", number, "hundred", "rpm", rest=1e-9)
 
     once, lenient = heard(sentence("three")), interpreter(min_confidence=0.3)
     agreeing = replace(once, at_pace=lambda _: sentence({"three": reliability, "weather": 0.99 - reliability}))
