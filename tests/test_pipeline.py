@@ -191,8 +191,6 @@ def test_recordings_become_transcripts_and_commands_in_the_order_in_which_they_w
     assert messages[3].data["slots"] == {"role": "maintenance", "place": "line-4"}
     for said, decided in zip(messages[::2], messages[1::2], strict=True):
         assert said.data["utterance_id"] == decided.data["utterance_id"]
-    ends = [str(message.data["end"]) for message in messages]
-    assert ends == sorted(ends)
     assert rig.pipeline.utterances == 3
     assert rig.pipeline.real_time_factor is not None
     assert rig.pipeline.busy_since_ns is None
