@@ -20,7 +20,6 @@ from random import Random
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -132,8 +131,8 @@ def _load(path: Path | None, changes: tuple[str, ...]) -> Settings:
         if not equals:
             raise settings.SettingsError(f"--set {change}: expected KEY=VALUE")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            overrides[key] = settings.parse_yaml(value)
+        except ValueError:
             raise settings.SettingsError(f"--set {key}: {value!r} is not a YAML value") from None
     return settings.load(path, overrides)
 

@@ -126,6 +126,19 @@ def test_bad_settings_are_one_line_with_the_place_and_exit_code_78(tmp_path: Pat
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("device", "--set device: expected KEY=VALUE"),
+        ("device=2026-99-99", "--set device: '2026-99-99' is not a YAML value"),
+        ("mqtt.port=99999", "--set: mqtt.port: 99999 is not 1..65535"),
+    ],
+)
+def test_a_bad_change_of_a_setting_is_one_line_and_exit_code_78(change: str, complaint: str) -> None:
+    done = edge_asr("check", "--set", change)
+    assert (done.returncode, done.stderr) == (78, f"edge-asr: {complaint}\n")
+
+
 def test_listen_to_a_broker_that_is_not_there_is_one_line_and_exit_code_69() -> None:
     done = edge_asr("listen", "--set", f"mqtt.host={HOST}", "--set", f"mqtt.port={free_port()}")
     assert done.returncode == 69
