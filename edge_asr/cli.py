@@ -34,10 +34,10 @@ from edge_asr.evaluation import ManifestError
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
+from edge_asr.link import LinkError
 from edge_asr.model_store import ModelError, bundled_manifests
 from edge_asr.outbox import OutboxError, read_statistics
 from edge_asr.pipeline import Understanding
-from edge_asr.publisher import PublisherError
 from edge_asr.settings import Mqtt, Settings
 from edge_asr.sources import SourceError, audio_files, list_devices, measure_level
 from edge_asr.subscriber import Screen, Subscriber, SubscriberError
@@ -91,7 +91,7 @@ def _one_line_errors() -> Iterator[None]:
         SourceError: EXIT_UNAVAILABLE,
         BrokerError: EXIT_UNAVAILABLE,
         SubscriberError: EXIT_UNAVAILABLE,
-        PublisherError: EXIT_UNAVAILABLE,
+        LinkError: EXIT_UNAVAILABLE,
         OutboxError: EXIT_IO,
     }
     try:

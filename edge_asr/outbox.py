@@ -18,21 +18,18 @@ import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
-import importlib.resources
 import json
 import logging
 import os
 import queue
 import sqlite3
 import threading
-import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from edge_asr import clock
+from edge_asr import clock, outbox_file
 from edge_asr.events import Category, Draft, Message, new_id
 
 log = logging.getLogger(__name__)
@@ -62,33 +59,13 @@ _BATCH = 256
 _SEQ_BLOCK = 1000
 """Sequence numbers reserved at a time in the lock file, so that a lost database cannot make them start again."""
 
-_KEPT_DAMAGED = 2
-"""Damaged files kept for inspection; a dying disk must not fill itself with them."""
-
-_SALVAGE_GIVES_UP_AFTER = 20_000
-"""Sequence numbers unreadable in a row; one damaged inner page of the tree hides about 2,500."""
-
 _UNLIMITED_PAGES = 2**30 - 1
 """SQLite's own default of max_page_count."""
 
-_APPLICATION_ID = 0x45415352  # "EASR"
-
-_SCHEMA_VERSION = 1
-"""``schemas/outbox.N.sql`` brings a file from version N - 1 to N."""
-
-_COLUMNS = "seq, id, boot_id, topic, category, data, created_wall_ns, created_ns, expires_ns, time_quality, crc"
-_SELECT = f"SELECT {_COLUMNS}"
-_INSERT = f"INTO message ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_PARK = f"INTO dead_letter ({_COLUMNS}, reason) {_SELECT}, ? FROM message WHERE seq = ?"
+_SELECT = f"SELECT {outbox_file.COLUMNS}"
+_PARK = f"INTO dead_letter ({outbox_file.COLUMNS}, reason) {_SELECT}, ? FROM message WHERE seq = ?"
 _OLDEST_OF = "SELECT seq FROM message WHERE category = :category ORDER BY seq LIMIT 1"
 _OLDEST_DEAD_LETTER = "SELECT seq FROM dead_letter ORDER BY seq LIMIT 1"
-_SEQ_AT, _CRC_AT = 0, 10
-
-_FILE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
-"""What SQLite raises about a file: a spoilt name in the schema cannot even be put into a message."""
-
-_SURROUNDINGS = ("full", "disk I/O", "unable to open", "locked", "readonly")
-"""In the messages of SQLite errors that say nothing about the file's content."""
 
 
 class OutboxError(Exception):
@@ -275,7 +252,7 @@ class _Database:
     def __init__(self, path: Path, max_bytes: int, ballast_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._ballast = _Ballast(_beside(path, ".ballast"), ballast_bytes)
+        self._ballast = _Ballast(outbox_file.beside(path, ".ballast"), ballast_bytes)
         self._connection: sqlite3.Connection | None = None
         self._synchronous = ""
         self.newest = 0
@@ -307,8 +284,8 @@ class _Database:
         with _told_of(self._path):
             try:
                 results = self._transact(works, durable=durable)
-            except _FILE_ERRORS as error:
-                if _is_damage(error):
+            except outbox_file.FILE_ERRORS as error:
+                if outbox_file.is_damage(error):
                     self._heal(str(error))
                 elif "full" in str(error) or self._ballast.needed():
                     self._make_do_without_disk()
@@ -347,7 +324,7 @@ class _Database:
         times = (clock.wall_ns(), clock.boottime_ns(), draft.expires_ns, clock.time_quality())
         row = (*new, text, *times)
         self._mark.reserve(self.newest + 1)
-        self.connection.execute(f"INSERT {_INSERT}", (*row, _checksum(row)))
+        self.connection.execute(f"INSERT {outbox_file.INSERT}", (*row, outbox_file.checksum(row)))
         self.newest += 1
         return Message(*new, draft.data, *times)
 
@@ -359,12 +336,12 @@ class _Database:
             values = (after_seq, category, limit)
         while True:
             rows = self.connection.execute(query, values).fetchall()
-            self._require_reachable([row[_SEQ_AT] for row in rows])
-            spoilt = [row[_SEQ_AT] for row in rows if not _is_sound(row)]
+            self._require_reachable([row[outbox_file.SEQ_AT] for row in rows])
+            spoilt = [row[outbox_file.SEQ_AT] for row in rows if not outbox_file.is_sound(row)]
             for seq in spoilt:
                 self._park(seq, "its checksum is wrong: the disk changed it")
             if not rows or len(spoilt) < len(rows):
-                return [_message(row) for row in rows if row[_SEQ_AT] not in spoilt]
+                return [_message(row) for row in rows if row[outbox_file.SEQ_AT] not in spoilt]
 
     def _require_reachable(self, seqs: Sequence[int]) -> None:
         """A row that a scan finds and its number does not could never be deleted and would be sent for ever."""
@@ -435,31 +412,31 @@ class _Database:
             self._connection = None
         if self._ballast.needed():
             self._ballast.release()
-        _rescue(self._path, self._mark.value, reason)
+        outbox_file.rescue(self._path, self._mark.value, reason)
         self._open()
 
     def _open(self) -> None:
-        _swap_in_rescued(self._path)
+        outbox_file.swap_in_rescued(self._path)
         try:
             self._connection = self._connect()
-        except _FILE_ERRORS as error:
+        except outbox_file.FILE_ERRORS as error:
             if self._ballast.needed():
                 self._ballast.release()  # a full disk has no room for the log file that opening creates
-            elif not _is_damage(error):
+            elif not outbox_file.is_damage(error):
                 raise
-            if _is_damage(error):
-                _rescue(self._path, self._mark.value, str(error))
+            if outbox_file.is_damage(error):
+                outbox_file.rescue(self._path, self._mark.value, str(error))
             self._connection = self._connect()
         self._synchronous = ""
-        self.newest = _last_seq(self._connection)
+        self.newest = outbox_file.last_seq(self._connection)
 
     def _connect(self) -> sqlite3.Connection:
-        connection = _new_connection(_private(self._path))
+        connection = outbox_file.connect(outbox_file.private(self._path))
         try:
             version = _refuse_foreign(connection, self._path, ours=self._mark.value > 0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
-            _migrate(connection, version)
+            outbox_file.migrate(connection, version)
             self._number_on(connection, is_new=version == 0)
         except BaseException:
             connection.close()
@@ -469,19 +446,19 @@ class _Database:
     def _number_on(self, connection: sqlite3.Connection, *, is_new: bool) -> None:
         """Never use a number twice: the lock file outlives a database that was deleted, emptied or restored."""
         (newest,) = connection.execute("SELECT max(seq) FROM message").fetchone()
-        known = max(_last_seq(connection), newest or 0)
+        known = max(outbox_file.last_seq(connection), newest or 0)
         if known < self._mark.value - (0 if is_new else _SEQ_BLOCK):
             known = self._mark.value
             log.error("%s: lost or older than it was; numbering continues after %d", self._path, known)
-        if known != _last_seq(connection):
-            _continue_after(connection, known)
+        if known != outbox_file.last_seq(connection):
+            outbox_file.continue_after(connection, known)
 
 
 class _Mark:
     """The lock file: held for as long as the outbox is open, and its text is the highest sequence number in reserve."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._file = os.open(outbox_file.beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -551,26 +528,13 @@ def read_statistics(path: Path) -> Statistics:
     """
     if not path.exists():
         raise OutboxError(f"{path}: there is no outbox yet; the daemon makes it when it first runs")
-    live = _beside(path, "-wal").exists()
+    live = outbox_file.beside(path, "-wal").exists()
     with _told_of(path):
-        connection = _new_connection(f"{path.resolve().as_uri()}?{'mode=ro' if live else 'immutable=1'}", uri=True)
+        connection = outbox_file.connect(f"{path.resolve().as_uri()}?{'mode=ro' if live else 'immutable=1'}", uri=True)
         with contextlib.closing(connection):
             connection.execute("BEGIN")
             _refuse_foreign(connection, path)
             return _statistics(connection)
-
-
-def _private(path: Path) -> str:
-    """The path, after making sure of a file there that is not for everybody's eyes: it holds what was said."""
-    os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o640))
-    return str(path)
-
-
-def _new_connection(database: str, *, uri: bool = False) -> sqlite3.Connection:
-    connection = sqlite3.connect(database, isolation_level=None, uri=uri, timeout=5.0)
-    # A flipped bit must end at the checksum, not as an exception in the middle of a query.
-    connection.text_factory = lambda text: text.decode(errors="replace")
-    return connection
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, *, ours: bool = False) -> int:
@@ -581,33 +545,16 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, *, ours: bool = 
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if application != _APPLICATION_ID and (tables or version):
+    if application != outbox_file.APPLICATION_ID and (tables or version):
         if ours:
             raise sqlite3.DatabaseError("its header is spoilt")
         raise OutboxError(f"{path}: a database, but not an outbox; choose another outbox.path")
-    if version > _SCHEMA_VERSION:
+    if version > outbox_file.SCHEMA_VERSION:
         raise OutboxError(
-            f"{path}: written by a newer edge-asr (schema {version}, this one knows {_SCHEMA_VERSION}); "
+            f"{path}: written by a newer edge-asr (schema {version}, this one knows {outbox_file.SCHEMA_VERSION}); "
             "install that one again or move the file away"
         )
     return int(version)
-
-
-def _migrate(connection: sqlite3.Connection, found: int) -> None:
-    """Bring the file from the version that was found to this program's."""
-    for version in range(found + 1, _SCHEMA_VERSION + 1):
-        script = importlib.resources.files("edge_asr").joinpath(f"schemas/outbox.{version}.sql").read_text("utf-8")
-        connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {version}; COMMIT;")
-
-
-def _last_seq(connection: sqlite3.Connection) -> int:
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'message'").fetchone()
-    return int(row[0]) if row else 0
-
-
-def _continue_after(connection: sqlite3.Connection, seq: int) -> None:
-    connection.execute("DELETE FROM sqlite_sequence WHERE name = 'message'")
-    connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('message', ?)", (seq,))
 
 
 def _used_bytes(connection: sqlite3.Connection) -> int:
@@ -631,7 +578,7 @@ def _statistics(connection: sqlite3.Connection) -> Statistics:
         dropped={group: ledger[group][1] for group in DROP_ORDER},
         bytes=_used_bytes(connection),
         oldest_age_s=age_s,
-        last_seq=_last_seq(connection),
+        last_seq=outbox_file.last_seq(connection),
         damages=damages,
     )
 
@@ -643,26 +590,9 @@ def _encode(draft: Draft) -> str:
     return text
 
 
-def _checksum(row: Sequence[object]) -> int:
-    """Over every column before the checksum itself."""
-    return zlib.crc32("\x1f".join(map(str, row[:_CRC_AT])).encode(errors="replace"))
-
-
-def _is_sound(row: Sequence[Any]) -> bool:
-    return bool(_checksum(row) == row[_CRC_AT])
-
-
 def _message(row: Sequence[Any]) -> Message:
-    seq, message_id, boot_id, topic, category, data, *times = row[:_CRC_AT]
+    seq, message_id, boot_id, topic, category, data, *times = row[: outbox_file.CRC_AT]
     return Message(seq, message_id, boot_id, topic, category, json.loads(data), *times)
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the file is at fault, not its surroundings: our SQL is fixed, so it fails only where the file does."""
-    if isinstance(error, sqlite3.OperationalError):
-        return not any(surroundings in str(error) for surroundings in _SURROUNDINGS)
-    # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, what a bug of ours raises as its subclasses.
-    return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, sqlite3.DataError, UnicodeDecodeError}
 
 
 @contextlib.contextmanager
@@ -670,114 +600,7 @@ def _told_of(path: Path) -> Iterator[None]:
     """Turn what SQLite and the file system raise into one clear line."""
     try:
         yield
-    except (*_FILE_ERRORS, OSError) as error:
+    except (*outbox_file.FILE_ERRORS, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         remedy = "check the folder's permissions and free space"
         raise OutboxError(f"{path}: the outbox cannot be used ({reason}); {remedy}") from None
-
-
-# -- a damaged file: read what can be read into a new one, then exchange them
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)
-
-
-def _rescue(path: Path, highest_seq: int, reason: str) -> None:
-    """Put a damaged file aside and continue with its readable messages in a new one.
-
-    A kill in the middle loses nothing: the new file counts only once it is complete and named ``.rescued``, and from
-    then on opening finishes the exchange.
-    """
-    kept_as = _free_name(path)
-    unfinished = _beside(path, ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    with contextlib.closing(_new_connection(_private(unfinished))) as target:
-        _migrate(target, 0)
-        target.execute("BEGIN")
-        rescued = _copy_readable(path, target, highest_seq)
-        _continue_after(target, highest_seq)
-        target.execute("INSERT INTO damage VALUES (?, ?, ?)", (clock.wall_ns(), rescued, kept_as.name))
-        target.execute("COMMIT")
-    unfinished.rename(_beside(path, ".rescued"))
-    _swap_in_rescued(path, kept_as)
-    log.error(
-        "%s was damaged (%s): %d messages rescued, numbering continues after %d, the damaged file is kept as %s",
-        *(path, reason, rescued, highest_seq, kept_as.name),
-    )
-
-
-def _free_name(path: Path) -> Path:
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    name, n = _beside(path, f".damaged-{stamp}"), 1
-    while name.exists():
-        n += 1
-        name = _beside(path, f".damaged-{stamp}-{n}")
-    return name
-
-
-def _swap_in_rescued(path: Path, aside: Path | None = None) -> None:
-    """Finish an exchange: the damaged file out of the way, its log first (it must never meet the new file)."""
-    rescued = _beside(path, ".rescued")
-    if not rescued.exists():
-        return
-    aside = aside or _free_name(path)
-    for ending in ("-wal", "-shm", ""):
-        with contextlib.suppress(FileNotFoundError):
-            _beside(path, ending).rename(_beside(aside, ending))
-    rescued.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    for old in _damaged_files(path)[:-_KEPT_DAMAGED]:
-        for ending in ("-wal", "-shm", ""):
-            _beside(old, ending).unlink(missing_ok=True)
-
-
-def _damaged_files(path: Path) -> list[Path]:
-    """Oldest first."""
-    found = (file for file in path.parent.glob(f"{path.name}.damaged-*") if not file.name.endswith(("-wal", "-shm")))
-    return sorted(found, key=lambda file: file.stat().st_mtime_ns)
-
-
-def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> int:
-    """Copy what the damaged file still gives; the number of waiting messages that it gave."""
-    insert_dead = "INSERT OR IGNORE INTO dead_letter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    rescued = 0
-    with contextlib.closing(_new_connection(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as source:
-        source.execute("PRAGMA writable_schema = ON")  # else SQLite refuses a file that was cut off altogether
-        for row in _readable_rows(source, "message", _COLUMNS, highest_seq):
-            target.execute(f"INSERT OR IGNORE {_INSERT}", row)
-            rescued += 1
-        for row in _readable_rows(source, "dead_letter", f"{_COLUMNS}, reason", highest_seq):
-            target.execute(insert_dead, row)
-        with contextlib.suppress(*_FILE_ERRORS):
-            counted = source.execute("SELECT dropped, category FROM ledger").fetchall()
-            target.executemany("UPDATE ledger SET dropped = ? WHERE category = ?", counted)
-        with contextlib.suppress(*_FILE_ERRORS):
-            target.executemany("INSERT INTO damage VALUES (?, ?, ?)", source.execute("SELECT * FROM damage").fetchall())
-    return rescued
-
-
-def _readable_rows(source: sqlite3.Connection, table: str, columns: str, highest_seq: int) -> Iterator[tuple[Any, ...]]:
-    """Every row that can be read and whose checksum holds; what cannot be read is stepped over, number by number.
-
-    Each number is also asked for by itself: Python steps ahead, so a scan that fails takes the row before it along.
-    """
-    scan = f"SELECT {columns} FROM {table} WHERE seq >= ? ORDER BY seq"  # noqa: S608 - our constants
-    single = f"SELECT {columns} FROM {table} WHERE seq = ?"  # noqa: S608 - our constants
-    due, failures = 1, 0
-    while due <= highest_seq and failures < _SALVAGE_GIVES_UP_AFTER:
-        began_at, failures = due, failures + 1
-        for query in (scan, single):
-            with contextlib.suppress(*_FILE_ERRORS):
-                for row in source.execute(query, (due,)):
-                    if row[_SEQ_AT] >= due:  # a damaged tree may run in circles
-                        due, failures = row[_SEQ_AT] + 1, 0
-                        if _is_sound(row):
-                            yield row
-                if query == scan:
-                    return
-        due = max(due, began_at + 1)

@@ -9,48 +9,30 @@ Law:
   sent, a command committed since goes first, because its life is short.
 - Before each sending a command's life is looked at. If it ends while the command is in flight, the connection is reset
   and the kernel's send buffer with it: nothing that sits on a dead link may come out later.
-- Every connection is a new paho client: paho's own queue would resend a command without looking at its age.
 
-All of paho runs on the event loop (``loop_read``, ``loop_write``, ``loop_misc``); only dialling, which may wait for a
-name server, runs in a thread of its own. Limit: a broker that is frozen *after* taking our bytes may hand a command on
-when it thaws; consumers compare ``expires_at``.
+Limit: a broker that is frozen *after* taking our bytes may hand a command on when it thaws; consumers compare
+``expires_at``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import random
-import socket
-import ssl
-import struct
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
-from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr import contract
-from edge_asr.contract import Payload, Renderer
+from edge_asr.contract import Renderer
 from edge_asr.events import Json, Message
+from edge_asr.link import Link, LinkError, address
 from edge_asr.outbox import Outbox, OutboxError, life_left_s
-from edge_asr.settings import Mqtt, Tls
+from edge_asr.settings import Mqtt
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-WINDOW = 16
-"""Messages in flight; brokers allow 20 by default (mosquitto) and more, and a broker's own lower limit is respected."""
 
 REFUSALS = 4
 """Error PUBACKs after which a message is put aside."""
@@ -68,18 +50,10 @@ _FIRST_RETRY_S = 0.5
 _STABLE_AFTER_S = 10.0
 """A connection that held this long starts the pauses afresh; two devices fighting for one client id do not."""
 
-_DIAL_TIMEOUT_S = 10.0
 _FAREWELL_S = 1.0
 """The longest a stop waits for the broker."""
 
-_SIGNS_OF_THE_NETWORK = ("timed out", "nreachable", "No route")
-"""In the texts of socket errors that do not come from the broker."""
-
 _RETAINED_QOS = {contract.STATUS: 1, contract.META: 1, contract.HEALTH: 0}
-
-
-class PublisherError(Exception):
-    """The broker cannot be used now; the message is one line with the remedy."""
 
 
 class Publisher:
@@ -98,7 +72,7 @@ class Publisher:
         self._renderer = renderer
         self._outbox = outbox
         self._on_change = on_change
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._retained: dict[str, Mapping[str, Json]] = {contract.STATUS: contract.status_data("online")}
         self._cautious = False
         self.trouble = ""
@@ -120,7 +94,7 @@ class Publisher:
             began = loop.time()
             try:
                 await self._converse()
-            except (PublisherError, OutboxError) as error:
+            except (LinkError, OutboxError) as error:
                 self._tell(str(error))
             failures = 0 if loop.time() - began > _STABLE_AFTER_S else failures + 1
             await asyncio.sleep(pause_s(failures, self._mqtt.max_retry_s))
@@ -136,14 +110,14 @@ class Publisher:
         if self._link is not None:
             self._send_retained(self._link, topic)
 
-    def _send_retained(self, link: _Link, topic: str) -> None:
+    def _send_retained(self, link: Link, topic: str) -> None:
         payload = self._renderer.state(topic, self._retained[topic])
         link.publish(payload, qos=_RETAINED_QOS[topic], retain=True)
 
     async def _converse(self) -> None:
-        """One connection, from dialling to its end. Raises PublisherError with the reason why it ended."""
+        """One connection, from dialling to its end. Raises LinkError with the reason why it ended."""
         will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
-        link = await _Link.open(self._mqtt, self._mqtt.client_id or f"edge-asr-{self._renderer.device}", will)
+        link = await Link.open(self._mqtt, self._mqtt.client_id or f"edge-asr-{self._renderer.device}", will)
         delivery = _Delivery(link, self._outbox, self._renderer, cautious=self._cautious)
         self._link = link
         self._tell("")
@@ -159,9 +133,9 @@ class Publisher:
             self._cautious = delivery.cautious
             link.abort("the connection is no longer wanted")
             self._on_change()
-        raise PublisherError(f"{_address(self._mqtt)}: {link.ended}")
+        raise LinkError(f"{address(self._mqtt)}: {link.ended}")
 
-    async def _farewell(self, link: _Link, delivery: _Delivery) -> None:
+    async def _farewell(self, link: Link, delivery: _Delivery) -> None:
         """Say offline; the broker answers in order, so the answer also settles what was in flight."""
         gone = self._renderer.state(contract.STATUS, contract.status_data("offline", "the daemon was stopped"))
         link.publish(gone, qos=1, retain=True)
@@ -175,24 +149,15 @@ class Publisher:
         if trouble and trouble != self.trouble:
             log.warning("not publishing, the outbox keeps everything: %s", trouble)
         elif not trouble:
-            log.info("connected to the broker at %s", _address(self._mqtt))
+            log.info("connected to the broker at %s", address(self._mqtt))
         self.trouble = trouble
         self._on_change()
-
-
-@dataclass(slots=True)
-class _Flight:
-    """One message between its PUBLISH and its PUBACK."""
-
-    message: Message | None
-    """None: a retained state, of which only the acknowledgement is awaited."""
-    deadline: asyncio.TimerHandle | None = None
 
 
 class _Delivery:
     """What one connection takes from the outbox: which message is next, what is in flight, what came back."""
 
-    def __init__(self, link: _Link, outbox: Outbox, renderer: Renderer, *, cautious: bool) -> None:
+    def __init__(self, link: Link, outbox: Outbox, renderer: Renderer, *, cautious: bool) -> None:
         self.cautious = cautious
         """One message at a time, until the broker takes one: something in flight was refused or ended a connection."""
         self._link = link
@@ -354,331 +319,7 @@ class _Delivery:
             self.cautious = bool(self._wanted)
 
 
-class _Link:
-    """One connection, from CONNECT to its end; nothing of it is used again."""
-
-    def __init__(self, client: Client, *, encrypted: bool) -> None:
-        self._client = client
-        self._encrypted = encrypted
-        client.on_log = self._logged
-        self._loop = asyncio.get_running_loop()
-        self._consent: asyncio.Future[Properties | str] = self._loop.create_future()
-        """What CONNACK carries, or why there is none."""
-        self._complaint = ""
-        self._socket: socket.socket | ssl.SSLSocket | None = None
-        self._tick: asyncio.TimerHandle | None = None
-        self._maximum_packet_bytes = 268_435_455
-        self.in_flight: dict[int, _Flight] = {}
-        """By packet identifier."""
-        self.window = WINDOW
-        self.ended = ""
-        """Why the connection ended; empty while it stands."""
-        self.ended_by_peer = False
-        """The other side closed it, neither we nor the network on the way."""
-        self.on_puback: Callable[[Message | None, ReasonCode], None] = lambda _message, _reason: None
-        self.on_end: Callable[[], object] = lambda: None
-
-    @classmethod
-    async def open(cls, mqtt: Mqtt, client_id: str, will: Payload) -> _Link:
-        """Dial and wait for the broker's consent. Raises PublisherError."""
-        client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
-        client.will_set(
-            will.topic, will.body, qos=1, retain=True, properties=_content_properties(PacketTypes.WILLMESSAGE, will)
-        )
-        client.max_inflight_messages = 0  # the window is kept here, so that paho never queues
-        link = cls(client, encrypted=mqtt.tls is not None)
-        try:
-            await _in_disposable_thread(lambda: dial(client, mqtt), "mqtt-dial")
-            link._attach(mqtt.keepalive_s)
-            connack = await asyncio.wait_for(link._consent, _DIAL_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            connack = "no answer to CONNECT; is that an MQTT 5 broker's port?"
-        except BaseException:
-            link.abort("the dialling was given up")
-            raise
-        if isinstance(connack, str):
-            link.abort(connack)
-            raise PublisherError(f"{_address(mqtt)}: {connack}")
-        link.window = min(WINDOW, getattr(connack, "ReceiveMaximum", WINDOW))
-        link._maximum_packet_bytes = getattr(connack, "MaximumPacketSize", link._maximum_packet_bytes)
-        return link
-
-    @property
-    def is_full(self) -> bool:
-        """Whether bytes wait that the kernel would not take."""
-        return self._client.want_write()
-
-    def fits(self, payload: Payload) -> bool:
-        """Whether the broker takes packets of this size; it would end the connection over a larger one."""
-        header = 64 + len(payload.topic.encode()) + len(payload.content_type)
-        header += sum(5 + len(key) + len(value) for key, value in payload.user_properties)
-        return header + len(payload.body) <= self._maximum_packet_bytes
-
-    def publish(
-        self,
-        payload: Payload,
-        *,
-        qos: int,
-        retain: bool = False,
-        message: Message | None = None,
-        deadline_s: float | None = None,
-    ) -> None:
-        """Send; at QoS 1 ``on_puback`` follows. With a deadline the connection is reset if none has come by then."""
-        if self.ended:
-            return
-        properties = _publish_properties(payload)
-        sent = self._client.publish(payload.topic, payload.body, qos=qos, retain=retain, properties=properties)
-        if sent.rc is not MQTTErrorCode.MQTT_ERR_SUCCESS:
-            self.abort(f"sending failed ({sent.rc.name})")
-        elif qos:
-            deadline = None
-            if deadline_s is not None:
-                reason = "no acknowledgement before a command's life ended"
-                deadline = self._loop.call_later(deadline_s, self.abort, reason)
-            self.in_flight[sent.mid] = _Flight(message, deadline)
-
-    async def hang_up(self) -> None:
-        """Disconnect in good order; the last will is then not sent."""
-        ended = asyncio.Event()
-        self.on_end = ended.set
-        if not self.ended:
-            self._client.disconnect()
-            await ended.wait()
-
-    def abort(self, reason: str) -> None:
-        """End the connection now; what the kernel has not sent yet is thrown away (RST)."""
-        opened = self._socket
-        if opened is not None:
-            with contextlib.suppress(OSError):
-                opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._detach()
-            opened.close()
-        self._end(reason)
-
-    def _attach(self, keepalive_s: int) -> None:
-        """Let the event loop drive the client."""
-        opened = self._client.socket()
-        if not isinstance(opened, socket.socket):  # it broke while CONNECT was sent
-            self._end(f"the connection was lost{self._because()}")
-            return
-        self._socket = opened
-        # Without this a vanished peer is noticed only by the keepalive, up to two intervals later.
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, keepalive_s * 1000)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._client.on_connect = self._connected
-        self._client.on_disconnect = self._disconnected
-        self._client.on_publish = self._published
-        self._client.on_socket_close = lambda *_: self._detach()
-        self._client.on_socket_register_write = lambda *_: self._loop.add_writer(opened, self._client.loop_write)
-        self._client.on_socket_unregister_write = lambda *_: self._stop_writing(opened)
-        self._loop.add_reader(opened, self._read)
-        self._read()  # TLS may have read ahead already
-        self._keep_alive()
-
-    def _stop_writing(self, opened: socket.socket) -> None:
-        self._loop.remove_writer(opened)
-
-    def _detach(self) -> None:
-        """Take the socket from the event loop, for good: paho's destructor still calls back."""
-        if self._tick is not None:
-            self._tick.cancel()
-        opened, self._socket = self._socket, None
-        if opened is not None:
-            self._client.on_socket_close = None
-            self._client.on_socket_register_write = None
-            self._client.on_socket_unregister_write = None
-            self._loop.remove_reader(opened)
-            self._loop.remove_writer(opened)
-
-    def _read(self) -> None:
-        """Read what is there; TLS may hold decrypted bytes that the loop's selector cannot see."""
-        while self._client.loop_read() is MQTTErrorCode.MQTT_ERR_SUCCESS:
-            if not (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
-                return
-
-    def _keep_alive(self) -> None:
-        self._tick = self._loop.call_later(1.0, self._keep_alive)
-        self._client.loop_misc()
-
-    def _end(self, reason: str) -> None:
-        if self.ended:
-            return
-        self.ended = reason
-        for flight in self.in_flight.values():
-            if flight.deadline is not None:
-                flight.deadline.cancel()
-        if not self._consent.done():
-            hint = "does it accept mqtt.tls.cert_file?" if self._encrypted else "does it want TLS there (mqtt.tls)?"
-            self._consent.set_result(f"{reason} before the broker answered; {hint}")
-        self.on_end()
-
-    # -- paho's callbacks, all on the event loop once attached
-
-    def _connected(
-        self,
-        _client: Client,
-        _userdata: object,
-        _flags: ConnectFlags,
-        reason: ReasonCode,
-        properties: Properties | None,
-    ) -> None:
-        if self._consent.done():
-            return
-        if reason.is_failure or properties is None:
-            remedy = _REFUSALS_OF_CONNECT.get(reason.value, "see the broker's log")
-            self._consent.set_result(f"the broker refuses: {reason}; {remedy}")
-        else:
-            self._consent.set_result(properties)
-
-    def _disconnected(
-        self, _client: Client, _userdata: object, flags: DisconnectFlags, reason: ReasonCode, _properties: object
-    ) -> None:
-        if not any(sign in self._complaint for sign in _SIGNS_OF_THE_NETWORK):
-            self.ended_by_peer = reason.getName() != "Keep alive timeout"
-        if flags.is_disconnect_packet_from_server:
-            self._end(f"the broker ended the connection: {reason}")
-        else:
-            self._end(f"the connection was lost{self._because()}")
-
-    def _published(
-        self, _client: Client, _userdata: object, packet_id: int, reason: ReasonCode, _properties: object
-    ) -> None:
-        flight = self.in_flight.pop(packet_id, None)
-        if flight is None:  # QoS 0
-            return
-        if flight.deadline is not None:
-            flight.deadline.cancel()
-        self.on_puback(flight.message, reason)
-
-    def _because(self) -> str:
-        return f" ({self._complaint})" if self._complaint else ""
-
-    def _logged(self, _client: Client, _userdata: object, level: int, text: str) -> None:
-        """Keep what paho tells of an error: with TLS 1.3 a refused certificate shows up only here."""
-        if level == LogLevel.MQTT_LOG_ERR:
-            self._complaint = text.removeprefix("failed to receive on socket: ")
-
-
-async def _in_disposable_thread(function: Callable[[], T], name: str) -> T:
-    """Run a blocking call that a stop must not wait for; an executor's threads would be joined at exit."""
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def work() -> None:
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                future.set_exception(error)
-
-    threading.Thread(target=work, name=name, daemon=True).start()
-    return await asyncio.wrap_future(future)
-
-
-def dial(client: Client, mqtt: Mqtt) -> None:
-    """Connect and send CONNECT. Files are read anew each time: certificates and passwords are renewed while we run."""
-    if mqtt.username is not None:
-        client.username_pw_set(mqtt.username, _password(mqtt.password_file))
-    if mqtt.tls is not None:
-        client.tls_set_context(_tls_context(mqtt.tls))
-    try:
-        client.connect(mqtt.host or "", _port(mqtt), mqtt.keepalive_s)
-    except (OSError, ValueError) as error:
-        raise PublisherError(f"{_address(mqtt)}: {_remedy(error)}") from None
-
-
-def _password(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PublisherError(f"mqtt.password_file: {file} cannot be read ({_short(error)})") from None
-
-
-class _TidySocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails; paho forgets to, at every attempt."""
-
-    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 - the base class's signature
-        """Shake hands or close."""
-        try:
-            super().do_handshake(block)
-        except OSError:
-            self.close()
-            raise
-
-
-def _tls_context(tls: Tls) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file)
-    except OSError as error:
-        raise PublisherError(f"mqtt.tls.ca_file: {tls.ca_file} cannot be used ({_short(error)})") from None
-    context.sslsocket_class = _TidySocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.cert_file is not None:
-        try:
-            context.load_cert_chain(tls.cert_file, tls.key_file)
-        except OSError as error:
-            files = f"{tls.cert_file} with {tls.key_file}"
-            raise PublisherError(f"mqtt.tls.cert_file: {files} cannot be used ({_short(error)})") from None
-    return context
-
-
-def _port(mqtt: Mqtt) -> int:
-    return mqtt.port or (8883 if mqtt.tls is not None else 1883)
-
-
-def _address(mqtt: Mqtt) -> str:
-    return f"{mqtt.host}:{_port(mqtt)}"
-
-
-_REFUSALS_OF_CONNECT = {
-    0x84: "it speaks no MQTT 5",
-    0x85: "check mqtt.client_id",
-    0x86: "check mqtt.username and mqtt.password_file",
-    0x87: "check mqtt.username, the certificate and the broker's access rules",
-    0x8C: "check how the broker authenticates",
-    0x9A: "it keeps no retained messages, which status needs",
-}
-"""By CONNACK reason code."""
-
-
-def _remedy(error: Exception) -> str:
-    """What went wrong while dialling and what to do, in one line."""
-    reason = _short(error)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the broker's certificate is not trusted ({error.verify_message}); check mqtt.tls.ca_file and mqtt.host"
-    if isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError)):
-        return f"the handshake failed ({reason}); check mqtt.port and the certificates in mqtt.tls"
-    if isinstance(error, (socket.gaierror, ValueError)):
-        return f"the name is unknown ({reason}); check mqtt.host and the name server"
-    if isinstance(error, ConnectionRefusedError):
-        return "nothing listens there; check mqtt.host and mqtt.port, and that the broker runs"
-    if isinstance(error, TimeoutError):
-        return "no answer; check the network and firewalls on the way"
-    return f"no connection ({reason})"
-
-
-def _short(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def pause_s(failures: int, longest_s: float) -> float:
     """Exponential with jitter, so that a hall full of devices does not come back in the same instant."""
     pause_s = min(longest_s, _FIRST_RETRY_S * 2.0 ** min(failures, 20))
     return pause_s * random.SystemRandom().uniform(0.5, 1.0)
-
-
-def _publish_properties(payload: Payload) -> Properties:
-    properties = _content_properties(PacketTypes.PUBLISH, payload)
-    if payload.user_properties:
-        properties.UserProperty = list(payload.user_properties)
-    if payload.expires_s is not None:
-        properties.MessageExpiryInterval = payload.expires_s
-    return properties
-
-
-def _content_properties(packet_type: int, payload: Payload) -> Properties:
-    properties = Properties(packet_type)  # type: ignore[no-untyped-call]
-    properties.PayloadFormatIndicator = 1  # UTF-8
-    properties.ContentType = payload.content_type
-    return properties

@@ -21,7 +21,7 @@ from rich.text import Text
 from typing_extensions import Self
 
 from edge_asr import contract, settings
-from edge_asr.publisher import PublisherError, dial
+from edge_asr.link import LinkError, dial
 
 ANSWER_LIMIT_S = 10.0
 
@@ -61,7 +61,7 @@ class Subscriber:
             await asyncio.to_thread(dial, self._client, self._options)
             self._client.loop_start()
             await asyncio.wait_for(self._subscribed, ANSWER_LIMIT_S)
-        except PublisherError as error:
+        except LinkError as error:
             raise SubscriberError(str(error)) from None
         except (asyncio.TimeoutError, SubscriberError) as error:
             self._client.loop_stop()

@@ -11,8 +11,19 @@ import edge_asr
 
 ORDER = (
     *("events", "clock", "settings", "audio", "speech", "posteriors", "numbers", "wordgraph", "grammar", "biasing"),
-    *("hotwords", "commands", "linter", "confirmation", "outbox", "model_store", "inference", "sources", "contract"),
-    *("publisher", "systemd", "logs"),
+    *(
+        "hotwords",
+        "commands",
+        "linter",
+        "confirmation",
+        "outbox_file",
+        "outbox",
+        "model_store",
+        "inference",
+        "sources",
+        "contract",
+    ),
+    *("link", "publisher", "systemd", "logs"),
     *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent

@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 from typing_extensions import Self
 
-from edge_asr import clock, contract, publisher
+from edge_asr import clock, contract, link, publisher
 from edge_asr.contract import Renderer
 from edge_asr.events import Command, Draft, Token, Transcript, Utterance, new_id
+from edge_asr.link import WINDOW
 from edge_asr.outbox import Outbox
-from edge_asr.publisher import ENDINGS, REFUSALS, WINDOW, Publisher
+from edge_asr.publisher import ENDINGS, REFUSALS, Publisher
 from edge_asr.settings import Mqtt
 from tests.broker import PATIENCE_S, Broker, Pki, Received, Subscriber, free_port
 
@@ -770,7 +771,7 @@ def trouble_of(mqtt: Mqtt, outbox: Outbox) -> str:
 def test_an_unknown_host_a_closed_port_and_a_foreign_port_are_named_with_the_remedy(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_DIAL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(link, "_DIAL_TIMEOUT_S", 0.2)
     port = free_port()
     assert "check mqtt.host and the name server" in trouble_of(Mqtt(host="no..such..host"), outbox)
     assert trouble_of(Mqtt(host="127.0.0.1", port=port), outbox) == (
@@ -839,12 +840,12 @@ def test_a_lasting_trouble_is_logged_once_and_a_new_one_at_once(
     broker = Broker(new_folder(tmp_path, "late"))
     dialled = 0
 
-    def counted(*arguments: Any, original: Callable[..., Any] = publisher.dial) -> Any:
+    def counted(*arguments: Any, original: Callable[..., Any] = link.dial) -> Any:
         nonlocal dialled
         dialled += 1
         return original(*arguments)
 
-    monkeypatch.setattr(publisher, "dial", counted)
+    monkeypatch.setattr(link, "dial", counted)
 
     async def main() -> None:
         async with publishing(broker.mqtt(), outbox) as running:
