@@ -1,4 +1,4 @@
-"""The command line: every verb of `edge-asr`, its options, its exit code. No other room prints or exits.
+"""The command line: every verb of `edge-asr` and its options. Only this room and its `cli_*` neighbours print or exit.
 
 Exit codes (sysexits.h): 0 done; 1 a test, a check or the demo found something wrong; 2 wrong usage; 66 an input file
 cannot be read; 69 a microphone, broker or other service is not there; 74 the outbox cannot be written; 78 settings,
@@ -8,12 +8,8 @@ model or grammar cannot be used (systemd does not restart on this one); 130 inte
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -28,37 +24,29 @@ import edge_asr
 from edge_asr import bench, commands, demo, doctor, evaluation, inference, linter, logs, model_store, report, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file, to_float
-from edge_asr.broker import BrokerError
+from edge_asr.command_line import (
+    EXIT_FOUND,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_NO_INPUT,
+    ExamplesLast,
+    example,
+    load_settings,
+    one_line_errors,
+    with_settings,
+)
 from edge_asr.daemon import Daemon, Engine, grammar_paths
-from edge_asr.evaluation import ManifestError
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
-from edge_asr.grammar import GrammarError
-from edge_asr.hotwords import HotwordError
-from edge_asr.link import LinkError
-from edge_asr.model_store import ModelError, bundled_manifests
-from edge_asr.outbox import OutboxError, read_statistics
+from edge_asr.model_store import bundled_manifests
+from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Mqtt, Settings
 from edge_asr.sources import SourceError, audio_files, list_devices, measure_level
-from edge_asr.subscriber import Screen, Subscriber, SubscriberError
+from edge_asr.subscriber import Screen, Subscriber
 
 _EPILOG = 'Shell completion:  eval "$(_EDGE_ASR_COMPLETE=bash_source edge-asr)"   (zsh_source, fish_source)'
 
-EXIT_FOUND = 1
-EXIT_NO_INPUT = 66
-EXIT_UNAVAILABLE = 69
-EXIT_IO = 74
-EXIT_CONFIG = 78
-EXIT_INTERRUPTED = 130
-
 _DEMO_EXITS = {True: 0, False: EXIT_FOUND, None: EXIT_INTERRUPTED}
-
-
-class _ExamplesLast(click.Group):
-    """A group whose commands keep the line breaks of their examples and are listed in the order of this file."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(self.commands)
 
 
 def _decibels(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -74,77 +62,14 @@ def _decibels(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return ratios_db
 
 
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Every expected error is one clear line and a documented exit code; a bug keeps its traceback."""
-    codes: dict[type[Exception], int] = {
-        settings.SettingsError: EXIT_CONFIG,
-        ModelError: EXIT_CONFIG,
-        GrammarError: EXIT_CONFIG,
-        HotwordError: EXIT_CONFIG,
-        AudioFileError: EXIT_NO_INPUT,
-        ManifestError: EXIT_NO_INPUT,
-        SourceError: EXIT_UNAVAILABLE,
-        BrokerError: EXIT_UNAVAILABLE,
-        SubscriberError: EXIT_UNAVAILABLE,
-        LinkError: EXIT_UNAVAILABLE,
-        OutboxError: EXIT_IO,
-    }
-    try:
-        yield
-    except tuple(codes) as error:
-        for line in str(error).splitlines():
-            click.echo(f"edge-asr: {line}", err=True)
-        raise SystemExit(codes[type(error)]) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
-        raise SystemExit(0) from None
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
-
-
-def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --settings and --set, and hand the command its ``options: Settings``."""
-
-    @click.option("--settings", "-s", "path", type=click.Path(path_type=Path), help="YAML settings file.")
-    @click.option(
-        "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Override one setting, e.g. mqtt.host=mes."
-    )
-    def wrapped(path: Path | None, changes: tuple[str, ...], **rest: Any) -> Any:  # noqa: ANN401 - click's arguments
-        with _one_line_errors():
-            return command(options=_load(path, changes), path=path, changes=changes, **rest)
-
-    wrapped.__name__ = command.__name__
-    wrapped.__doc__ = command.__doc__
-    wrapped.__click_params__ = wrapped.__click_params__ + getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    return wrapped
-
-
-def _load(path: Path | None, changes: tuple[str, ...]) -> Settings:
-    overrides: dict[str, Any] = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise settings.SettingsError(f"--set {change}: expected KEY=VALUE")
-        try:
-            overrides[key] = settings.parse_yaml(value)
-        except ValueError:
-            raise settings.SettingsError(f"--set {key}: {value!r} is not a YAML value") from None
-    return settings.load(path, overrides)
-
-
-@click.group(cls=_ExamplesLast, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.group(cls=ExamplesLast, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.version_option(edge_asr.__version__, prog_name="edge-asr")
 def main() -> None:
     """Offline-first speech recognition and voice commands, published over MQTT."""
 
 
-@main.command(epilog=_example("edge-asr run --settings /etc/edge-asr/settings.yaml", "edge-asr run --watch"))
-@_with_settings
+@main.command(epilog=example("edge-asr run --settings /etc/edge-asr/settings.yaml", "edge-asr run --watch"))
+@with_settings
 @click.option("--watch", is_flag=True, help="Show what a subscriber sees; starts a private broker where none is set.")
 def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch: bool) -> None:
     """Listen and publish until stopped: the service."""
@@ -158,22 +83,22 @@ def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch
     logs.configure(options.log)
 
     async def serve() -> None:
-        await Daemon(options, reload=lambda: _load(path, changes)).run()
+        await Daemon(options, reload=lambda: load_settings(path, changes)).run()
 
     asyncio.run(serve())
 
 
-@main.command("demo", epilog=_example("edge-asr demo"))
-@_with_settings
+@main.command("demo", epilog=example("edge-asr demo"))
+@with_settings
 def play(options: Settings, **_: object) -> None:
     """Play the bundled recordings through the whole product in real time; exit code 0 only if everything arrived."""
     _quiet_logs(options)
     raise SystemExit(_DEMO_EXITS[asyncio.run(demo.play(options, _console()))])
 
 
-@main.command(epilog=_example("edge-asr transcribe examples/recordings --json"))
+@main.command(epilog=example("edge-asr transcribe examples/recordings --json"))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_with_settings
+@with_settings
 @click.option("--hotwords", type=click.Path(path_type=Path), help="Words to prefer, one per line: see hotwords.file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per utterance.")
 def transcribe(
@@ -196,8 +121,8 @@ def transcribe(
     raise SystemExit(EXIT_NO_INPUT if failed else 0)
 
 
-@main.command(epilog=_example("edge-asr listen --set mqtt.host=broker.plant", "edge-asr listen --topic '#' --json"))
-@_with_settings
+@main.command(epilog=example("edge-asr listen --set mqtt.host=broker.plant", "edge-asr listen --topic '#' --json"))
+@with_settings
 @click.option("--topic", help="MQTT topic filter; the device's own topics by default.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per message: topic and data.")
 def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) -> None:
@@ -216,12 +141,12 @@ def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) 
     asyncio.run(show())
 
 
-@main.command(epilog=_example("edge-asr devices --levels"))
+@main.command(epilog=example("edge-asr devices --levels"))
 @click.option("--levels", is_flag=True, help="Listen to each for a second and show its level.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per device.")
 def devices(*, levels: bool, as_json: bool) -> None:
     """List the microphones under the names that settings can use."""
-    with _one_line_errors():
+    with one_line_errors():
         found = list_devices()
         if not found:
             raise SourceError("no microphone found; plug one in, or use a source of type files, stdin or the demo")
@@ -236,8 +161,8 @@ def devices(*, levels: bool, as_json: bool) -> None:
             click.echo(f"{star} {device.index:3d}  {name:50s} {device.channels} ch  {device.rate:6d} Hz{shown}")
 
 
-@main.command(epilog=_example("edge-asr check --settings /etc/edge-asr/settings.yaml"))
-@_with_settings
+@main.command(epilog=example("edge-asr check --settings /etc/edge-asr/settings.yaml"))
+@with_settings
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per finding.")
 def check(options: Settings, *, as_json: bool, **_: object) -> None:
     """Look over settings, model, grammars, microphone, broker, clock and disk; exit code 1 if something fails."""
@@ -253,8 +178,8 @@ def check(options: Settings, *, as_json: bool, **_: object) -> None:
     raise SystemExit(EXIT_FOUND if failed else 0)
 
 
-@main.command("bench", epilog=_example("edge-asr bench"))
-@_with_settings
+@main.command("bench", epilog=example("edge-asr bench"))
+@with_settings
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def measure(options: Settings, *, as_json: bool, **_: object) -> None:
     """Measure what hearing costs on this machine, stage by stage."""
@@ -271,13 +196,13 @@ def measure(options: Settings, *, as_json: bool, **_: object) -> None:
 
 @main.command(
     "eval",
-    epilog=_example(
+    epilog=example(
         "edge-asr eval site.jsonl --html report.html",
         "edge-asr eval site.jsonl --noise hall.flac --snr 6,12,18 --json figures.json",
     ),
 )
 @click.argument("manifest", type=click.Path(path_type=Path))
-@_with_settings
+@with_settings
 @click.option("--noise", type=click.Path(path_type=Path), help="Recording of noise to mix in, at each of --snr.")
 @click.option("--snr", "snrs_db", callback=_decibels, help="Signal-to-noise ratios in dB, e.g. 6,12,18; needs --noise.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other stretches of the noise.")
@@ -329,25 +254,25 @@ def _write(path: Path, text: str) -> None:
         raise SystemExit(EXIT_IO) from None
 
 
-@main.group(cls=_ExamplesLast)
+@main.group(cls=ExamplesLast)
 def grammar() -> None:
     """What may be commanded: try, test and look through grammar files."""
 
 
-@grammar.command("list", epilog=_example("edge-asr grammar list"))
+@grammar.command("list", epilog=example("edge-asr grammar list"))
 def grammar_list() -> None:
     """List the bundled grammars: names for the setting commands.grammars."""
-    with _one_line_errors():
+    with one_line_errors():
         for file in sorted(model_store.bundled("grammars").glob("*.yaml")):
             loaded = grammars.load(file)
             click.echo(f"{file.stem:14s} {loaded.language:4s} {', '.join(loaded.intents)}")
 
 
-@grammar.command("test", epilog=_example("edge-asr grammar test factory.en", "edge-asr grammar test site.yaml"))
+@grammar.command("test", epilog=example("edge-asr grammar test factory.en", "edge-asr grammar test site.yaml"))
 @click.argument("names", nargs=-1, required=True)
 def grammar_test(names: tuple[str, ...]) -> None:
     """Run the `tests:` of grammars, each by itself: what each sentence must mean."""
-    with _one_line_errors():
+    with one_line_errors():
         wrong = 0
         for name, file in grammar_paths(settings.Commands(grammars=names)).items():
             tests = grammars.load(file).tests
@@ -360,12 +285,12 @@ def grammar_test(names: tuple[str, ...]) -> None:
     raise SystemExit(EXIT_FOUND if wrong else 0)
 
 
-@grammar.command("lint", epilog=_example("edge-asr grammar lint factory.en", "edge-asr grammar lint site.yaml"))
+@grammar.command("lint", epilog=example("edge-asr grammar lint factory.en", "edge-asr grammar lint site.yaml"))
 @click.argument("names", nargs=-1, required=True)
 @click.option("--model", default=settings.Model().name, show_default=True, help="The model that will hear it.")
 def grammar_lint(names: tuple[str, ...], model: str) -> None:
     """Find words never heard, phrases that sound alike, sentences with two meanings; exit code 1 on an error."""
-    with _one_line_errors():
+    with one_line_errors():
         table = inference.load_tokens(model_store.locate(model).tokens)
         wrong = 0
         for name, file in grammar_paths(settings.Commands(grammars=names)).items():
@@ -378,13 +303,13 @@ def grammar_lint(names: tuple[str, ...], model: str) -> None:
     raise SystemExit(EXIT_FOUND if wrong else 0)
 
 
-@grammar.command("say", epilog=_example("edge-asr grammar say factory.en --count 20"))
+@grammar.command("say", epilog=example("edge-asr grammar say factory.en --count 20"))
 @click.argument("name")
 @click.option("--count", default=10, show_default=True, help="How many sentences.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other sentences.")
 def grammar_say(name: str, count: int, seed: int) -> None:
     """Show random sentences of a grammar with their meaning."""
-    with _one_line_errors():
+    with one_line_errors():
         graph = commands.load_graph(list(grammar_paths(settings.Commands(grammars=(name,))).values()))
         random = Random(seed)  # noqa: S311 - samples, no secrets
         for _ in range(count):
@@ -392,12 +317,12 @@ def grammar_say(name: str, count: int, seed: int) -> None:
             click.echo(f"{grammars.sentence(steps):60s} -> {grammars.read(steps, ending)}")
 
 
-@grammar.command("parse", epilog=_example("edge-asr grammar parse factory.en 'set mixer speed to 1200 rpm'"))
+@grammar.command("parse", epilog=example("edge-asr grammar parse factory.en 'set mixer speed to 1200 rpm'"))
 @click.argument("name")
 @click.argument("text")
 def grammar_parse(name: str, text: str) -> None:
     """Show what a text means, word for word; exit code 1 if nothing or not one thing."""
-    with _one_line_errors():
+    with one_line_errors():
         graph = commands.load_graph(list(grammar_paths(settings.Commands(grammars=(name,))).values()))
         readings = commands.TextMatcher(graph).readings(text)
         for reading in readings:
@@ -407,15 +332,15 @@ def grammar_parse(name: str, text: str) -> None:
             raise SystemExit(EXIT_FOUND)
 
 
-@main.group(cls=_ExamplesLast)
+@main.group(cls=ExamplesLast)
 def models() -> None:
     """The models on this box."""
 
 
-@models.command("list", epilog=_example("edge-asr models list"))
+@models.command("list", epilog=example("edge-asr models list"))
 def models_list() -> None:
     """List the bundled models."""
-    with _one_line_errors():
+    with one_line_errors():
         for manifest in bundled_manifests():
             languages = ", ".join(manifest.languages) or "any language"
             click.echo(
@@ -423,23 +348,23 @@ def models_list() -> None:
             )
 
 
-@models.command("verify", epilog=_example("edge-asr models verify micro-en"))
+@models.command("verify", epilog=example("edge-asr models verify micro-en"))
 @click.argument("name")
 def models_verify(name: str) -> None:
     """Check every file of a model (a bundled name or a directory) and load it once."""
-    with _one_line_errors():
+    with one_line_errors():
         files = model_store.locate(name)
         inference.open_recognizer(files, settings.Model(name=name))
         click.echo(f"{files.name} {files.manifest.version}: sound, SHA-256 {files.sha256}")
 
 
-@main.group(cls=_ExamplesLast)
+@main.group(cls=ExamplesLast)
 def outbox() -> None:
     """The queue between the microphone and the broker."""
 
 
-@outbox.command("status", epilog=_example("edge-asr outbox status"))
-@_with_settings
+@outbox.command("status", epilog=example("edge-asr outbox status"))
+@with_settings
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
     """Show what waits for the broker and what was dropped; the daemon may be running."""

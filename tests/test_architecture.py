@@ -24,7 +24,8 @@ ORDER = (
         "contract",
     ),
     *("link", "publisher", "systemd", "logs"),
-    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report", "cli"),
+    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
+    *("command_line", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))
