@@ -7,6 +7,7 @@ reaches and as the oracle of the first. sherpa-onnx ends the process on a model 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -290,9 +291,7 @@ class SileroDetector:
     """Samples of the previous frame that the network wants in front."""
 
     def __init__(self, model: Path) -> None:
-        self._session = _open_session(model)
-        if tuple(i.name for i in self._session.get_inputs()) != ("input", "state", "sr"):
-            raise ModelError(f"{model}: is not a silero VAD model; import it again")
+        self._session = _silero(model)
         self._rate = np.array(SAMPLE_RATE, np.int64)
         self.reset()
 
@@ -307,6 +306,15 @@ class SileroDetector:
         self._input[0, self.CONTEXT :] = to_float(pcm)
         output, self._state = self._session.run(None, {"input": self._input, "state": self._state, "sr": self._rate})
         return float(output[0, 0])
+
+
+@functools.lru_cache(maxsize=1)
+def _silero(model: Path) -> ort.InferenceSession:
+    """One network for all detectors, which keep their states themselves: it costs megabytes, a state 1 kB."""
+    session = _open_session(model)
+    if tuple(i.name for i in session.get_inputs()) != ("input", "state", "sr"):
+        raise ModelError(f"{model}: is not a silero VAD model; import it again")
+    return session
 
 
 def load_tokens(path: Path, expected: int | None = None) -> TokenTable:

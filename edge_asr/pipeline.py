@@ -2,13 +2,15 @@
 
 1. A source yields frames (``sources``: its bounded buffer is the only place where audio may be lost, visibly).
 2. Each source's :class:`Ear` gives the frame its speech probability and feeds the gate (``speech``).
-3. A closed utterance enters the bounded queue of finals (:class:`_Work`). A full queue makes the listener wait, the
-   source's buffer fill, and at last the oldest audio go: finals themselves are never dropped.
+3. A closed utterance enters its source's bounded queue of finals (:class:`_Work`); the sources take turns. A full queue
+   makes the listener wait, the source's buffer fill, and at last the oldest audio go: finals are never dropped.
 4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), prefers the
    site's own words in its text (``hotwords``) and interprets it (``commands``); :meth:`Pipeline._append` appends
    transcript, command or rejection to the outbox in one commit (``outbox``). While there is no final, the growing
    utterance of whoever speaks is recognized: a partial.
 5. From there the publisher takes over; nothing here knows or waits for a broker.
+
+Beside the sources of the settings, guests may come and go (:meth:`Pipeline.hear`); one that fails harms nobody else.
 
 Stopping: a closed source ends its frames, the listener flushes the gate, and the last final is committed before
 :meth:`Pipeline.run` returns.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ from edge_asr.speech import SpeechGate
 log = logging.getLogger(__name__)
 
 FINALS = 8
-"""Utterances that may wait for the recognizer; at 20 s each the memory they hold stays under 6 MB."""
+"""Utterances of one source that may wait for the recognizer; at 20 s each the memory they hold stays under 6 MB."""
 
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
@@ -209,21 +211,47 @@ def understand(
 
 
 class _Work:
-    """What waits for the recognizer: finals in order, at most :data:`FINALS`; one partial per source, newest only."""
+    """What waits for the recognizer: finals, :data:`FINALS` of a source at most, the sources taking turns; then partials.
+
+    Of the partials of a source only the newest is kept.
+    """
 
     def __init__(self) -> None:
-        self._finals: deque[Utterance] = deque()
+        self._finals: dict[str, deque[Utterance]] = {}
+        """Source -> its finals in order; the first source is the next whose turn it is."""
+        self._unsettled: Counter[str] = Counter()
+        """Source -> finals that are not committed yet."""
         self._partials: dict[str, Utterance] = {}
         self._finished = False
         self._changed = asyncio.Condition()
 
     async def final(self, utterance: Utterance) -> None:
-        """Add a final; waits while the queue is full."""
+        """Add a final; waits while its source's queue is full."""
+        source = utterance.source
         async with self._changed:
-            self._partials.pop(utterance.source, None)
-            await self._changed.wait_for(lambda: len(self._finals) < FINALS)
-            self._finals.append(utterance)
+            self._partials.pop(source, None)
+            await self._changed.wait_for(lambda: len(self._finals.get(source, ())) < FINALS)
+            self._finals.setdefault(source, deque()).append(utterance)
+            self._unsettled[source] += 1
             self._changed.notify_all()
+
+    async def settle(self, utterance: Utterance) -> None:
+        """Say that everything that came of a final is committed."""
+        async with self._changed:
+            self._unsettled[utterance.source] -= 1
+            if not self._unsettled[utterance.source]:
+                del self._unsettled[utterance.source]
+            self._changed.notify_all()
+
+    async def settled(self, source: str) -> None:
+        """Wait until nothing that the source said is still to be committed."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: source not in self._unsettled)
+
+    @property
+    def finals(self) -> int:
+        """How many finals wait."""
+        return sum(map(len, self._finals.values()))
 
     async def partial(self, utterance: Utterance) -> None:
         """Offer a partial; it replaces the source's older one and is forgotten when finals wait."""
@@ -243,8 +271,13 @@ class _Work:
         async with self._changed:
             await self._changed.wait_for(lambda: self._finals or self._partials or self._finished)
             if self._finals:
+                source = next(iter(self._finals))
+                waiting = self._finals.pop(source)
+                utterance = waiting.popleft()
+                if waiting:
+                    self._finals[source] = waiting  # behind all others
                 self._changed.notify_all()
-                return self._finals.popleft(), True
+                return utterance, True
             if self._partials:
                 return self._partials.pop(next(iter(self._partials))), False
             return None
@@ -267,6 +300,7 @@ class Pipeline:
     ) -> None:
         self._options = options
         self._sources = sources
+        self._new_detector = new_detector
         self.ears = {source.name: Ear(new_detector(), options.vad) for source in sources}
         """Source -> its ear, whose meter tells the source's health."""
         self._recognizer = recognizer
@@ -276,6 +310,13 @@ class Pipeline:
         """May be replaced between two utterances (SIGHUP)."""
         self._outbox = outbox
         self._live = live
+        self.told: Callable[[Message], None] = lambda _message: None
+        """Hears of every message right after its commit."""
+        self.awaits_guests = False
+        """Whether :meth:`run` goes on until :meth:`close`, for guests may come when the named sources have ended."""
+        self._guests: dict[str, Source] = {}
+        self._guest_left = asyncio.Event()
+        self._closing = asyncio.Event()
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
         self._confirming = asyncio.Event()
         """Set whenever what is pending may have changed."""
@@ -294,7 +335,7 @@ class Pipeline:
         """Recognition time of the last final over its duration."""
 
     async def run(self) -> None:
-        """Listen to all sources until all have ended and everything heard is committed."""
+        """Listen to all sources until all have ended, guests included, and everything heard is committed."""
         try:
             await with_company(
                 asyncio.gather(self._listen_to_all(), self._understand()),
@@ -312,11 +353,41 @@ class Pipeline:
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
         self._closed_ns = clock.boottime_ns()
-        for source in self._sources:
+        self._closing.set()
+        for source in (*self._sources, *self._guests.values()):
             await source.close()
+
+    @property
+    def finals_waiting(self) -> int:
+        """How many utterances wait for the recognizer: the measure of overload."""
+        return self._work.finals
+
+    async def hear(self, guest: Source) -> None:
+        """Listen to one more source until it ends and everything it said is committed; close it to end this early.
+
+        Raises ValueError where a source of this name is being heard, and whatever the guest's frames raise.
+        """
+        if guest.name in self.ears:
+            raise ValueError(f"{guest.name} is being heard already")
+        if self._closing.is_set():
+            return
+        self.ears[guest.name] = Ear(self._new_detector(), self._options.vad)
+        self._guests[guest.name] = guest
+        try:
+            await self._listen(guest)
+            await self._work.settled(guest.name)
+        finally:
+            del self._guests[guest.name], self.ears[guest.name]
+            self._growing.pop(guest.name, None)
+            self._guest_left.set()
 
     async def _listen_to_all(self) -> None:
         await asyncio.gather(*(self._listen(source) for source in self._sources))
+        if self.awaits_guests:
+            await self._closing.wait()
+        while self._guests:
+            self._guest_left.clear()
+            await self._guest_left.wait()
         await self._work.finish()
 
     async def _listen(self, source: Source) -> None:
@@ -357,6 +428,7 @@ class Pipeline:
                 taken_s = (clock.boottime_ns() - began_ns) / clock.NS_PER_S
                 self.real_time_factor = taken_s / utterance.duration_s
                 await self._append(heard)
+                await self._work.settle(utterance)
             elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
                 self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
 
@@ -383,7 +455,7 @@ class Pipeline:
         while drafts:
             try:
                 with self._at_work():
-                    await self._outbox.append(*drafts)
+                    messages = await self._outbox.append(*drafts)
             except OutboxError as error:
                 if str(error) != self.trouble:
                     log.warning("nothing can be committed, trying again every %g s: %s", APPEND_RETRY_S, error)
@@ -395,6 +467,8 @@ class Pipeline:
                 if self.trouble:
                     log.info("committing again")
                     self.trouble = ""
+                for message in messages:
+                    self.told(message)
                 return
 
     def _drafts(self, outcome: confirmation.Outcome) -> list[Draft]:

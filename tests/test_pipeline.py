@@ -502,3 +502,108 @@ def test_lost_audio_makes_two_utterances_of_one(assemble: Assemble, outbox: Outb
         return await committed(outbox)
 
     assert len(texts(asyncio.run(play()))) == 2
+
+
+# ---------------------------------------------------------------- guests
+
+
+@dataclass
+class Visit:
+    """A pipeline that guests may come to."""
+
+    rig: Rig
+    running: asyncio.Task[None]
+    told: list[Message]
+
+    async def end(self) -> None:
+        await self.rig.pipeline.close()
+        await asyncio.wait_for(self.running, 30)
+
+
+def visit(assemble: Assemble, *sources: Source, **parts: Any) -> Visit:
+    told: list[Message] = []
+    rig = assemble(*sources, **parts)
+    rig.pipeline.told, rig.pipeline.awaits_guests = told.append, True
+    return Visit(rig, asyncio.create_task(rig.run(), name="pipeline"), told)
+
+
+def test_a_guest_is_heard_like_any_source_and_hears_what_was_committed_before_it_leaves(assemble: Assemble) -> None:
+    async def play() -> tuple[list[Message], set[str]]:
+        house = visit(assemble)
+        await house.rig.pipeline.hear(Tape("guest", STOP + QUIET))
+        told, ears = house.told.copy(), set(house.rig.pipeline.ears)
+        await house.rig.pipeline.hear(Tape("guest", CALL))  # the same one comes again
+        await house.end()
+        return told + house.told[len(told) :], ears
+
+    messages, ears = asyncio.run(play())
+    assert ears == set()
+    assert [message.data["intent"] for message in messages if message.topic == contract.COMMAND] == [
+        "EmergencyStop",
+        "CallMaintenance",
+    ]
+
+
+def test_a_guest_that_fails_harms_nobody_else(assemble: Assemble) -> None:
+    class Broken(Tape):
+        async def frames(self) -> AsyncIterator[AudioFrame]:
+            yield FrameCutter(self.name).feed(self.pcm, clock.boottime_ns())[0]
+            raise ConnectionError("the tablet fell down")
+
+    async def play() -> list[Message]:
+        house = visit(assemble, Tape("own", STOP, frame_s=0.001))
+        with pytest.raises(ConnectionError):
+            await house.rig.pipeline.hear(Broken("guest", CALL))
+        assert set(house.rig.pipeline.ears) == {"own"}
+        await house.rig.pipeline.hear(Tape("guest", CALL))
+        await house.end()
+        return house.told
+
+    said = {(m.data["source"], m.data["text"]) for m in asyncio.run(play()) if m.topic == contract.TRANSCRIPT}
+    assert {source for source, _ in said} == {"own", "guest"}
+
+
+def test_two_of_one_name_are_not_heard_at_once(assemble: Assemble) -> None:
+    async def play() -> None:
+        house = visit(assemble, Tape("own", STOP, open_end=True))
+        with pytest.raises(ValueError, match="own is being heard already"):
+            await house.rig.pipeline.hear(Tape("own", CALL))
+        await house.end()
+
+    asyncio.run(play())
+
+
+def test_closing_commits_what_a_guest_is_saying_and_lets_nobody_in_any_more(assemble: Assemble) -> None:
+    async def play() -> list[Message]:
+        spoken = STOP[: len(STOP) - SECOND // 2]
+        house = visit(assemble, options={"vad": {"min_silence_s": 5}})
+        tape = Tape("guest", spoken, open_end=True)
+        heard = asyncio.create_task(house.rig.pipeline.hear(tape), name="guest")
+        await asyncio.wait_for(tape.ended.wait(), 30)
+        await house.end()
+        await heard
+        await house.rig.pipeline.hear(Tape("late", CALL))
+        return house.told
+
+    assert texts(asyncio.run(play())) == ["emergency stop"]
+
+
+def test_sources_take_turns_so_that_none_waits_for_all_of_anothers(
+    assemble: Assemble, recognizer: OnnxRecognizer
+) -> None:
+    async def play() -> list[Message]:
+        held = Held(recognizer)
+        house = visit(assemble, recognizer=held, options={"partials": {"enabled": False}})
+        first, second = Tape("long-winded", (STOP + QUIET) * 4), Tape("brief", CALL)
+        visits = [asyncio.create_task(house.rig.pipeline.hear(first), name="first")]
+        await asyncio.wait_for(first.ended.wait(), 30)
+        visits.append(asyncio.create_task(house.rig.pipeline.hear(second), name="second"))
+        await asyncio.wait_for(second.ended.wait(), 30)
+        assert house.rig.pipeline.finals_waiting == 4  # the first of five is being recognized
+        held.may_go_on.set()
+        await asyncio.gather(*visits)
+        await house.end()
+        return house.told
+
+    order = [m.data["source"] for m in asyncio.run(play()) if m.topic == contract.TRANSCRIPT]
+    assert order == ["long-winded", "long-winded", "brief", "long-winded", "long-winded"]
