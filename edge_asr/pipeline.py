@@ -211,7 +211,7 @@ def understand(
 
 
 class _Work:
-    """What waits for the recognizer: finals, :data:`FINALS` of a source at most, the sources taking turns; then partials.
+    """What waits for the recognizer: finals, at most :data:`FINALS` of a source, which take turns; then partials.
 
     Of the partials of a source only the newest is kept.
     """
