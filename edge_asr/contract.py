@@ -33,6 +33,9 @@ META = "meta"
 HEALTH = "health"
 PARTIAL = "live/partial"
 
+REQUESTS = "req/"
+"""Followed by the verb; what comes here is read by ``requests``, and what is answered goes where the sender said."""
+
 TOPICS: Mapping[str, str] = {
     TRANSCRIPT: "transcript",
     COMMAND: "command",
@@ -69,6 +72,8 @@ class Payload:
     user_properties: tuple[tuple[str, str], ...] = ()
     expires_s: int | None = None
     """MQTT message expiry interval: the broker drops it for subscribers that come later."""
+    correlation: bytes | None = None
+    """MQTT correlation data of the request that this answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +160,21 @@ class Renderer:
             ("time_quality", message.time_quality),
         )
         expires_s = int(life_left_s) if life_left_s is not None and not expired else None
-        return self._payload(topic, data, properties, expires_s)
+        content_type, body = self._envelope(TOPICS[topic], data)
+        return Payload(f"{self.root}/{topic}", body, content_type, properties, expires_s)
 
     def state(self, topic: str, data: Mapping[str, Json]) -> Payload:
         """Render what is not a message: a status, meta, health or partial of this moment."""
-        common = self._common(new_id(), clock.boot_id(), clock.wall_ns(), clock.time_quality())
-        return self._payload(topic, {**common, **data})
+        content_type, body = self._envelope(TOPICS[topic], self._now(data))
+        return Payload(f"{self.root}/{topic}", body, content_type)
+
+    def answer(self, name: str, data: Mapping[str, Json], topic: str, correlation: bytes | None) -> Payload:
+        """Render what came of a request, for the topic (in full) that its sender chose; ``name`` is the schema's."""
+        content_type, body = self._envelope(name, self._now(data))
+        return Payload(topic, body, content_type, correlation=correlation)
+
+    def _now(self, data: Mapping[str, Json]) -> Data:
+        return {**self._common(new_id(), clock.boot_id(), clock.wall_ns(), clock.time_quality()), **data}
 
     def _common(self, payload_id: str, boot_id: str, wall_ns: int, time_quality: str) -> Data:
         return {
@@ -171,17 +185,11 @@ class Renderer:
             "time_quality": time_quality,
         }
 
-    def _payload(
-        self,
-        topic: str,
-        data: Mapping[str, Json],
-        user_properties: tuple[tuple[str, str], ...] = (),
-        expires_s: int | None = None,
-    ) -> Payload:
+    def _envelope(self, name: str, data: Mapping[str, Json]) -> tuple[str, bytes]:
+        """Content type and body."""
         content: Mapping[str, object] = data
         content_type = "application/json"
         if self.mode == "cloudevents":
-            name = TOPICS[topic]
             content_type = "application/cloudevents+json"
             content = {
                 "specversion": "1.0",
@@ -193,8 +201,7 @@ class Renderer:
                 "dataschema": schema_id(name),
                 "data": data,
             }
-        body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-        return Payload(f"{self.root}/{topic}", body, content_type, user_properties, expires_s)
+        return content_type, json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def transcript_draft(utterance: Utterance, transcript: Transcript, *, model: str) -> Draft:

@@ -32,6 +32,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.contract import Payload
 from edge_asr.events import Message
+from edge_asr.mailbox import Mailbox
 from edge_asr.settings import Mqtt, Tls
 
 T = TypeVar("T")
@@ -81,18 +82,23 @@ class Link:
         """The other side closed it, neither we nor the network on the way."""
         self.on_puback: Callable[[Message | None, ReasonCode], None] = lambda _message, _reason: None
         self.on_end: Callable[[], object] = lambda: None
+        self._mailbox: Mailbox | None = None
 
     @classmethod
-    async def open(cls, mqtt: Mqtt, client_id: str, will: Payload) -> Link:
-        """Dial and wait for the broker's consent. Raises LinkError."""
+    async def open(cls, mqtt: Mqtt, client_id: str, will: Payload, mailbox: Mailbox | None = None) -> Link:
+        """Dial and wait for the broker's consent; ``mailbox`` takes the requests. Raises LinkError."""
         client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         client.will_set(
             will.topic, will.body, qos=1, retain=True, properties=_content_properties(PacketTypes.WILLMESSAGE, will)
         )
         client.max_inflight_messages = 0  # the window is kept here, so that paho never queues
         link = cls(client, encrypted=mqtt.tls is not None)
+        if mailbox is not None:
+            link._mailbox = mailbox
+            mailbox.attach(client, lambda payload: link.publish(payload, qos=0))
+        session = mailbox.session if mailbox is not None else None
         try:
-            await _in_disposable_thread(lambda: dial(client, mqtt), "mqtt-dial")
+            await _in_disposable_thread(lambda: dial(client, mqtt, session), "mqtt-dial")
             link._attach(mqtt.keepalive_s)
             connack = await asyncio.wait_for(link._consent, _DIAL_TIMEOUT_S)
         except asyncio.TimeoutError:
@@ -105,6 +111,8 @@ class Link:
             raise LinkError(f"{address(mqtt)}: {connack}")
         link.window = min(WINDOW, getattr(connack, "ReceiveMaximum", WINDOW))
         link._maximum_packet_bytes = getattr(connack, "MaximumPacketSize", link._maximum_packet_bytes)
+        if mailbox is not None and not link.ended:
+            mailbox.open(connack)
         return link
 
     @property
@@ -208,6 +216,8 @@ class Link:
         if self.ended:
             return
         self.ended = reason
+        if self._mailbox is not None:
+            self._mailbox.close()
         for flight in self.in_flight.values():
             if flight.deadline is not None:
                 flight.deadline.cancel()
@@ -278,14 +288,15 @@ async def _in_disposable_thread(function: Callable[[], T], name: str) -> T:
     return await asyncio.wrap_future(future)
 
 
-def dial(client: Client, mqtt: Mqtt) -> None:
+def dial(client: Client, mqtt: Mqtt, session: Properties | None = None) -> None:
     """Connect and send CONNECT. Files are read anew each time: certificates and passwords are renewed while we run."""
     if mqtt.username is not None:
         client.username_pw_set(mqtt.username, _password(mqtt.password_file))
     if mqtt.tls is not None:
         client.tls_set_context(_tls_context(mqtt.tls))
     try:
-        client.connect(mqtt.host or "", _port(mqtt), mqtt.keepalive_s)
+        kept = hasattr(session, "SessionExpiryInterval")
+        client.connect(mqtt.host or "", _port(mqtt), mqtt.keepalive_s, clean_start=not kept, properties=session)
     except (OSError, ValueError) as error:
         raise LinkError(f"{address(mqtt)}: {_remedy(error)}") from None
 
@@ -373,6 +384,8 @@ def _publish_properties(payload: Payload) -> Properties:
         properties.UserProperty = list(payload.user_properties)
     if payload.expires_s is not None:
         properties.MessageExpiryInterval = payload.expires_s
+    if payload.correlation is not None:
+        properties.CorrelationData = payload.correlation
     return properties
 
 

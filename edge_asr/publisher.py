@@ -26,10 +26,12 @@ from collections.abc import Callable, Mapping
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr import contract
-from edge_asr.contract import Renderer
+from edge_asr.contract import Payload, Renderer
 from edge_asr.events import Json, Message
 from edge_asr.link import Link, LinkError, address
+from edge_asr.mailbox import Mailbox
 from edge_asr.outbox import Outbox, OutboxError, life_left_s
+from edge_asr.requests import Letter
 from edge_asr.settings import Mqtt
 
 log = logging.getLogger(__name__)
@@ -66,12 +68,18 @@ class Publisher:
         outbox: Outbox,
         *,
         on_change: Callable[[], None] = lambda: None,
+        on_request: Callable[[Letter], None] | None = None,
     ) -> None:
-        """``on_change`` is called whenever ``connected`` or ``trouble`` has changed."""
+        """``on_change`` is called whenever ``connected`` or ``trouble`` has changed, ``on_request`` with every request.
+
+        None: the device listens to no requests.
+        """
         self._mqtt = mqtt
         self._renderer = renderer
         self._outbox = outbox
         self._on_change = on_change
+        self._on_request = on_request
+        self._keeps_session = True
         self._link: Link | None = None
         self._retained: dict[str, Mapping[str, Json]] = {contract.STATUS: contract.status_data("online")}
         self._cautious = False
@@ -117,7 +125,7 @@ class Publisher:
     async def _converse(self) -> None:
         """One connection, from dialling to its end. Raises LinkError with the reason why it ended."""
         will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
-        link = await Link.open(self._mqtt, self._mqtt.client_id or f"edge-asr-{self._renderer.device}", will)
+        link = await self._connect(will)
         delivery = _Delivery(link, self._outbox, self._renderer, cautious=self._cautious)
         self._link = link
         self._tell("")
@@ -134,6 +142,19 @@ class Publisher:
             link.abort("the connection is no longer wanted")
             self._on_change()
         raise LinkError(f"{address(self._mqtt)}: {link.ended}")
+
+    async def _connect(self, will: Payload) -> Link:
+        """Raises LinkError."""
+        client_id = self._mqtt.client_id or f"edge-asr-{self._renderer.device}"
+        if self._on_request is None:
+            return await Link.open(self._mqtt, client_id, will)
+        mailbox = Mailbox(self._renderer, self._on_request, keep_session=self._keeps_session)
+        link = await Link.open(self._mqtt, client_id, will, mailbox)
+        if self._keeps_session and not mailbox.tells_what_waited:
+            self._keeps_session = False
+            link.abort("a kept session would bring late requests")
+            return await self._connect(will)
+        return link
 
     async def _farewell(self, link: Link, delivery: _Delivery) -> None:
         """Say offline; the broker answers in order, so the answer also settles what was in flight."""

@@ -240,6 +240,21 @@ class Mqtt(_Section):
     """Reconnecting never gives up; the pause grows to this, with jitter."""
 
 
+Verb = Literal[
+    "ping", "status", "say-again", "confirm", "cancel", "reload", "hotwords", "grammar", "mute", "unmute", "receipt"
+]
+"""What can be asked of the device on ``req/<verb>``."""
+
+
+class Requests(_Section):
+    """What may be asked of the device over MQTT; who may ask is for the broker's access rules to say."""
+
+    allow: tuple[Verb, ...] = get_args(Verb)
+    """Empty: the device listens to no requests at all."""
+    receipt_within_s: Annotated[float, Field(ge=1, le=86_400)] | None = None
+    """The MES answers every command with req/receipt within this time, or an alarm is raised; None: it need not."""
+
+
 class Log(_Section):
     """What the daemon says about itself."""
 
@@ -264,6 +279,7 @@ class Settings(_Section):
     hotwords: Hotwords = Hotwords()
     outbox: Outbox = Outbox()
     mqtt: Mqtt = Mqtt()
+    requests: Requests = Requests()
     log: Log = Log()
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import os
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 from typing_extensions import Self
 
-from edge_asr import settings
+from edge_asr import contract, settings
 from tests.payloads import complaint
 
 HOST = "127.0.0.1"
@@ -208,13 +209,96 @@ class Subscriber:
             client.subscribe(self._topics, options=SubscribeOptions(qos=1, retainAsPublished=True))
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
-        payload = json.loads(message.payload)
+        payload = _parsed(message)
         properties = vars(message.properties) if message.properties else {}
         received = Received(message.topic, payload, message.retain, message.dup, message.qos, properties)
         problem = complaint(message.topic, payload)
         with self._changed:
             self._messages.append(received)
             self._invalid += [problem] if problem else []
+            self._changed.notify_all()
+
+
+def _parsed(message: MQTTMessage) -> dict[str, Any]:
+    """The JSON; of a request whatever it is, for some are rubbish on purpose."""
+    try:
+        payload = json.loads(message.payload)
+    except ValueError:
+        assert f"/{contract.REQUESTS}" in message.topic
+        payload = {}
+    return payload if isinstance(payload, dict) else {}
+
+
+class Requester:
+    """Sends requests to one device and waits for the answers, each held to its schema."""
+
+    def __init__(self, broker: Broker, root: str, *, client_id: str = "mes", answers: str = "mes/answers") -> None:
+        self._root, self._answers = root, answers
+        self._received: list[tuple[bytes | None, dict[str, Any]]] = []
+        self._changed = threading.Condition()
+        self._subscribed = threading.Event()
+        self._client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
+        self._client.on_connect = lambda client, *_: client.subscribe(answers, qos=1)
+        self._client.on_subscribe = lambda *_: self._subscribed.set()
+        self._client.on_message = self._on_message
+        self._client.connect(broker.host, broker.port, keepalive=5)
+
+    def __enter__(self) -> Self:
+        self._client.loop_start()
+        assert self._subscribed.wait(PATIENCE_S), "the broker granted no subscription"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def ask(self, verb: str, body: Mapping[str, Any] | bytes = b"", **how: Any) -> dict[str, Any]:
+        """Send a request and return the data of its answer."""
+        correlation = self.send(verb, body, **how)
+        return self.answers(correlation)[0]
+
+    def send(
+        self,
+        verb: str,
+        body: Mapping[str, Any] | bytes = b"",
+        *,
+        correlation: bytes | None = None,
+        qos: int = 1,
+        retain: bool = False,
+        answers: str | None = None,
+        expires_s: int | None = None,
+    ) -> bytes:
+        """Send a request; its correlation data."""
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.ResponseTopic = self._answers if answers is None else answers
+        mark = correlation or os.urandom(8)
+        properties.CorrelationData = mark
+        if expires_s is not None:
+            properties.MessageExpiryInterval = expires_s
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = self._client.publish(f"{self._root}/req/{verb}", payload, qos, retain, properties)
+        sent.wait_for_publish(PATIENCE_S)
+        return mark
+
+    def answers(self, correlation: bytes, count: int = 1) -> list[dict[str, Any]]:
+        """The data of the answers to one request, once there are ``count``."""
+
+        def found() -> list[dict[str, Any]]:
+            return [data for mark, data in self._received if mark == correlation]
+
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(found()) >= count, PATIENCE_S):
+                pytest.fail(f"no answer came within {PATIENCE_S} s")
+            answers = found()
+        assert not [answer["invalid"] for answer in answers if "invalid" in answer]
+        return answers
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        payload = json.loads(message.payload)
+        problem = complaint(message.topic, payload)
+        data = {**payload.get("data", payload), **({"invalid": problem} if problem else {})}
+        with self._changed:
+            self._received.append((getattr(message.properties, "CorrelationData", None), data))
             self._changed.notify_all()
 
 

@@ -38,12 +38,25 @@ def check(topic: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
     return data
 
 
+def check_answer(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Validate an answer to a request, CloudEvents or plain, and return its data; its topic is its reader's own."""
+    data: Mapping[str, Any] = payload.get("data", payload)
+    name = "refusal" if data["outcome"] == "refused" else f"answer-{data['verb']}"
+    if "specversion" in payload:
+        assert payload["type"] == f"edge-asr.{name}"
+        assert payload["dataschema"] == contract.schema_id(name)
+        assert (payload["id"], payload["time"]) == (data["id"], data["time"])
+    validator(name).validate(data)
+    return data
+
+
 def complaint(topic: str, payload: Mapping[str, Any]) -> str:
-    """What is wrong with a payload on one of our topics; empty: nothing."""
-    if not any(topic.endswith(f"/{suffix}") for suffix in contract.TOPICS):
-        return ""
+    """What is wrong with a payload of ours; empty: nothing, or it is not ours (a request may be rubbish)."""
     try:
-        check(topic, payload)
+        if any(topic.endswith(f"/{suffix}") for suffix in contract.TOPICS):
+            check(topic, payload)
+        elif "outcome" in payload.get("data", payload):
+            check_answer(payload)
     except (ValidationError, AssertionError) as error:
         return f"{topic}: {error}"
     return ""

@@ -23,7 +23,7 @@ ORDER = (
         "sources",
         "contract",
     ),
-    *("link", "publisher", "systemd", "logs"),
+    *("requests", "mailbox", "link", "publisher", "systemd", "logs"),
     *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *("command_line", "cli"),
 )
