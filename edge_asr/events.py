@@ -32,6 +32,9 @@ Answer = Literal["confirm", "cancel"]
 Category = Literal["command", "transcript", "rejection", "alarm"]
 """Message classes of the outbox; when space runs out transcripts go first and commands last."""
 
+Verdict = Literal["accepted", "rejected"]
+"""What the MES did with a command."""
+
 RejectionReason = Literal[
     "not-understood",
     "ambiguous",

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from edge_asr import clock, outbox_file
-from edge_asr.events import Category, Draft, Message, new_id
+from edge_asr.events import Category, Draft, Message, Verdict, new_id
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ BALLAST_BYTES = 4 * 1024 * 1024
 
 _WAL_PAGES = 256
 """Checkpoint every 1 MiB: small beside the ballast, which must hold what a checkpoint adds to the file."""
+
+_LEAST_LIFE_NS = clock.NS_PER_S
+"""A command acknowledged with less life left than this may have gone out as expired already."""
 
 _BATCH = 256
 """Most jobs in one transaction; more would make the first caller wait for the last."""
@@ -89,6 +92,8 @@ class Statistics:
     last_seq: int
     damages: int
     """Times a damaged file was put aside and its readable messages rescued."""
+    receipts: Mapping[str, int]
+    """Commands that the MES ``accepted`` or ``rejected``, and those whose receipt was ``missing`` when it was due."""
 
 
 def life_left_s(message: Message) -> float | None:
@@ -153,6 +158,14 @@ class Outbox:
     async def refuse(self, seq: int, reason: str, limit: int) -> int:
         """Count a refusal by the broker; at the ``limit``-th the message becomes a dead letter. The count; 0: gone."""
         return await self._submit(lambda database: database.refuse(seq, reason, limit))
+
+    async def receive_receipt(self, command_id: str, verdict: Verdict, reason: str) -> bool:
+        """Keep with a command what the MES did with it; False: it is none of the last thousand. Raises OutboxError."""
+        return await self._submit(lambda database: database.receive_receipt(command_id, verdict, reason), durable=True)
+
+    async def miss_receipts(self, within_s: float) -> list[str]:
+        """The ids of commands delivered so long ago without a receipt, each once. Raises OutboxError."""
+        return await self._submit(lambda database: database.miss_receipts(within_s))
 
     async def statistics(self) -> Statistics:
         """What waits, and what was dropped."""
@@ -352,6 +365,25 @@ class _Database:
 
     def acknowledge(self, seqs: Sequence[int]) -> None:
         self.connection.executemany("DELETE FROM message WHERE seq = ?", ((seq,) for seq in seqs))
+        now_ns = clock.boottime_ns()
+        live = (now_ns + _LEAST_LIFE_NS, clock.boot_id())
+        self.connection.executemany(
+            "UPDATE receipt SET delivered_ns = ? WHERE seq = ? AND expires_ns > ? AND boot_id = ?",
+            ((now_ns, seq, *live) for seq in seqs),
+        )
+
+    def receive_receipt(self, command_id: str, verdict: str, reason: str) -> bool:
+        change = "UPDATE receipt SET verdict = ?, reason = ?, at_wall_ns = ? WHERE id = ?"
+        return self.connection.execute(change, (verdict, reason, clock.wall_ns(), command_id)).rowcount == 1
+
+    def miss_receipts(self, within_s: float) -> list[str]:
+        waiting = "delivered_ns IS NOT NULL AND verdict IS NULL AND NOT missed"
+        # What another boot delivered has waited for at least as long as this boot lasts.
+        overdue = f"{waiting} AND (CASE boot_id WHEN ? THEN delivered_ns ELSE 0 END) <= ?"
+        values = (clock.boot_id(), clock.boottime_ns() - round(within_s * clock.NS_PER_S))
+        found = self.connection.execute(f"SELECT id FROM receipt WHERE {overdue}", values).fetchall()  # noqa: S608
+        self.connection.execute(f"UPDATE receipt SET missed = 1 WHERE {overdue}", values)  # noqa: S608
+        return [row[0] for row in found]
 
     def refuse(self, seq: int, reason: str, limit: int) -> int:
         self.connection.execute("UPDATE message SET refusals = refusals + 1 WHERE seq = ?", (seq,))
@@ -580,7 +612,15 @@ def _statistics(connection: sqlite3.Connection) -> Statistics:
         oldest_age_s=age_s,
         last_seq=outbox_file.last_seq(connection),
         damages=damages,
+        receipts=_receipts(connection),
     )
+
+
+def _receipts(connection: sqlite3.Connection) -> dict[str, int]:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version < 2:  # read only, and its daemon has not been replaced yet
+        return dict.fromkeys(("accepted", "rejected", "missing"), 0)
+    return dict(connection.execute("SELECT verdict, counted FROM receipt_ledger"))
 
 
 def _encode(draft: Draft) -> str:

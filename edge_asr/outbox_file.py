@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x45415352  # "EASR"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """``schemas/outbox.N.sql`` brings a file from version N - 1 to N."""
 
 COLUMNS = "seq, id, boot_id, topic, category, data, created_wall_ns, created_ns, expires_ns, time_quality, crc"
@@ -179,6 +179,12 @@ def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> 
             target.executemany("UPDATE ledger SET dropped = ? WHERE category = ?", counted)
         with contextlib.suppress(*FILE_ERRORS):
             target.executemany("INSERT INTO damage VALUES (?, ?, ?)", source.execute("SELECT * FROM damage").fetchall())
+        with contextlib.suppress(*FILE_ERRORS):
+            receipts = source.execute("SELECT * FROM receipt").fetchall()
+            target.executemany("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
+        with contextlib.suppress(*FILE_ERRORS):
+            counted = source.execute("SELECT counted, verdict FROM receipt_ledger").fetchall()
+            target.executemany("UPDATE receipt_ledger SET counted = ? WHERE verdict = ?", counted)
     return rescued
 
 

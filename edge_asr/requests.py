@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_asr.clock import NS_PER_S
-from edge_asr.events import Json
+from edge_asr.events import Json, Verdict
 from edge_asr.settings import Verb, explain, problems
 
 Reason = Literal[
@@ -232,7 +232,7 @@ class Receipt(Body):
     """What the MES did with a command."""
 
     command_id: Id
-    verdict: Literal["accepted", "rejected"]
+    verdict: Verdict
     reason: Line = ""
 
 

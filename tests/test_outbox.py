@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -453,6 +455,114 @@ def test_more_than_the_quota_in_one_piece_is_refused_and_drops_nothing(path: Pat
             with pytest.raises(OutboxError, match=r"outbox\.max_bytes"):
                 await outbox.append(draft("x" * MEGABYTE))
             assert await waiting(outbox) == kept
+
+    asyncio.run(main())
+
+
+# -- receipts
+
+
+async def delivered(outbox: Outbox, life_s: float = 10.0) -> Message:
+    """A command that the broker has taken."""
+    (message,) = await outbox.append(draft("stop", "command", life_s))
+    await outbox.acknowledge([message.seq])
+    return message
+
+
+def test_a_receipt_is_kept_with_its_command_after_delivery_and_the_last_word_counts(path: Path) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            first, second = [await delivered(outbox) for _ in range(2)]
+            assert await outbox.receive_receipt(first.id, "accepted", "")
+            assert await outbox.receive_receipt(second.id, "accepted", "")
+        with opened(path) as outbox:
+            assert await outbox.receive_receipt(second.id, "rejected", "press is locked")
+            assert not await outbox.receive_receipt(str(uuid.uuid4()), "accepted", "")
+            assert (await outbox.statistics()).receipts == {"accepted": 1, "rejected": 1, "missing": 0}
+        assert read_statistics(path).receipts["rejected"] == 1
+
+    asyncio.run(main())
+
+
+def test_a_missing_receipt_is_told_once_and_only_of_a_command_that_was_delivered_alive(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            missed, answered = [await delivered(outbox) for _ in range(2)]
+            await delivered(outbox, life_s=0.9)  # went out as evt/expired
+            await outbox.append(draft("still waiting", "command", 10.0), draft("a transcript"))
+            await outbox.receive_receipt(answered.id, "accepted", "")
+            assert await outbox.miss_receipts(60) == []
+            now_ns = clock.boottime_ns()
+            monkeypatch.setattr(clock, "boottime_ns", lambda: now_ns + 61 * clock.NS_PER_S)
+            assert await outbox.miss_receipts(60) == [missed.id]
+            assert await outbox.miss_receipts(60) == []
+            await outbox.receive_receipt(missed.id, "accepted", "late")
+            assert (await outbox.statistics()).receipts == {"accepted": 2, "rejected": 0, "missing": 1}
+
+    asyncio.run(main())
+
+
+def test_after_a_reboot_a_receipt_is_waited_for_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            command = await delivered(outbox)
+        monkeypatch.setattr(clock, "boot_id", lambda: "another boot")
+        monkeypatch.setattr(clock, "boottime_ns", lambda: 30 * clock.NS_PER_S)
+        with opened(path) as outbox:
+            assert await outbox.miss_receipts(60) == []
+            monkeypatch.setattr(clock, "boottime_ns", lambda: 61 * clock.NS_PER_S)
+            assert await outbox.miss_receipts(60) == [command.id]
+
+    asyncio.run(main())
+
+
+def test_only_the_last_thousand_commands_wait_for_receipts(path: Path) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            first = await delivered(outbox)
+            rest = await outbox.append(*(draft("stop", "command", 10.0) for _ in range(1000)))
+            assert not await outbox.receive_receipt(first.id, "accepted", "")
+            assert await outbox.receive_receipt(rest[0].id, "accepted", "")
+
+    asyncio.run(main())
+
+
+def test_an_outbox_of_the_first_version_is_taken_over_with_all_it_holds(path: Path) -> None:
+    """The file was written by the program before receipts were known."""
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "data/outbox.1.db.gz").read_bytes()))
+    assert read_statistics(path).receipts == {"accepted": 0, "rejected": 0, "missing": 0}
+
+    async def main() -> None:
+        with opened(path) as outbox:
+            kept = await waiting(outbox)
+            assert [message.seq for message in kept] == [4, 5, 6, 7, 8]
+            assert kept[3].data == {"intent": "Stop", "slots": {}}
+            statistics = await outbox.statistics()
+            assert statistics.dead_letters == 1
+            assert statistics.waiting == {"command": 1, "transcript": 3, "rejection": 0, "alarm": 1}
+            command = await delivered(outbox)
+            assert command.seq == 9
+            assert await outbox.receive_receipt(command.id, "accepted", "")
+
+    asyncio.run(main())
+
+
+def test_receipts_outlive_damage_elsewhere_in_the_file(path: Path) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            command = await delivered(outbox)
+            await outbox.receive_receipt(command.id, "accepted", "")
+            await filled(outbox, 400)
+        zero_a_page_in_the_middle(path)
+        with opened(path) as outbox:
+            await waiting(outbox)
+            statistics = await outbox.statistics()
+            assert statistics.damages == 1
+            assert statistics.receipts["accepted"] == 1
+            assert await outbox.receive_receipt(command.id, "rejected", "")
 
     asyncio.run(main())
 
