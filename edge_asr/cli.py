@@ -24,6 +24,7 @@ import edge_asr
 from edge_asr import bench, commands, demo, doctor, evaluation, inference, linter, logs, model_store, report, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file, to_float
+from edge_asr.cli_models import models
 from edge_asr.command_line import (
     EXIT_FOUND,
     EXIT_INTERRUPTED,
@@ -37,7 +38,6 @@ from edge_asr.command_line import (
 )
 from edge_asr.daemon import Daemon, Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
-from edge_asr.model_store import bundled_manifests
 from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Mqtt, Settings
@@ -287,7 +287,7 @@ def grammar_test(names: tuple[str, ...]) -> None:
 
 @grammar.command("lint", epilog=example("edge-asr grammar lint factory.en", "edge-asr grammar lint site.yaml"))
 @click.argument("names", nargs=-1, required=True)
-@click.option("--model", default=settings.Model().name, show_default=True, help="The model that will hear it.")
+@click.option("--model", default=model_store.EMBEDDED, show_default=True, help="The model that will hear it.")
 def grammar_lint(names: tuple[str, ...], model: str) -> None:
     """Find words never heard, phrases that sound alike, sentences with two meanings; exit code 1 on an error."""
     with one_line_errors():
@@ -332,30 +332,7 @@ def grammar_parse(name: str, text: str) -> None:
             raise SystemExit(EXIT_FOUND)
 
 
-@main.group(cls=ExamplesLast)
-def models() -> None:
-    """The models on this box."""
-
-
-@models.command("list", epilog=example("edge-asr models list"))
-def models_list() -> None:
-    """List the bundled models."""
-    with one_line_errors():
-        for manifest in bundled_manifests():
-            languages = ", ".join(manifest.languages) or "any language"
-            click.echo(
-                f"{manifest.name:14s} {manifest.version:10s} {manifest.kind:12s} {languages}; {manifest.licence}"
-            )
-
-
-@models.command("verify", epilog=example("edge-asr models verify micro-en"))
-@click.argument("name")
-def models_verify(name: str) -> None:
-    """Check every file of a model (a bundled name or a directory) and load it once."""
-    with one_line_errors():
-        files = model_store.locate(name)
-        inference.open_recognizer(files, settings.Model(name=name))
-        click.echo(f"{files.name} {files.manifest.version}: sound, SHA-256 {files.sha256}")
+main.add_command(models)
 
 
 @main.group(cls=ExamplesLast)

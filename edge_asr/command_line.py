@@ -17,6 +17,7 @@ import click
 from edge_asr import settings
 from edge_asr.audio import AudioFileError
 from edge_asr.broker import BrokerError
+from edge_asr.download import DownloadError
 from edge_asr.evaluation import ManifestError
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
@@ -60,6 +61,7 @@ def one_line_errors() -> Iterator[None]:
         ManifestError: EXIT_NO_INPUT,
         SourceError: EXIT_UNAVAILABLE,
         BrokerError: EXIT_UNAVAILABLE,
+        DownloadError: EXIT_UNAVAILABLE,
         SubscriberError: EXIT_UNAVAILABLE,
         LinkError: EXIT_UNAVAILABLE,
         OutboxError: EXIT_IO,

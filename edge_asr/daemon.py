@@ -12,19 +12,32 @@ import contextlib
 import hashlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import edge_asr
-from edge_asr import clock, commands, contract, grammar, hotwords, inference, logs, model_store, settings, systemd
+from edge_asr import (
+    clock,
+    commands,
+    contract,
+    grammar,
+    hotwords,
+    inference,
+    installation,
+    logs,
+    model_store,
+    settings,
+    systemd,
+    trial,
+)
 from edge_asr.audio import FrameCutter
 from edge_asr.commands import Interpreter
 from edge_asr.contract import Meta, Renderer
 from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
 from edge_asr.hotwords import HotwordError, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
-from edge_asr.model_store import ModelFiles
+from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.outbox import Outbox, OutboxError, Statistics
 from edge_asr.pipeline import Ear, Pipeline, Source, Understanding, understand, with_company
 from edge_asr.publisher import Publisher
@@ -42,7 +55,7 @@ DRAIN_LIMIT_S = 10.0
 
 STATUS_INTERVAL_S = 5.0
 
-RELOADED = ("log", "hotwords", "commands")
+RELOADED = ("log", "hotwords", "commands", "model")
 """Sections of the settings that SIGHUP takes over."""
 
 
@@ -72,7 +85,7 @@ class Engine:
     @classmethod
     def build(cls, options: Settings) -> Engine:
         """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
-        files = model_store.locate(options.model.name)
+        files = model_store.locate(installation.chosen(options), options.models_directory)
         vad = model_store.locate_vad()
         recognizer = inference.open_recognizer(files, options.model)
         words = build_hotwords(options.hotwords, recognizer)
@@ -89,6 +102,26 @@ class Engine:
                 yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
         for utterance in ear.flush():
             yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
+
+
+def prepare_engine(options: Settings) -> tuple[Engine, str]:
+    """The engine, and what went wrong where a newly activated model had to make way; errors as of Engine.build."""
+    store = installation.Store(options.models_directory)
+    if options.model.name is not None or store.proven:
+        return Engine.build(options), ""
+    candidate = store.active
+    reason = f"the daemon ended {installation.TRIALS} times with it"
+    if store.begin() is None:
+        try:
+            engine = Engine.build(options)
+            trial.hear_golden(engine.recognizer, engine.files)
+        except ModelError as error:
+            reason = str(error)
+            store.roll_back()
+        else:
+            store.prove()
+            return engine, ""
+    return Engine.build(options), f"{candidate} is not used, {store.active} is again: {reason}"
 
 
 def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
@@ -128,7 +161,9 @@ class Daemon:
     def __init__(self, options: Settings, reload: Callable[[], Settings] | None = None) -> None:
         self._options = options
         self._reload = reload
-        self._engine = Engine.build(options)
+        self._engine, self._model_trouble = prepare_engine(options)
+        self._chosen = installation.chosen(options)
+        self._reloading = asyncio.Lock()
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
         self.stopped = False
@@ -157,6 +192,7 @@ class Daemon:
         ]
         with self._signals():
             systemd.ready(self._status())
+            await self._tell_of_model()
             log.info("listening to %s", ", ".join(source.name for source in chosen))
             try:
                 await with_company(self._hear(), *background)
@@ -190,15 +226,18 @@ class Daemon:
         loop = asyncio.get_running_loop()
         tasks: set[asyncio.Task[None]] = set()
 
-        def stop() -> None:
-            loop.remove_signal_handler(signal.SIGINT)  # a second Ctrl-C ends at once
-            task = asyncio.create_task(self.stop(), name="stop")
+        def begin(work: Coroutine[None, None, None], name: str) -> None:
+            task = asyncio.create_task(work, name=name)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
+        def stop() -> None:
+            loop.remove_signal_handler(signal.SIGINT)  # a second Ctrl-C ends at once
+            begin(self.stop(), "stop")
+
         handlers: dict[signal.Signals, Callable[[], None]] = {signal.SIGTERM: stop, signal.SIGINT: stop}
         if self._reload is not None:
-            handlers[signal.SIGHUP] = self._apply_settings
+            handlers[signal.SIGHUP] = lambda: begin(self._take_over(), "reload")
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -207,25 +246,51 @@ class Daemon:
             for number in handlers:
                 loop.remove_signal_handler(number)
 
-    def _apply_settings(self) -> None:
-        """Take over what may change while running: :data:`RELOADED`. Bad settings change nothing."""
-        systemd.reloading()
-        try:
-            assert self._reload is not None  # noqa: S101 - the handler is installed only then
-            fresh = self._reload()
-            words = build_hotwords(fresh.hotwords, self._engine.recognizer)
-            interpreter = build_interpreter(fresh.commands, self._engine.recognizer)
-        except (settings.SettingsError, HotwordError, grammar.GrammarError) as error:
-            log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
-        else:
-            logs.configure(fresh.log)
-            self._pipeline.hotwords, self._pipeline.interpreter = words, interpreter
-            old = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
-            later = sorted(name for name in Settings.model_fields if getattr(old, name) != getattr(fresh, name))
-            self._options = old
-            self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
-            log.info("reloaded%s", f"; a restart is needed for: {', '.join(later)}" if later else "")
-        systemd.ready(self._status())
+    async def _take_over(self) -> None:
+        """Read the settings again and take over what may change while running: :data:`RELOADED`, and another model.
+
+        Bad settings change nothing. A new model is loaded beside the old one, which goes on working until then.
+        """
+        async with self._reloading:
+            systemd.reloading()
+            try:
+                await self._apply_settings()
+            except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError) as error:
+                log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
+            await self._tell_of_model()
+            systemd.ready(self._status())
+
+    async def _apply_settings(self) -> None:
+        assert self._reload is not None  # noqa: S101 - the handler is installed only then
+        fresh = self._reload()
+        engine = self._engine
+        name = installation.chosen(fresh)
+        if fresh.model != self._options.model or name != self._chosen:
+            engine, self._model_trouble = await asyncio.to_thread(prepare_engine, fresh)
+            name = installation.chosen(fresh)
+        words = build_hotwords(fresh.hotwords, engine.recognizer)
+        interpreter = build_interpreter(fresh.commands, engine.recognizer)
+        logs.configure(fresh.log)
+        self._engine, self._chosen = engine, name
+        self._pipeline.replace(engine.recognizer, words, interpreter)
+        old = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
+        later = sorted(name for name in Settings.model_fields if getattr(old, name) != getattr(fresh, name))
+        self._options = old
+        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        log.info(
+            "reloaded, listening with %s%s",
+            engine.recognizer.name,
+            f"; a restart is needed for: {', '.join(later)}" if later else "",
+        )
+
+    async def _tell_of_model(self) -> None:
+        """Let people know that a newly activated model had to make way."""
+        if self._model_trouble:
+            log.error(self._model_trouble)
+            alarm = contract.alarm_draft("model-rolled-back", self._model_trouble, severity="critical")
+            with contextlib.suppress(OutboxError):  # the disk is full: the log has it
+                await self.outbox.append(alarm)
+            self._model_trouble = ""
 
     def _meta(self) -> Meta:
         manifest = self._engine.files.manifest

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge_asr import clock, inference, model_store
-from edge_asr.audio import SILENCE_DBFS, read_file
+from edge_asr import clock, inference, installation, model_store, trial
+from edge_asr.audio import SILENCE_DBFS
 from edge_asr.daemon import build_hotwords, build_interpreter
 from edge_asr.grammar import GrammarError
 from edge_asr.health import DEAD_BELOW_DBFS
@@ -27,10 +27,6 @@ from edge_asr.sources import SourceError, measure_level
 from edge_asr.subscriber import Subscriber, SubscriberError
 
 State = Literal["ok", "warning", "failed"]
-
-GOLDEN = "golden.flac"
-GOLDEN_TEXT = "start conveyor three"
-"""What the bundled self-test recording says."""
 
 LITTLE_SPACE_BYTES = 100 * 1024 * 1024
 NOISY_DBFS = -35.0
@@ -66,18 +62,18 @@ def examine(options: Settings) -> Iterator[Finding]:
 
 def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognizer], None]) -> Finding:
     try:
-        files = model_store.locate(options.model.name)
+        files = model_store.locate(installation.chosen(options), options.models_directory)
         recognizer = inference.open_recognizer(files, options.model)
     except ModelError as error:
         return Finding("model", "failed", str(error), "choose another with model.name; see `edge-asr models list`")
     loaded(recognizer)
-    if "en" not in files.manifest.languages:
-        return Finding("model", "ok", f"{files.name} loads")
-    heard = recognizer.recognize(read_file(model_store.bundled("recordings") / GOLDEN)).transcript.text
-    if heard.casefold().strip(" .") == GOLDEN_TEXT:
-        return Finding("model", "ok", f"{files.name} on {recognizer.provider} hears the test recording right")
-    remedy = "import the model again; its files or this CPU's arithmetic are not what they were"
-    return Finding("model", "failed", f"{files.name} hears {heard!r} for {GOLDEN_TEXT!r}", remedy)
+    try:
+        heard = trial.hear_golden(recognizer, files).heard
+    except ModelError as error:
+        return Finding("model", "failed", str(error), "or this CPU's arithmetic is not what it was")
+    if heard is None:
+        return Finding("model", "ok", f"{files.name} loads; it has no golden recording in a language of this site")
+    return Finding("model", "ok", f"{files.name} on {recognizer.provider} hears {heard!r} in its golden recording")
 
 
 def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:

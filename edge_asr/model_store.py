@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
@@ -27,6 +28,9 @@ UNVERIFIED = "unverified"
 """The version of a model that nobody vouches for."""
 
 Language = Literal["zh", "en", "yue", "ja", "ko"]
+
+EMBEDDED = "micro-en"
+"""The bundled recognizer that is used until another is chosen."""
 
 LANGUAGES: tuple[Language, ...] = ("zh", "en", "yue", "ja", "ko")
 """What SenseVoice's language tags can say."""
@@ -63,10 +67,19 @@ class ManifestFile(_Record):
     """Bytes; compared first, so that a truncated copy is called truncated."""
 
 
+class Golden(_Record):
+    """A recording that the model must hear right before it is let near a microphone."""
+
+    audio: FileName
+    """One of the model's files."""
+    text: Annotated[str, Field(min_length=1)]
+
+
 class Manifest(_Record):
     """What a model is, where it comes from and of which files it consists."""
 
-    name: str
+    name: FileName
+    """Of its folder, too."""
     version: str
     kind: Literal["sense-voice", "vad"]
     description: str
@@ -75,12 +88,16 @@ class Manifest(_Record):
     """SPDX identifier, or the licence's own name."""
     origin: str
     files: Annotated[dict[FileName, ManifestFile], Field(min_length=1)]
+    golden: Golden | None = None
+    """None: a recognizer of English is held against the bundled golden recording, another against none."""
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
         models = [name for name in self.files if name.endswith(".onnx")]
         if len(models) != 1 or (self.kind == "sense-voice" and TOKENS not in self.files):
             raise ValueError(f"files must list one .onnx file and, for a recognizer, {TOKENS}")
+        if self.golden is not None and self.golden.audio not in self.files:
+            raise ValueError(f"files must list golden.audio, {self.golden.audio}")
         return self
 
     @property
@@ -145,6 +162,16 @@ PUBLIC_RELEASES = (
 )
 """Downloads without a manifest that are recognized by the hash of their model file."""
 
+RELEASE_ARCHIVES = {
+    "sherpa-onnx-sense-voice-zh-en-ja-ko-yue-int8-2024-07-17.tar.bz2": ManifestFile(
+        sha256="7d1efa2138a65b0b488df37f8b89e3d91a60676e416f515b952358d83dfd347e", size=163_002_883
+    ),
+    "sherpa-onnx-sense-voice-zh-en-ja-ko-yue-int8-2025-09-09.tar.bz2": ManifestFile(
+        sha256="7305f7905bfcf77fa0b39388a313f3da35c68d971661a65475b56fb2162c8e63", size=165_783_878
+    ),
+}
+"""What :data:`PUBLIC_RELEASES` are packed in."""
+
 
 def bundled(what: Literal["models", "grammars", "recordings"]) -> Path:
     """Name the folder of what ships with the program: inside an installed wheel, else in the checkout."""
@@ -157,15 +184,24 @@ def bundled(what: Literal["models", "grammars", "recordings"]) -> Path:
 
 def bundled_manifests() -> tuple[Manifest, ...]:
     """List the bundled models by name; their files are not looked at."""
-    return tuple(_read_manifest(path) for path in sorted(bundled("models").glob(f"*/{MANIFEST}")))
+    return manifests_in(bundled("models"))
 
 
-def locate(name_or_path: str) -> ModelFiles:
-    """Find a recognition model by bundled name or by directory and check every file of it. Raises ModelError."""
+def manifests_in(folder: Path) -> tuple[Manifest, ...]:
+    """List the models of a folder by name; their files are not looked at. Raises ModelError."""
     with _explained():
-        folder = _folder(name_or_path)
+        return tuple(read_manifest(path) for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")))
+
+
+def locate(name_or_path: str, installed: Path | None = None) -> ModelFiles:
+    """Find a recognition model and check every file of it. Raises ModelError.
+
+    By its bundled name, its name in the folder of ``installed`` models, or the path of its directory.
+    """
+    with _explained():
+        folder = _folder(name_or_path, installed)
         if (folder / MANIFEST).exists():
-            manifest = _read_manifest(folder / MANIFEST)
+            manifest = read_manifest(folder / MANIFEST)
             if manifest.kind != "sense-voice":
                 raise ModelError(f"{folder}: is a {manifest.kind} model, not a recognizer; see `edge-asr models`")
             _verify(folder, manifest)
@@ -180,7 +216,7 @@ def locate_vad(name: str = "silero-vad") -> Path:
     """Find a bundled speech detector's ONNX file and check it. Raises ModelError."""
     folder = bundled("models") / name
     with _explained():
-        manifest = _read_manifest(folder / MANIFEST)
+        manifest = read_manifest(folder / MANIFEST)
         _verify(folder, manifest)
     return folder / manifest.model_file
 
@@ -194,11 +230,13 @@ def _explained() -> Iterator[None]:
         raise ModelError(f"{error.filename}: {error.strerror}; check that it is there and may be read") from None
 
 
-def _folder(name_or_path: str) -> Path:
+def _folder(name_or_path: str, installed: Path | None) -> Path:
     store = bundled("models")
     names = sorted(path.parent.name for path in store.glob(f"*/{MANIFEST}"))
     if name_or_path in names:
         return store / name_or_path
+    if installed is not None and "/" not in name_or_path and (installed / name_or_path / MANIFEST).is_file():
+        return installed / name_or_path
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -206,11 +244,12 @@ def _folder(name_or_path: str) -> Path:
     if not folder.exists():
         raise ModelError(f"{name_or_path}: no such model; {known}")
     if folder.suffix in {".bz2", ".gz", ".tar", ".tgz", ".zip"}:
-        raise ModelError(f"{folder}: is an archive; unpack it (`tar xf {folder.name}`) and name the directory")
+        raise ModelError(f"{folder}: is an archive; type `edge-asr models import {folder}`")
     raise ModelError(f"{folder}: is a file; {known}")
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Read what a model's folder says of itself. Raises ModelError."""
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -242,7 +281,7 @@ def _recognize(folder: Path) -> Manifest:
                 raise ModelError(f"{tokens}: is not the one of {release.name}; copy it from the model's archive")
             return release.model_copy(update={"files": found})
     return Manifest(
-        name=folder.resolve().name,
+        name=plain_name(folder),
         version=UNVERIFIED,
         kind="sense-voice",
         description="not a known release",
@@ -251,6 +290,12 @@ def _recognize(folder: Path) -> Manifest:
         origin="unknown",
         files=found,
     )
+
+
+def plain_name(path: Path) -> str:
+    """A name for a model that has none: of its folder or archive."""
+    name = re.sub(r"\.(tar|tar\.gz|tgz|tar\.bz2|zip)$", "", path.resolve().name)
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "model"
 
 
 def _model_path(folder: Path) -> Path:

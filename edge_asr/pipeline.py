@@ -304,10 +304,8 @@ class Pipeline:
         self.ears = {source.name: Ear(new_detector(), options.vad) for source in sources}
         """Source -> its ear, whose meter tells the source's health."""
         self._recognizer = recognizer
-        self.hotwords = hotwords
-        """May be replaced between two utterances (SIGHUP)."""
-        self.interpreter = interpreter
-        """May be replaced between two utterances (SIGHUP)."""
+        self._hotwords = hotwords
+        self._interpreter = interpreter
         self._outbox = outbox
         self._live = live
         self.told: Callable[[Message], None] = lambda _message: None
@@ -349,6 +347,10 @@ class Pipeline:
     def busy_since_ns(self) -> int | None:
         """CLOCK_BOOTTIME at which the oldest decode or commit under way began; None: idle. The watchdog's question."""
         return min(self._began_ns.values(), default=None)
+
+    def replace(self, recognizer: Recognizer, hotwords: Hotwords | None, interpreter: Interpreter | None) -> None:
+        """Hear with others from the next utterance on; the one that is being recognized is finished with the old."""
+        self._recognizer, self._hotwords, self._interpreter = recognizer, hotwords, interpreter
 
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
@@ -419,10 +421,10 @@ class Pipeline:
         while (work := await self._work.take()) is not None:
             utterance, final = work
             began_ns = clock.boottime_ns()
-            interpreter = self.interpreter if final else None
+            interpreter = self._interpreter if final else None
             with self._at_work():
                 heard = await loop.run_in_executor(
-                    self._executor, understand, utterance, self._recognizer, self.hotwords, interpreter
+                    self._executor, understand, utterance, self._recognizer, self._hotwords, interpreter
                 )
             if final:
                 taken_s = (clock.boottime_ns() - began_ns) / clock.NS_PER_S

@@ -76,9 +76,11 @@ class Site(_Section):
 class Model(_Section):
     """Which ears."""
 
-    name: str = "micro-en"
-    """Name of a bundled model, or the path, with a ``/`` in it, of a directory in SenseVoice's contract
-    (model.int8.onnx, tokens.txt)."""
+    name: str | None = None
+    """Name of a bundled or imported model, or the path, with a ``/`` in it, of a directory in SenseVoice's contract
+    (model.int8.onnx, tokens.txt). None: the one that `edge-asr models activate` chose, else the bundled one."""
+    signed_by: Path | None = None
+    """Ed25519 public key (PEM): only models whose manifest is signed with it are imported and activated."""
     engine: Literal["onnxruntime", "sherpa-onnx"] = "onnxruntime"
     """sherpa-onnx gives text only: commands are then matched on the text."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -306,6 +308,11 @@ class Settings(_Section):
             return Path(of_systemd.split(":")[0])
         home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(home) / "edge-asr"
+
+    @property
+    def models_directory(self) -> Path:
+        """Where imported models live."""
+        return self.state_directory / "models"
 
     @property
     def outbox_path(self) -> Path:

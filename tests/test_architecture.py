@@ -19,13 +19,17 @@ ORDER = (
         "outbox_file",
         "outbox",
         "model_store",
+        "archive",
+        "download",
+        "installation",
         "inference",
+        "trial",
         "sources",
         "contract",
     ),
     *("requests", "mailbox", "link", "publisher", "systemd", "logs"),
     *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
-    *("command_line", "cli"),
+    *("command_line", "cli_models", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))

@@ -78,10 +78,10 @@ def test_an_unknown_name_lists_the_names_there_are() -> None:
     assert refusal("micro-fr").startswith("micro-fr: no such model; expected a bundled model (micro-en")
 
 
-def test_an_archive_is_refused_with_the_command_that_unpacks_it(tmp_path: Path) -> None:
+def test_an_archive_is_refused_with_the_command_that_imports_it(tmp_path: Path) -> None:
     archive = tmp_path / "sense-voice.tar.bz2"
     archive.write_bytes(b"BZh9")
-    assert "`tar xf sense-voice.tar.bz2`" in refusal(archive)
+    assert f"`edge-asr models import {archive}`" in refusal(archive)
 
 
 def test_a_model_file_in_place_of_its_directory_is_refused() -> None:

@@ -16,7 +16,7 @@ import sherpa_onnx
 import soundfile as sf
 from numpy.typing import NDArray
 
-from edge_asr import audio, commands, doctor, grammar, model_store
+from edge_asr import audio, commands, grammar, model_store, trial
 from edge_asr.daemon import Engine
 from edge_asr.events import SAMPLE_RATE, Command
 from edge_asr.settings import Settings
@@ -155,7 +155,7 @@ def test_the_daemon_understands_every_recording_as_the_manifest_says() -> None:
 
 
 def test_the_embedded_model_hears_the_golden_recording_to_the_letter() -> None:
-    assert text_in(RECORDINGS / GOLDEN) == doctor.GOLDEN_TEXT
+    assert text_in(RECORDINGS / GOLDEN) == trial.BUNDLED_GOLDEN.text
 
 
 def test_the_tool_makes_the_shipped_noise_again(tmp_path: Path) -> None:

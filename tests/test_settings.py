@@ -45,7 +45,7 @@ def refusal(file: Path, overrides: dict[str, Any] | None = None) -> str:
 def test_without_a_file_everything_has_a_default() -> None:
     options = settings.load(None)
     assert options == Settings()
-    assert options.model.name == "micro-en"
+    assert options.model.name is None
     assert options.sources == (MicrophoneSource(type="microphone"),)
     assert options.topic_root == "voice/edge-asr"
 

@@ -1,0 +1,107 @@
+"""Decides whether a model is fit to be activated: in a process of its own, which a native library may end.
+
+The child loads the model with the engine of the settings and hears its golden recording. sherpa-onnx and onnxruntime
+end the process on some files that are no model of theirs; the parent then says so in one line and lives on.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rapidfuzz.distance import Levenshtein
+
+from edge_asr import inference, model_store, settings
+from edge_asr.audio import AudioFileError, read_file
+from edge_asr.inference import RecognizerError
+from edge_asr.model_store import Golden, ModelError, ModelFiles
+
+LIMIT_S: Final = 120.0
+"""A model that takes longer to load and to hear three words is of no use on this box."""
+
+BUNDLED_GOLDEN: Final = Golden(audio="golden.flac", text="start conveyor three")
+"""For recognizers of English that bring none."""
+
+WRONG_WORDS: Final = 1
+"""A small model may mishear one word of the bundled recording; spoilt weights or a foreign vocabulary hear none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a trial that was passed."""
+
+    heard: str | None
+    """The golden recording's text; None: there is none in the site's language, only the contract was tried."""
+
+
+def golden_of(files: ModelFiles) -> tuple[Path, str] | None:
+    """(recording, what it says) for a model; None: nothing is known that it must hear."""
+    own = files.manifest.golden
+    if own is not None:
+        return files.model.parent / own.audio, own.text
+    if "en" not in files.manifest.languages:
+        return None
+    return model_store.bundled("recordings") / BUNDLED_GOLDEN.audio, BUNDLED_GOLDEN.text
+
+
+def hears_right(heard: str, said: str, *, exactly: bool) -> bool:
+    """Whether a golden recording was understood; punctuation and capitals do not count."""
+    words = [["".join(filter(str.isalnum, word)) for word in text.casefold().split()] for text in (heard, said)]
+    return Levenshtein.distance(*words) <= (0 if exactly else WRONG_WORDS)
+
+
+def hear_golden(recognizer: inference.OnnxRecognizer | inference.SherpaRecognizer, files: ModelFiles) -> Verdict:
+    """Let a loaded model hear its golden recording. Raises ModelError if it hears something else."""
+    golden = golden_of(files)
+    spoken = recognizer.languages
+    if golden is None or (files.manifest.golden is None and spoken and "en" not in spoken):
+        return Verdict(None)
+    recording, said = golden
+    try:
+        heard = recognizer.recognize(read_file(recording)).transcript.text
+    except (RecognizerError, AudioFileError) as error:
+        raise ModelError(f"{files.name}: fails on its golden recording ({error}); import the model again") from None
+    if not hears_right(heard, said, exactly=files.manifest.golden is not None):
+        raise ModelError(f"{files.name}: hears {heard!r} where {said!r} is said; import the model again")
+    return Verdict(heard)
+
+
+def run(name_or_path: str, installed: Path, options: settings.Model) -> Verdict:
+    """Try a model in a process of its own. Raises ModelError with what it does wrong."""
+    chosen = options.model_copy(update={"name": name_or_path, "signed_by": None})
+    command = [sys.executable, "-m", "edge_asr.trial", str(installed), chosen.model_dump_json()]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"{name_or_path}: is not ready after {LIMIT_S:g} s; choose a smaller model") from None
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+        raise ModelError(
+            f"{name_or_path}: ends the process that loads it ({how}); it is no model for {options.engine}"
+        ) from None
+    if answer["error"]:
+        raise ModelError(answer["error"])
+    return Verdict(answer["heard"])
+
+
+def _child(installed: str, options: str) -> dict[str, str | None]:
+    wanted = settings.Model.model_validate_json(options)
+    assert wanted.name is not None  # noqa: S101 - see run
+    try:
+        files = model_store.locate(wanted.name, Path(installed))
+        return {"heard": hear_golden(inference.open_recognizer(files, wanted), files).heard, "error": None}
+    except ModelError as error:
+        return {"heard": None, "error": str(error)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child(*sys.argv[1:])))
