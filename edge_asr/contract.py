@@ -50,8 +50,12 @@ TOPICS: Mapping[str, str] = {
 }
 """Topic below the device's root -> name of its schema."""
 
-MIN_LIFE_S = 1.0
-"""A command with less left is expired: MQTT counts message expiry in whole seconds, and 0 would mean at once."""
+MIN_LIFE_S = 2.0
+"""A command with less left is expired: brokers count message expiry in whole seconds.
+
+Given N seconds, mosquitto hands a message on for up to N + 1 (it compares clock readings without their fractions), and
+0 means for ever to it. So the interval is a second less than what is left, and at least 1.
+"""
 
 PayloadMode = Literal["cloudevents", "plain"]
 State = Literal["online", "degraded", "offline"]
@@ -71,7 +75,7 @@ class Payload:
     content_type: str
     user_properties: tuple[tuple[str, str], ...] = ()
     expires_s: int | None = None
-    """MQTT message expiry interval: the broker drops it for subscribers that come later."""
+    """MQTT message expiry interval: the broker drops it for subscribers that come later; see :data:`MIN_LIFE_S`."""
     correlation: bytes | None = None
     """MQTT correlation data of the request that this answers."""
 
@@ -159,7 +163,7 @@ class Renderer:
             ("replayed", str(replayed).lower()),
             ("time_quality", message.time_quality),
         )
-        expires_s = int(life_left_s) if life_left_s is not None and not expired else None
+        expires_s = int(life_left_s) - 1 if life_left_s is not None and not expired else None
         content_type, body = self._envelope(TOPICS[topic], data)
         return Payload(f"{self.root}/{topic}", body, content_type, properties, expires_s)
 

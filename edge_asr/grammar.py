@@ -52,8 +52,8 @@ class Intent(_Part):
 
     sentences: Annotated[tuple[str, ...], Field(min_length=1)]
     risk: Risk = "normal"
-    ttl_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
-    """Life of the command; None: the site's default."""
+    ttl_s: Annotated[float, Field(ge=3, le=86_400)] | None = None
+    """Life of the command; None: the site's default. Brokers count its last 2 seconds too coarsely to be used."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     """None: the site's default."""
     answer: Answer | None = None

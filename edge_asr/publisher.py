@@ -6,7 +6,8 @@ Law:
   place and alone, nothing overtakes it, and after :data:`REFUSALS` refusals it is put aside as a dead letter. So is one
   over which the broker ends the connection :data:`ENDINGS` times, or it would hold up all others for ever.
 - Order is the outbox's. One exception: while messages from before this connection (the backlog, ``replayed``) are being
-  sent, a command committed since goes first, because its life is short.
+  sent, a command committed since goes first, because its life is short. So that it need not wait in a slower consumer's
+  queue either, the backlog is sent at no more than ``mqtt.replay_per_s``.
 - Before each sending a command's life is looked at. If it ends while the command is in flight, the connection is reset
   and the kernel's send buffer with it: nothing that sits on a dead link may come out later.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,7 +30,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edge_asr import contract
 from edge_asr.contract import Payload, Renderer
 from edge_asr.events import Json, Message
-from edge_asr.link import Link, LinkError, address
+from edge_asr.link import WINDOW, Link, LinkError, address
 from edge_asr.mailbox import Mailbox
 from edge_asr.outbox import Outbox, OutboxError, life_left_s
 from edge_asr.requests import Letter
@@ -126,7 +128,8 @@ class Publisher:
         """One connection, from dialling to its end. Raises LinkError with the reason why it ended."""
         will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
         link = await self._connect(will)
-        delivery = _Delivery(link, self._outbox, self._renderer, cautious=self._cautious)
+        pace = _Pace(self._mqtt.replay_per_s)
+        delivery = _Delivery(link, self._outbox, self._renderer, pace, cautious=self._cautious)
         self._link = link
         self._tell("")
         try:
@@ -175,15 +178,32 @@ class Publisher:
         self._on_change()
 
 
+class _Pace:
+    """So many a second, in bursts of up to a window."""
+
+    def __init__(self, per_s: float) -> None:
+        self._gap_s = 1 / per_s
+        self._due_s = -math.inf
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until the next may go; then some may, so that waiting does not cost a timer each. 0: now."""
+        return 0.0 if self._due_s <= now_s else self._due_s - now_s + self._gap_s * (WINDOW // 2)
+
+    def count(self, now_s: float) -> None:
+        """One goes now."""
+        self._due_s = max(self._due_s, now_s - self._gap_s * WINDOW) + self._gap_s
+
+
 class _Delivery:
     """What one connection takes from the outbox: which message is next, what is in flight, what came back."""
 
-    def __init__(self, link: Link, outbox: Outbox, renderer: Renderer, *, cautious: bool) -> None:
+    def __init__(self, link: Link, outbox: Outbox, renderer: Renderer, pace: _Pace, *, cautious: bool) -> None:
         self.cautious = cautious
         """One message at a time, until the broker takes one: something in flight was refused or ended a connection."""
         self._link = link
         self._outbox = outbox
         self._renderer = renderer
+        self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._stir = asyncio.Event()
         """Something happened: a PUBACK, a new message, the end of a pause or of the connection."""
@@ -276,6 +296,8 @@ class _Delivery:
             life_s = life_left_s(message) if message.topic == contract.COMMAND else None
             replayed = message.seq <= self._backlog_end
             payload = self._renderer.message(message, replayed=replayed, life_left_s=life_s)
+            if replayed:
+                self._pace.count(self._loop.time())
             if self._link.fits(payload):
                 deadline_s = life_s if payload.expires_s is not None else None
                 self._link.publish(payload, qos=1, message=message, deadline_s=deadline_s)
@@ -288,10 +310,12 @@ class _Delivery:
         return not (self._link.ended or waits or len(self._link.in_flight) >= window)
 
     async def _next(self) -> Message | None:
-        """The message that is due; None: all that there is has been sent."""
+        """The message that is due; None: nothing is, yet."""
         command = await self._next_overtaking()
         if command is not None:
             return command
+        if self._too_early():
+            return None
         while self._page or await self._turn_page():
             message = self._page.popleft()
             self._cursor = message.seq
@@ -300,6 +324,13 @@ class _Delivery:
             elif message.seq not in self._handled():
                 return message
         return None
+
+    def _too_early(self) -> bool:
+        """Whether the next of the backlog has to wait for its time; it will be looked at again then."""
+        wait_s = self._pace.wait_s(self._loop.time()) if self._cursor < self._backlog_end else 0.0
+        if wait_s:
+            self._loop.call_later(wait_s, self._stir.set)
+        return wait_s > 0
 
     async def _turn_page(self) -> bool:
         newest = self._outbox.last_seq

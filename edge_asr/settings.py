@@ -166,8 +166,8 @@ class Commands(_Section):
     """Names of bundled grammars or paths of grammar files (``*.yaml``); several languages side by side are fine."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Below: rejected as not understood. An intent may ask for more."""
-    ttl_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
-    """Life of a command unless its intent says otherwise."""
+    ttl_s: Annotated[float, Field(ge=3, le=86_400)] = 10.0
+    """Life of a command unless its intent says otherwise; brokers count its last 2 seconds too coarsely to be used."""
     confirm_within_s: Annotated[float, Field(ge=2, le=300)] = 15.0
     """A risky command that is not confirmed within this time is cancelled."""
 
@@ -237,6 +237,9 @@ class Mqtt(_Section):
     tls: Tls | None = None
     payload: Literal["cloudevents", "plain"] = "cloudevents"
     """CloudEvents 1.0 structured JSON, or its flat data alone for tag-based SCADA."""
+    replay_per_s: Annotated[int, Field(ge=10, le=100_000)] = 1_500
+    """Messages a second at most while a backlog is sent: a consumer that falls behind would get live commands late,
+    because they wait behind the backlog in the broker's queue for it."""
     keepalive_s: Annotated[int, Field(ge=5, le=600)] = 15
     max_retry_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
     """Reconnecting never gives up; the pause grows to this, with jitter."""

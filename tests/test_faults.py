@@ -14,6 +14,7 @@ import pytest
 from edge_asr import clock, contract
 from edge_asr.contract import Renderer
 from edge_asr.events import Message, new_id
+from tests.faults import report
 from tests.faults.books import Account, Delivery, Promise, settle
 from tests.faults.device import ROOT, command_draft, transcript_draft
 from tests.sysbox import CHECKOUT
@@ -116,3 +117,19 @@ def test_one_number_for_two_messages_and_a_payload_against_its_schema_are_foreig
     whole = delivery(sent[0])
     assert account(sent, [Delivery(whole.topic, whole.body.replace(b'"language"', b'"tongue"'), 0)]).foreign == 1
     assert contract.TRANSCRIPT in whole.topic
+
+
+def test_the_tables_replace_what_an_earlier_run_wrote_into_the_document(tmp_path: Path) -> None:
+    document = tmp_path / "reliability.md"
+    shipped = (CHECKOUT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    document.write_text(shipped, encoding="utf-8")
+    for text in ("first run", "second run"):
+        report.put_into(document, [text])
+    written = document.read_text(encoding="utf-8")
+    before, _, after = written.partition(f"{report.BEGIN}\n\nsecond run\n\n{report.END}")
+    assert shipped.startswith(before)
+    assert after
+    assert shipped.endswith(after)
+    document.write_text("no place", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no line"):
+        report.put_into(document, ["lost"])

@@ -300,7 +300,7 @@ WRONG = {
     "language: en\nintents: {Do: {sentences: [a], ttl: 3}}": "intents.Do.ttl: unknown key; did you mean `ttl_s`?",
     "language: en\nintents: {Do: {sentences: [a], files: 3}}": "intents.Do.files: unknown key",
     "language: en\nintents: {Do: {sentences: [a], risk: high}}": "intents.Do.risk: 'high' is wrong: input should be",
-    "language: en\nintents: {Do: {sentences: [a], ttl_s: 0}}": "intents.Do.ttl_s: 0 is not above 0 and at most 86400",
+    "language: en\nintents: {Do: {sentences: [a], ttl_s: 0}}": "intents.Do.ttl_s: 0 is not 3..86400",
     "language: en\nintents: {Do: {sentences: [a]}, Do: {sentences: [b]}}": "'Do' stands here twice",
     "language: en\nintents: {Do: {sentences: [a]}}\ntests: [{say: a}]": "tests.0.intent: missing",
     "language: en\nintents: [": "line 2, column 11: expected the node content",

@@ -186,6 +186,26 @@ def test_a_live_command_goes_before_the_backlog_and_nothing_else_changes_its_pla
     run(main())
 
 
+def test_the_backlog_is_paced_and_what_is_new_is_not(broker: Broker, outbox: Outbox) -> None:
+    """The pace leaves the broker's queue short, in which a live command waits for a slow consumer."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        await outbox.append(*[transcript()] * 120)
+        with Subscriber(broker) as subscriber:
+            began_s = loop.time()
+            async with publishing(broker.mqtt(replay_per_s=100), outbox):
+                await received(subscriber, lambda got: len(events(got)) >= 120, "the backlog")
+                assert loop.time() - began_s >= (120 - WINDOW) / 100
+                before_s = loop.time()
+                await outbox.append(*[transcript()] * 120)
+                await received(subscriber, lambda got: len(events(got)) >= 240, "what is new")
+                assert loop.time() - before_s < 120 / 100, "no slower than the pace would be"
+            assert seqs(events(subscriber.messages)) == list(range(1, 241))
+
+    run(main())
+
+
 def test_in_plain_mode_the_flat_data_arrives(broker: Broker, outbox: Outbox) -> None:
     async def main() -> None:
         with Subscriber(broker) as subscriber:
@@ -498,6 +518,33 @@ def test_a_year_back_and_forth_on_the_wall_clock_neither_expires_nor_revives_a_c
     run(main())
 
 
+def test_a_broker_that_counts_whole_seconds_does_not_hand_a_command_on_after_its_life(
+    broker: Broker, outbox: Outbox
+) -> None:
+    """Two consumers are away when the command comes; one is back in time, the other just too late."""
+
+    async def main() -> None:
+        async with publishing(broker.mqtt(), outbox) as running:
+            await until(lambda: running.connected, "a connection")
+            await asyncio.sleep(1 - clock.wall_ns() % clock.NS_PER_S / clock.NS_PER_S)  # mosquitto drops the fraction
+            sent, _ = await outbox.append(command(3.1, ended_s_ago=0), transcript("comes in any case"))
+            await until(lambda: emptied(outbox), "the broker to have both")
+            assert await returning("prompt") == ["command", "transcript"]
+            assert sent.expires_ns
+            await asyncio.sleep((sent.expires_ns - clock.boottime_ns()) / clock.NS_PER_S)
+            assert await returning("tardy") == ["transcript"]
+
+    async def returning(client_id: str) -> list[str]:
+        with Subscriber(broker, "+/+/voice/+/evt/#", client_id=client_id) as subscriber:
+            await received(subscriber, lambda _: subscriber.on("transcript"), "the transcript")
+            return [message.topic.rpartition("/")[2] for message in subscriber.messages]
+
+    for client_id in ("prompt", "tardy"):
+        with Subscriber(broker, "+/+/voice/+/evt/#", client_id=client_id):
+            pass  # its session stays and collects
+    run(main())
+
+
 def test_a_command_in_flight_to_a_broker_that_does_not_answer_ends_the_connection_with_its_life(
     broker: Broker, outbox: Outbox
 ) -> None:
@@ -505,7 +552,7 @@ def test_a_command_in_flight_to_a_broker_that_does_not_answer_ends_the_connectio
         async with publishing(broker.mqtt(), outbox) as running:
             await until(lambda: running.connected, "a connection")
             with broker.frozen():
-                (sent,) = await outbox.append(command(1.6))
+                (sent,) = await outbox.append(command(3))
                 await until(lambda: not running.connected, "the end of the connection")
                 assert sent.expires_ns
                 assert 0 <= clock.boottime_ns() - sent.expires_ns < clock.NS_PER_S
@@ -557,7 +604,7 @@ def test_a_command_on_a_cut_cable_does_not_come_out_when_the_cable_is_mended(tmp
             await outbox.append(transcript("before"))
             await until(lambda: emptied(outbox), "the delivery before the cut")
             cable.cut()
-            await outbox.append(command(2), transcript("meanwhile"))
+            await outbox.append(command(3), transcript("meanwhile"))
             await until(lambda: not running.connected, "the end of the connection")
             cable.mend()
             await until(lambda: running.connected, "a new connection")

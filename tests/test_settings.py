@@ -155,7 +155,7 @@ WRONG = {
     "vad: {threshold: 0}": "vad.threshold: 0 is not above 0 and below 1",
     "vad: {pre_roll_s: 9}": "vad.pre_roll_s: 9 is not 0..2",
     "outbox: {max_bytes: 5}": "outbox.max_bytes: 5 is not at least 1000000",
-    "commands: {ttl_s: .inf}": "commands.ttl_s: inf is not above 0 and at most 86400",
+    "commands: {ttl_s: .inf}": "commands.ttl_s: inf is not 3..86400",
     "commands: {grammars: factory.en}": "commands.grammars: 'factory.en' is wrong: expected a list",
     "device: line 4": "device: 'line 4' may hold only A-Z a-z 0-9 _ -",
     "site: {area: a/b}": "site.area: 'a/b' may hold only",

@@ -6,14 +6,15 @@ Law, for one device:
   (``forgotten``), or rightly dropped a command whose life ended while it had it (``expired_at_broker``).
 - reordered: at its first delivery something newer had come before. A live command may overtake, and only it.
 - duplicates: a second delivery under the same id. Under another id, or one id for two messages, it is ``foreign``.
-- stale: ``evt/command`` first came after the command's life, by CLOCK_BOOTTIME: no step of the wall clock moves it.
+- stale: ``evt/command`` first came after the command's life, by CLOCK_BOOTTIME: no step of the wall clock moves it. Not
+  ours: a broker that was frozen with the command in its hands (``late_from_broker``); consumers compare ``expires_at``.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class Account:
     unreadable: int = 0
     """On damaged pages."""
     late_from_broker: int = 0
-    """Commands that the broker got in time and handed on too late; consumers compare ``expires_at``."""
+    """Commands that a frozen broker handed on when it thawed."""
     seconds: float = 0.0
     skipped: str = ""
     """Why it could not be run here."""
@@ -167,15 +168,13 @@ def settle(
     delivered: Sequence[Delivery],
     *,
     acknowledged: Collection[str] = (),
-    handed_over_ns: Mapping[str, int] | None = None,
     broker_killed: bool = False,
     broker_frozen: bool = False,
     excused_lost: int = 0,
 ) -> Account:
     """Fill in the account.
 
-    ``acknowledged``: ids that the broker had taken; ``handed_over_ns``: when it first got them; ``excused_lost``: so
-    many were on the pages that the rig damaged. A frozen broker may have got everything in time.
+    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged.
     """
     seen, invalid = _read(delivered)
     first: dict[str, _Seen] = {}
@@ -194,16 +193,11 @@ def settle(
     account.expired = sum(one.kind == "expired" for one in first.values())
     account.foreign = invalid + _foreign(promised, seen)
     expires_ns = {promise.id: promise.expires_ns for promise in promised}
-    late = [
-        one.id
+    late = sum(
+        one.kind == "command" and one.arrived_ns > expires_ns.get(one.id, one.arrived_ns) + TRAVEL_NS
         for one in first.values()
-        if one.kind == "command" and one.arrived_ns > expires_ns.get(one.id, one.arrived_ns) + TRAVEL_NS
-    ]
-    got_ns = handed_over_ns or {}
-    account.late_from_broker = sum(
-        broker_frozen or got_ns.get(id_, expires_ns[id_] + 1) <= expires_ns[id_] for id_ in late
     )
-    account.stale = len(late) - account.late_from_broker
+    account.late_from_broker, account.stale = (late, 0) if broker_frozen else (0, late)
     return account
 
 

@@ -1,6 +1,7 @@
 """The device under test: a real outbox and publisher under load, writing down what ``append`` returned.
 
-    python -m tests.faults.device < orders     # one JSON object a line: start; ``kill``: end it, print its status
+    python -m tests.faults.device < orders     # one JSON object a line: start and print its pid
+                                               # ``kill PID``: end it and print its exit status
 
 One process that has imported everything forks a fresh device for every order, so that lives can be short and many.
 """
@@ -47,7 +48,7 @@ class Orders:
     speakers: int = 4
     pause_s: float = 0.01
     """Between two sentences of one speaker."""
-    command_life_s: float = 2.0
+    command_life_s: float = 4.0
     text_bytes: int = 100
     max_bytes: int = 200_000_000
     ballast_bytes: int = BALLAST_BYTES
@@ -120,8 +121,8 @@ def _kill(pid: int) -> int:
 
 
 def main() -> None:
-    """Serve orders until standard input ends; a living device ends with it."""
-    pid = 0
+    """Serve orders until standard input ends; living devices end with it."""
+    pids: set[int] = set()
 
     def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
         sys.exit()
@@ -130,14 +131,16 @@ def main() -> None:
     print("ready", flush=True)
     try:
         while line := sys.stdin.readline():
-            if line == "kill\n":
-                status, pid = _kill(pid), 0
-                print(status, flush=True)
+            if line.startswith("kill "):
+                pid = int(line.split()[1])
+                pids.remove(pid)
+                print(_kill(pid), flush=True)
             else:
                 pid = _fork(Orders(**json.loads(line)))
+                pids.add(pid)
                 print(pid, flush=True)
     finally:
-        if pid:
+        for pid in pids:
             _kill(pid)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import statistics
 import subprocess
@@ -11,19 +10,19 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from edge_asr import clock
-from edge_asr.contract import Renderer
 from edge_asr.outbox import Outbox
-from edge_asr.publisher import Publisher
-from edge_asr.settings import Mqtt
 from tests.broker import Broker
-from tests.faults.books import Consumer
-from tests.faults.device import ROOT, command_draft, transcript_draft
+from tests.faults.books import Consumer, promises
+from tests.faults.device import Orders, transcript_draft
+from tests.faults.scenarios import Devices
 
 APPENDS, BACKLOG, ROWS = 2_000, 100_000, 1_000_000
 MAX_BYTES = 4_000_000_000
+COMMAND_LIFE_S = 10.0
 
 LIMITS = {
     "append_median_ms": ("an append, median (ms)", 10.0),
@@ -40,7 +39,7 @@ def measure() -> dict[str, float]:
     """All figures; a few minutes."""
     with tempfile.TemporaryDirectory(prefix="figures-") as folder:
         place = Path(folder)
-        return {**asyncio.run(_append(place)), **asyncio.run(_drain(place)), **_open(place)}
+        return {**asyncio.run(_append(place)), **_drain(place), **_open(place)}
 
 
 def missed(measured: dict[str, float]) -> list[str]:
@@ -72,47 +71,44 @@ async def _append(place: Path) -> dict[str, float]:
     return {"append_median_ms": round(cuts[49], 2), "append_p99_ms": round(cuts[98], 2)}
 
 
-async def _fill(outbox: Outbox, messages: int) -> None:
-    for _ in range(messages // 1000):
-        await outbox.append(*[transcript_draft(100)] * 1000)
+async def _fill(path: Path, messages: int) -> None:
+    with closing(Outbox(path, MAX_BYTES)) as outbox:
+        for _ in range(messages // 1000):
+            await outbox.append(*[transcript_draft(100)] * 1000)
 
 
-async def _drain(place: Path) -> dict[str, float]:
-    """With a subscriber that takes everything; the broker keeps nothing on its disk."""
-    folder = place / "broker"
+def _drain(place: Path) -> dict[str, float]:
+    """A device comes back to a broker with a day's messages, and goes on speaking; a consumer takes everything.
+
+    The broker keeps nothing on its disk. A command's wait counts from before its commit to its arrival.
+    """
+    outbox, journal, hush, folder = (place / name for name in ("drain.db", "journal", "hush", "broker"))
     folder.mkdir()
-    with closing(Outbox(place / "drain.db", MAX_BYTES)) as outbox:
-        await _fill(outbox, BACKLOG)
-        with Broker(folder, durable=False) as broker, Consumer(broker.host, broker.port) as consumer:
-            mqtt = Mqtt.model_validate({"host": broker.host, "port": broker.port})
-            began = time.monotonic()
-            publishing = asyncio.create_task(Publisher(mqtt, Renderer(ROOT, "edge01"), outbox).run())
-            live = asyncio.create_task(_command_now_and_then(outbox))
-            await asyncio.to_thread(consumer.wait_for, BACKLOG)
-            took_s = time.monotonic() - began
-            for task in (live, publishing):
-                task.cancel()
-            await asyncio.gather(live, publishing, return_exceptions=True)
-            waits_s = [
-                (delivery.arrived_ns - born_ns) / clock.NS_PER_S
-                for delivery in consumer.deliveries
-                if delivery.topic.endswith("/command")
-                and (born_ns := _born.get(json.loads(delivery.body)["id"])) is not None
-            ]
-    return {"drain_per_s": round(BACKLOG / took_s), "live_command_s": round(max(waits_s), 3)}
-
-
-_born: dict[str, int] = {}
-"""When each live command was given to the outbox: its wait includes the commit."""
-
-
-async def _command_now_and_then(outbox: Outbox) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        while True:
-            await asyncio.sleep(0.5)
-            now_ns = clock.boottime_ns()
-            (command,) = await outbox.append(command_draft(10.0))
-            _born[command.id] = now_ns
+    asyncio.run(_fill(outbox, BACKLOG))
+    with (
+        Broker(folder, durable=False) as broker,
+        Consumer(broker.host, broker.port) as consumer,
+        Devices(place / "device.log") as devices,
+    ):
+        # Every fourth sentence is a command: two a second.
+        orders = Orders(str(outbox), str(journal), str(hush), broker.port, speakers=1, pause_s=0.125)
+        began_ns = clock.boottime_ns()
+        device = devices.start(replace(orders, command_life_s=COMMAND_LIFE_S, max_bytes=MAX_BYTES))
+        consumer.wait_for(BACKLOG)
+        devices.kill(device)
+    born_ns = {one.id: one.expires_ns - round(COMMAND_LIFE_S * clock.NS_PER_S) for one in promises(journal)}
+    replayed_ns, waits_ns = [], []
+    for delivery in consumer.deliveries:
+        data = json.loads(delivery.body)["data"]
+        if data["replayed"]:
+            replayed_ns.append(delivery.arrived_ns)
+        elif delivery.topic.endswith("/command") and data["id"] in born_ns:
+            waits_ns.append(delivery.arrived_ns - born_ns[data["id"]])
+    took_s = (replayed_ns[-1] - began_ns) / clock.NS_PER_S
+    return {
+        "drain_per_s": round(len(replayed_ns) / took_s),
+        "live_command_s": round(max(waits_ns) / clock.NS_PER_S, 3),
+    }
 
 
 _OPEN = """
@@ -129,12 +125,7 @@ outbox.close()
 
 def _open(place: Path) -> dict[str, float]:
     path = place / "million.db"
-
-    async def fill() -> None:
-        with closing(Outbox(path, MAX_BYTES)) as outbox:
-            await _fill(outbox, ROWS)
-
-    asyncio.run(fill())
+    asyncio.run(_fill(path, ROWS))
     done = subprocess.run(
         [sys.executable, "-c", _OPEN, str(path), str(MAX_BYTES)], check=True, capture_output=True, text=True
     )

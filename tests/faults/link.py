@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import heapq
+import itertools
 import os
 import random
 import select
@@ -26,7 +27,7 @@ _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x0001 | 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-DEVICE_SIDE, BROKER_SIDE = "10.177.0.1", "10.177.0.2"
+_NETWORKS = itertools.count()
 
 
 def isolate() -> str:
@@ -56,7 +57,10 @@ class Weather:
 
 
 class Link:
-    """A cable with weather; a context manager. :attr:`prefix` runs a command at the device's end."""
+    """A cable with weather; a context manager. :attr:`prefix` runs a command at the device's end.
+
+    ``broker_side`` is the address at our end.
+    """
 
     def __init__(self, luck: random.Random) -> None:
         self.weather = Weather()
@@ -68,8 +72,10 @@ class Link:
         self._holder.stdout.readline()
         self.prefix = ("nsenter", "-t", str(self._holder.pid), "-n")
         self._over, self._end = os.pipe()
-        self._device = _tunnel(f"/proc/{self._holder.pid}/ns/net", DEVICE_SIDE, BROKER_SIDE)
-        self._broker = _tunnel("/proc/self/ns/net", BROKER_SIDE, DEVICE_SIDE)
+        number = next(_NETWORKS)
+        device_side, self.broker_side = f"10.177.{number}.1", f"10.177.{number}.2"
+        self._device = _tunnel(f"/proc/{self._holder.pid}/ns/net", f"faults{number}", device_side, self.broker_side)
+        self._broker = _tunnel("/proc/thread-self/ns/net", f"faults{number}", self.broker_side, device_side)
         self._thread = threading.Thread(target=self._carry, daemon=True)
 
     def __enter__(self) -> Self:
@@ -112,16 +118,16 @@ class Link:
         return max(0.0, self.weather.delay_s + self._luck.uniform(-1, 1) * self.weather.jitter_s)
 
 
-def _tunnel(namespace: str, address: str, peer: str) -> int:
-    """An interface in that namespace whose packets we read and write."""
-    home = os.open("/proc/self/ns/net", os.O_RDONLY)
+def _tunnel(namespace: str, name: str, address: str, peer: str) -> int:
+    """An interface in that namespace whose packets we read and write. Only the calling thread goes there and back."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     there = os.open(namespace, os.O_RDONLY)
     try:
         _enter(there)
         tunnel = os.open("/dev/net/tun", os.O_RDWR)
-        fcntl.ioctl(tunnel, _TUNSETIFF, struct.pack("16sH22x", b"faults0", _TUN_WITHOUT_HEADER))
-        _run(f"ip addr add {address} peer {peer} dev faults0")
-        _run("ip link set faults0 up")
+        fcntl.ioctl(tunnel, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TUN_WITHOUT_HEADER))
+        _run(f"ip addr add {address} peer {peer} dev {name}")
+        _run(f"ip link set {name} up")
     finally:
         _enter(home)
         os.close(there)

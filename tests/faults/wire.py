@@ -144,15 +144,13 @@ class MoodyBroker(_Server):
 class Tap(_Server):
     """Passes everything on and notes which messages the broker acknowledged: what it forgets then is its own loss."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, host: str, port: int) -> None:
         super().__init__()
-        self._broker_port = port
+        self._broker = host, port
         self.acknowledged: set[str] = set()
-        self.handed_over_ns: dict[str, int] = {}
-        """CLOCK_BOOTTIME at which the broker's side first got a message, by id."""
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_broker, to_broker = await asyncio.open_connection("127.0.0.1", self._broker_port)
+        from_broker, to_broker = await asyncio.open_connection(*self._broker)
         flying: dict[bytes, str] = {}
         ways = [
             asyncio.create_task(self._there(reader, to_broker, flying)),
@@ -173,8 +171,7 @@ class Tap(_Server):
             raw, kind, body = await _packet(reader)
             found = _ID.search(body) if kind == _PUBLISH else None
             if found:
-                name = flying[_published(body)[1]] = found[1].decode()
-                self.handed_over_ns.setdefault(name, clock.boottime_ns())
+                flying[_published(body)[1]] = found[1].decode()
             writer.write(raw)
             await writer.drain()
 
