@@ -18,7 +18,7 @@ import onnxruntime
 
 from edge_asr import model_store
 from edge_asr.audio import read_file
-from edge_asr.daemon import Engine
+from edge_asr.engine import Engine
 from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE
 from edge_asr.inference import SherpaRecognizer
 from edge_asr.settings import Settings

@@ -1,8 +1,9 @@
 """The command line: every verb of `edge-asr` and its options. Only this room and its `cli_*` neighbours print or exit.
 
 Exit codes (sysexits.h): 0 done; 1 a test, a check or the demo found something wrong; 2 wrong usage; 66 an input file
-cannot be read; 69 a microphone, broker or other service is not there; 74 the outbox cannot be written; 78 settings,
-model or grammar cannot be used (systemd does not restart on this one); 130 interrupted.
+cannot be read; 69 a microphone, broker or other service is not there; 70 the recognizer cannot be kept running; 74 the
+outbox cannot be written; 78 settings, model or grammar cannot be used (systemd does not restart on this one); 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.live import Live
 from rich.table import Column, Table
 
 import edge_asr
-from edge_asr import bench, commands, demo, doctor, evaluation, inference, linter, logs, model_store, report, settings
+from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file, to_float
 from edge_asr.cli_models import models
@@ -36,7 +37,8 @@ from edge_asr.command_line import (
     one_line_errors,
     with_settings,
 )
-from edge_asr.daemon import Daemon, Engine, grammar_paths
+from edge_asr.daemon import Daemon
+from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
@@ -291,6 +293,8 @@ def grammar_test(names: tuple[str, ...]) -> None:
 def grammar_lint(names: tuple[str, ...], model: str) -> None:
     """Find words never heard, phrases that sound alike, sentences with two meanings; exit code 1 on an error."""
     with one_line_errors():
+        from edge_asr import linter  # noqa: PLC0415 - its dictionary takes 57 MB and 0.3 s, and the service needs none
+
         table = inference.load_tokens(model_store.locate(model).tokens)
         wrong = 0
         for name, file in grammar_paths(settings.Commands(grammars=names)).items():

@@ -27,10 +27,12 @@ from edge_asr.outbox import OutboxError
 from edge_asr.settings import Settings
 from edge_asr.sources import SourceError
 from edge_asr.subscriber import SubscriberError
+from edge_asr.worker import WorkerError
 
 EXIT_FOUND = 1
 EXIT_NO_INPUT = 66
 EXIT_UNAVAILABLE = 69
+EXIT_SOFTWARE = 70
 EXIT_IO = 74
 EXIT_CONFIG = 78
 EXIT_INTERRUPTED = 130
@@ -64,6 +66,7 @@ def one_line_errors() -> Iterator[None]:
         DownloadError: EXIT_UNAVAILABLE,
         SubscriberError: EXIT_UNAVAILABLE,
         LinkError: EXIT_UNAVAILABLE,
+        WorkerError: EXIT_SOFTWARE,
         OutboxError: EXIT_IO,
     }
     try:

@@ -13,36 +13,29 @@ import hashlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import edge_asr
 from edge_asr import (
     clock,
-    commands,
     contract,
     grammar,
-    hotwords,
-    inference,
-    installation,
     logs,
     model_store,
     settings,
     systemd,
-    trial,
 )
-from edge_asr.audio import FrameCutter
-from edge_asr.commands import Interpreter
 from edge_asr.contract import Meta, Renderer
+from edge_asr.engine import grammar_paths
 from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
-from edge_asr.hotwords import HotwordError, Hotwords
-from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
-from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.hotwords import HotwordError
+from edge_asr.inference import SileroDetector
+from edge_asr.model_store import ModelError
 from edge_asr.outbox import Outbox, OutboxError, Statistics
-from edge_asr.pipeline import Ear, Pipeline, Source, Understanding, understand, with_company
+from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
+from edge_asr.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -59,95 +52,6 @@ RELOADED = ("log", "hotwords", "commands", "model")
 """Sections of the settings that SIGHUP takes over."""
 
 
-def grammar_paths(options: settings.Commands) -> dict[str, Path]:
-    """Name -> file for every grammar of the settings: a bundled name or a path. Raises GrammarError."""
-    folder = model_store.bundled("grammars")
-    found: dict[str, Path] = {}
-    for name in options.grammars:
-        shipped = folder / f"{name}.yaml"
-        found[name] = shipped if shipped.exists() else Path(name)
-        if not found[name].exists():
-            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            raise grammar.GrammarError(f"commands.grammars: {name!r} is neither a file nor one of: {names}")
-    return found
-
-
-@dataclass(frozen=True)
-class Engine:
-    """The ears and the understanding that the settings ask for; the daemon's, and those of files away from it."""
-
-    files: ModelFiles
-    recognizer: OnnxRecognizer | SherpaRecognizer
-    hotwords: Hotwords | None
-    interpreter: Interpreter | None
-    new_detector: Callable[[], SileroDetector]
-
-    @classmethod
-    def build(cls, options: Settings) -> Engine:
-        """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
-        files = model_store.locate(installation.chosen(options), options.models_directory)
-        vad = model_store.locate_vad()
-        recognizer = inference.open_recognizer(files, options.model)
-        words = build_hotwords(options.hotwords, recognizer)
-        interpreter = build_interpreter(options.commands, recognizer)
-        return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))
-
-    def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
-        """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
-        ear = Ear(self.new_detector(), options)
-        cutter = FrameCutter("file")
-        now_ns = clock.boottime_ns()
-        for frame in (*cutter.feed(pcm, now_ns), *cutter.flush(now_ns)):
-            for utterance in ear.feed(frame):
-                yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
-        for utterance in ear.flush():
-            yield understand(utterance, self.recognizer, self.hotwords, self.interpreter)
-
-
-def prepare_engine(options: Settings) -> tuple[Engine, str]:
-    """The engine, and what went wrong where a newly activated model had to make way; errors as of Engine.build."""
-    store = installation.Store(options.models_directory)
-    if options.model.name is not None or store.proven:
-        return Engine.build(options), ""
-    candidate = store.active
-    reason = f"the daemon ended {installation.TRIALS} times with it"
-    if store.begin() is None:
-        try:
-            engine = Engine.build(options)
-            trial.hear_golden(engine.recognizer, engine.files)
-        except ModelError as error:
-            reason = str(error)
-            store.roll_back()
-        else:
-            store.prove()
-            return engine, ""
-    return Engine.build(options), f"{candidate} is not used, {store.active} is again: {reason}"
-
-
-def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
-    """The site's grammars under the model's tokens; None without grammars. Raises GrammarError."""
-    if not options.grammars:
-        return None
-    graph = commands.load_graph(list(grammar_paths(options).values()))
-    interpreter = Interpreter(graph, recognizer.table, options, recognizer.languages)
-    if interpreter.unspellable:
-        words = ", ".join(interpreter.unspellable)
-        log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)
-    return interpreter
-
-
-def build_hotwords(options: settings.Hotwords, recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
-    """The site's words under the model's tokens; None without any. Raises HotwordError."""
-    listed = hotwords.load(options)
-    if not listed:
-        return None
-    words = Hotwords(listed, recognizer.table)
-    if words.unspellable:
-        never = ", ".join(words.unspellable)
-        log.warning("the model %s cannot write, so never hear: %s; give them `spoken`", recognizer.name, never)
-    return words
-
-
 def build_source(options: settings.SourceSettings) -> Source:
     """The source that the settings describe."""
     if isinstance(options, settings.MicrophoneSource):
@@ -161,8 +65,8 @@ class Daemon:
     def __init__(self, options: Settings, reload: Callable[[], Settings] | None = None) -> None:
         self._options = options
         self._reload = reload
-        self._engine, self._model_trouble = prepare_engine(options)
-        self._chosen = installation.chosen(options)
+        self._worker = Worker(options)
+        self._vad = model_store.locate_vad()
         self._reloading = asyncio.Lock()
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
@@ -178,10 +82,8 @@ class Daemon:
         self._pipeline = Pipeline(
             self._options,
             sources=chosen,
-            new_detector=self._engine.new_detector,
-            recognizer=self._engine.recognizer,
-            hotwords=self._engine.hotwords,
-            interpreter=self._engine.interpreter,
+            new_detector=lambda: SileroDetector(self._vad),
+            engine=self._worker,
             outbox=self.outbox,
             live=self._publisher.publish_live,
         )
@@ -197,6 +99,7 @@ class Daemon:
             try:
                 await with_company(self._hear(), *background)
             finally:
+                self._worker.close()
                 self.outbox.close()
 
     async def _hear(self) -> None:
@@ -263,45 +166,35 @@ class Daemon:
     async def _apply_settings(self) -> None:
         assert self._reload is not None  # noqa: S101 - the handler is installed only then
         fresh = self._reload()
-        engine = self._engine
-        name = installation.chosen(fresh)
-        if fresh.model != self._options.model or name != self._chosen:
-            engine, self._model_trouble = await asyncio.to_thread(prepare_engine, fresh)
-            name = installation.chosen(fresh)
-        words = build_hotwords(fresh.hotwords, engine.recognizer)
-        interpreter = build_interpreter(fresh.commands, engine.recognizer)
+        updated = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
+        await asyncio.to_thread(self._worker.reload, updated)
         logs.configure(fresh.log)
-        self._engine, self._chosen = engine, name
-        self._pipeline.replace(engine.recognizer, words, interpreter)
-        old = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
-        later = sorted(name for name in Settings.model_fields if getattr(old, name) != getattr(fresh, name))
-        self._options = old
+        later = sorted(name for name in Settings.model_fields if getattr(updated, name) != getattr(fresh, name))
+        self._options = updated
         self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
-        log.info(
-            "reloaded, listening with %s%s",
-            engine.recognizer.name,
-            f"; a restart is needed for: {', '.join(later)}" if later else "",
-        )
+        restart = f"; a restart is needed for: {', '.join(later)}" if later else ""
+        log.info("reloaded, listening with %s%s", self._worker.name, restart)
 
     async def _tell_of_model(self) -> None:
         """Let people know that a newly activated model had to make way."""
-        if self._model_trouble:
-            log.error(self._model_trouble)
-            alarm = contract.alarm_draft("model-rolled-back", self._model_trouble, severity="critical")
+        trouble, self._worker.trouble = self._worker.trouble, ""
+        if trouble:
+            log.error(trouble)
+            alarm = contract.alarm_draft("model-rolled-back", trouble, severity="critical")
             with contextlib.suppress(OutboxError):  # the disk is full: the log has it
                 await self.outbox.append(alarm)
-            self._model_trouble = ""
 
     def _meta(self) -> Meta:
-        manifest = self._engine.files.manifest
+        facts = self._worker.facts
+        manifest = facts.files.manifest
         paths = grammar_paths(self._options.commands)
         return Meta(
             version=edge_asr.__version__,
             model=f"{manifest.name} {manifest.version}",
-            model_sha256=self._engine.files.sha256,
+            model_sha256=facts.files.sha256,
             languages=list(manifest.languages),
             engine=self._options.model.engine,
-            provider=self._engine.recognizer.provider,
+            provider=facts.provider,
             provider_wanted=self._options.model.provider,
             grammars={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()},
             sources=[source.name for source in self._options.sources],
@@ -315,7 +208,7 @@ class Daemon:
             broker = f"connected to {self._options.mqtt.host}"
         else:
             broker = self._publisher.trouble or "connecting"
-        return f"Listening with {self._engine.recognizer.name}; {self._pipeline.utterances} utterances; {broker}"
+        return f"Listening with {self._worker.name}; {self._pipeline.utterances} utterances; {broker}"
 
     def _show_status(self) -> None:
         systemd.status(self._status())

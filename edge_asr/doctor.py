@@ -15,7 +15,7 @@ from typing import Literal
 
 from edge_asr import clock, inference, installation, model_store, trial
 from edge_asr.audio import SILENCE_DBFS
-from edge_asr.daemon import build_hotwords, build_interpreter
+from edge_asr.engine import build_hotwords, build_interpreter
 from edge_asr.grammar import GrammarError
 from edge_asr.health import DEAD_BELOW_DBFS
 from edge_asr.hotwords import HotwordError

@@ -22,7 +22,7 @@ from rapidfuzz.distance import Levenshtein
 
 from edge_asr import settings
 from edge_asr.audio import from_float, read_file, to_float
-from edge_asr.daemon import Engine
+from edge_asr.engine import Engine
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, Command, Rejection, SlotValue
 from edge_asr.grammar import words_of
 from edge_asr.numbers import value_of

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -106,6 +107,17 @@ class Interpreter(Protocol):
 
     def interpret(self, recognition: Recognition) -> Command | Rejection:
         """The command, or why there is none."""
+
+
+class Engine(Protocol):
+    """Understands one utterance at a time; blocking, called from one thread."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, for the payloads."""
+
+    def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
+        """Recognize an utterance; a final one is interpreted too. What goes wrong with it becomes a rejection."""
 
 
 class Outbox(Protocol):
@@ -292,9 +304,7 @@ class Pipeline:
         *,
         sources: Sequence[Source],
         new_detector: Callable[[], SpeechDetector],
-        recognizer: Recognizer,
-        hotwords: Hotwords | None,
-        interpreter: Interpreter | None,
+        engine: Engine,
         outbox: Outbox,
         live: Live,
     ) -> None:
@@ -303,9 +313,7 @@ class Pipeline:
         self._new_detector = new_detector
         self.ears = {source.name: Ear(new_detector(), options.vad) for source in sources}
         """Source -> its ear, whose meter tells the source's health."""
-        self._recognizer = recognizer
-        self._hotwords = hotwords
-        self._interpreter = interpreter
+        self._engine = engine
         self._outbox = outbox
         self._live = live
         self.told: Callable[[Message], None] = lambda _message: None
@@ -347,10 +355,6 @@ class Pipeline:
     def busy_since_ns(self) -> int | None:
         """CLOCK_BOOTTIME at which the oldest decode or commit under way began; None: idle. The watchdog's question."""
         return min(self._began_ns.values(), default=None)
-
-    def replace(self, recognizer: Recognizer, hotwords: Hotwords | None, interpreter: Interpreter | None) -> None:
-        """Hear with others from the next utterance on; the one that is being recognized is finished with the old."""
-        self._recognizer, self._hotwords, self._interpreter = recognizer, hotwords, interpreter
 
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
@@ -418,14 +422,11 @@ class Pipeline:
     async def _understand(self) -> None:
         """Recognize what waits, one at a time, until nothing will come."""
         loop = asyncio.get_running_loop()
-        while (work := await self._work.take()) is not None:
-            utterance, final = work
+        while (waiting := await self._work.take()) is not None:
+            utterance, final = waiting
             began_ns = clock.boottime_ns()
-            interpreter = self._interpreter if final else None
-            with self._at_work():
-                heard = await loop.run_in_executor(
-                    self._executor, understand, utterance, self._recognizer, self._hotwords, interpreter
-                )
+            work = functools.partial(self._engine.understand, utterance, final=final)
+            heard = await loop.run_in_executor(self._executor, work)
             if final:
                 taken_s = (clock.boottime_ns() - began_ns) / clock.NS_PER_S
                 self.real_time_factor = taken_s / utterance.duration_s
@@ -474,7 +475,7 @@ class Pipeline:
                 return
 
     def _drafts(self, outcome: confirmation.Outcome) -> list[Draft]:
-        model = self._recognizer.name
+        model = self._engine.name
         if isinstance(outcome, confirmation.Confirmed):
             held = outcome.pending
             return [

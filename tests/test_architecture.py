@@ -28,7 +28,8 @@ ORDER = (
         "contract",
     ),
     *("requests", "mailbox", "link", "publisher", "systemd", "logs"),
-    *("health", "pipeline", "daemon", "subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
+    *("health", "pipeline", "engine", "worker", "daemon"),
+    *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *("command_line", "cli_models", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_asr import cli, commands, daemon, settings
+from edge_asr import cli, commands, settings
 from edge_asr.audio import quiet, signal_to_noise_db
+from edge_asr.engine import grammar_paths
 from edge_asr.evaluation import (
     Condition,
     Item,
@@ -239,7 +240,7 @@ def heard(text: str, language: str, snr_db: float | None = None) -> Recognition:
 @pytest.fixture(scope="module")
 def interpreter() -> commands.Interpreter:
     table = TokenTable(("<blank>", "\u2581zzz", "\u2581cancel", "\u2581abort"))
-    paths = daemon.grammar_paths(settings.Commands(grammars=("factory.en",)))
+    paths = grammar_paths(settings.Commands(grammars=("factory.en",)))
     return commands.Interpreter(commands.load_graph(list(paths.values())), table, settings.Commands(), ("en", "ja"))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_asr import settings
 from edge_asr.audio import read_file
-from edge_asr.daemon import Engine
+from edge_asr.engine import Engine
 from edge_asr.events import Token, Transcript
 from edge_asr.hotwords import Hotword, HotwordError, Hotwords, aligned, best_tokens, load
 from edge_asr.inference import load_tokens

@@ -19,7 +19,7 @@ import onnx
 import pytest
 
 from edge_asr import installation, model_store, settings, trial
-from edge_asr.daemon import prepare_engine
+from edge_asr.engine import prepare_engine
 from edge_asr.installation import TRIALS, Store
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, bundled_manifests, sha256_of
 from edge_asr.settings import Settings

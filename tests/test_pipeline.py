@@ -14,10 +14,20 @@ import pytest
 
 from edge_asr import clock, commands, contract, model_store, pipeline, settings
 from edge_asr.audio import FrameCutter, read_file
-from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Command, Draft, Json, Message, Rejection
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Command, Draft, Json, Message, Rejection, Utterance
 from edge_asr.inference import OnnxRecognizer, RecognizerError, SileroDetector
 from edge_asr.outbox import Outbox, OutboxError
-from edge_asr.pipeline import DETECTOR_REST_SAMPLES, FINALS, Ear, Pipeline, Source
+from edge_asr.pipeline import (
+    DETECTOR_REST_SAMPLES,
+    FINALS,
+    Ear,
+    Interpreter,
+    Pipeline,
+    Recognizer,
+    Source,
+    Understanding,
+    understand,
+)
 from edge_asr.posteriors import Recognition
 from edge_asr.settings import FilesSource, Settings
 from edge_asr.sources import Files
@@ -101,6 +111,21 @@ class Held:
         return self._recognizer.recognize(pcm)
 
 
+@dataclass
+class Direct:
+    """Understands in the pipeline's own thread, with parts that a test may exchange."""
+
+    recognizer: Recognizer
+    interpreter: Interpreter | None
+
+    @property
+    def name(self) -> str:
+        return self.recognizer.name
+
+    def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
+        return understand(utterance, self.recognizer, None, self.interpreter if final else None)
+
+
 class Moody:
     """An outbox that cannot commit the first few times: a disk that is full for a while."""
 
@@ -135,16 +160,16 @@ def assemble(recognizer: OnnxRecognizer, interpreter: commands.Interpreter, outb
         live: list[tuple[str, Mapping[str, Json]]] = []
         chosen: dict[str, Any] = {
             "new_detector": lambda: SileroDetector(model_store.locate_vad()),
-            "recognizer": recognizer,
-            "hotwords": None,
-            "interpreter": interpreter,
             "outbox": outbox,
             **parts,
         }
+        heard_by = {"recognizer": recognizer, "interpreter": interpreter}
+        engine = Direct(**{part: chosen.pop(part, usual) for part, usual in heard_by.items()})
         return Rig(
             Pipeline(
                 Settings.model_validate(options or {}),
                 sources=sources,
+                engine=engine,
                 live=lambda topic, data: live.append((topic, data)),
                 **chosen,
             ),

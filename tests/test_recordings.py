@@ -17,7 +17,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from edge_asr import audio, commands, grammar, model_store, trial
-from edge_asr.daemon import Engine
+from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, Command
 from edge_asr.settings import Settings
 

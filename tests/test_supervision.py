@@ -10,7 +10,7 @@ import pytest
 
 from edge_asr import clock, contract, model_store, pipeline, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
-from edge_asr.daemon import Engine
+from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Draft, Message
 from edge_asr.outbox import OutboxError
 from edge_asr.pipeline import Pipeline, with_company
@@ -75,9 +75,7 @@ def pipe(engine: Engine, source: Speaker, shelf: Shelf) -> Pipeline:
         OPTIONS,
         sources=[source],
         new_detector=engine.new_detector,
-        recognizer=engine.recognizer,
-        hotwords=None,
-        interpreter=engine.interpreter,
+        engine=engine,
         outbox=shelf,
         live=lambda _topic, _data: None,
     )

@@ -1,0 +1,126 @@
+"""The ears and the understanding that settings ask for, built and checked: models, hotwords, grammars.
+
+An :class:`Engine` works in the process that built it; the daemon keeps one in a process of its own (``worker``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_asr import clock, commands, grammar, hotwords, inference, installation, model_store, settings, trial
+from edge_asr.audio import FrameCutter
+from edge_asr.commands import Interpreter
+from edge_asr.events import Utterance
+from edge_asr.hotwords import Hotwords
+from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
+from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.pipeline import Ear, Understanding, understand
+from edge_asr.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def grammar_paths(options: settings.Commands) -> dict[str, Path]:
+    """Name -> file for every grammar of the settings: a bundled name or a path. Raises GrammarError."""
+    folder = model_store.bundled("grammars")
+    found: dict[str, Path] = {}
+    for name in options.grammars:
+        shipped = folder / f"{name}.yaml"
+        found[name] = shipped if shipped.exists() else Path(name)
+        if not found[name].exists():
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise grammar.GrammarError(f"commands.grammars: {name!r} is neither a file nor one of: {names}")
+    return found
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The ears and the understanding that the settings ask for."""
+
+    files: ModelFiles
+    recognizer: OnnxRecognizer | SherpaRecognizer
+    hotwords: Hotwords | None
+    interpreter: Interpreter | None
+    new_detector: Callable[[], SileroDetector]
+
+    @classmethod
+    def build(cls, options: Settings) -> Engine:
+        """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
+        files = model_store.locate(installation.chosen(options), options.models_directory)
+        vad = model_store.locate_vad()
+        recognizer = inference.open_recognizer(files, options.model)
+        words = build_hotwords(options.hotwords, recognizer)
+        interpreter = build_interpreter(options.commands, recognizer)
+        return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))
+
+    @property
+    def name(self) -> str:
+        """The model's name, for the payloads."""
+        return self.recognizer.name
+
+    def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
+        """Recognize an utterance; a final one is interpreted too. Blocking."""
+        return understand(utterance, self.recognizer, self.hotwords, self.interpreter if final else None)
+
+    def under(self, options: Settings) -> Engine:
+        """The same ears with the hotwords and grammars of other settings. Raises HotwordError, GrammarError."""
+        words = build_hotwords(options.hotwords, self.recognizer)
+        return replace(self, hotwords=words, interpreter=build_interpreter(options.commands, self.recognizer))
+
+    def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
+        """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
+        ear = Ear(self.new_detector(), options)
+        cutter = FrameCutter("file")
+        now_ns = clock.boottime_ns()
+        for frame in (*cutter.feed(pcm, now_ns), *cutter.flush(now_ns)):
+            for utterance in ear.feed(frame):
+                yield self.understand(utterance, final=True)
+        for utterance in ear.flush():
+            yield self.understand(utterance, final=True)
+
+
+def prepare_engine(options: Settings) -> tuple[Engine, str]:
+    """The engine, and what went wrong where a newly activated model had to make way; errors as of Engine.build."""
+    store = installation.Store(options.models_directory)
+    if options.model.name is not None or store.proven:
+        return Engine.build(options), ""
+    candidate = store.active
+    reason = f"the daemon ended {installation.TRIALS} times with it"
+    if store.begin() is None:
+        try:
+            engine = Engine.build(options)
+            trial.hear_golden(engine.recognizer, engine.files)
+        except ModelError as error:
+            reason = str(error)
+            store.roll_back()
+        else:
+            store.prove()
+            return engine, ""
+    return Engine.build(options), f"{candidate} is not used, {store.active} is again: {reason}"
+
+
+def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
+    """The site's grammars under the model's tokens; None without grammars. Raises GrammarError."""
+    if not options.grammars:
+        return None
+    graph = commands.load_graph(list(grammar_paths(options).values()))
+    interpreter = Interpreter(graph, recognizer.table, options, recognizer.languages)
+    if interpreter.unspellable:
+        words = ", ".join(interpreter.unspellable)
+        log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)
+    return interpreter
+
+
+def build_hotwords(options: settings.Hotwords, recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
+    """The site's words under the model's tokens; None without any. Raises HotwordError."""
+    listed = hotwords.load(options)
+    if not listed:
+        return None
+    words = Hotwords(listed, recognizer.table)
+    if words.unspellable:
+        never = ", ".join(words.unspellable)
+        log.warning("the model %s cannot write, so never hear: %s; give them `spoken`", recognizer.name, never)
+    return words

@@ -1,0 +1,380 @@
+"""Keeps native inference in a process of its own: a crash, a hang or a leak there costs one utterance at most.
+
+Law:
+
+- An utterance stays here until its understanding is back. A worker that dies of it, or needs longer than
+  :data:`LIMIT_S`, is replaced and gets it once more; the second time it becomes a rejection that says why.
+- Workers are forked from a zygote: a process that has imported everything, holds no model and runs one thread. That
+  shares the memory of the code, and a new worker is ready as soon as its model is loaded (docs/operations.md).
+- What a worker says is trusted as much as itself: it runs as the same user behind the same walls, hence pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Final, NoReturn
+
+from edge_asr import clock, installation, model_store, trial
+from edge_asr.audio import read_file
+from edge_asr.engine import Engine, prepare_engine
+from edge_asr.events import Rejection, Utterance, new_id
+from edge_asr.grammar import GrammarError
+from edge_asr.hotwords import HotwordError
+from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.pipeline import Understanding
+from edge_asr.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LIMIT_S: Final = 8.0
+"""For one utterance; the longest needs 2 s on the slowest supported board, more is a hang."""
+
+LOAD_LIMIT_S: Final = 90.0
+"""Hashing and loading 240 MB from a slow card."""
+
+LOAD_ATTEMPTS: Final = installation.TRIALS + 1
+"""The last one is without the new model that ended all before."""
+
+ZYGOTE_LIMIT_S: Final = 5.0
+"""A fork or the end of a process takes milliseconds; a process that no signal ends (a driver hangs) is given up."""
+
+GROWTH_LIMIT_BYTES: Final = 256 << 20
+"""Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
+less than that, and gives it back."""
+
+_OOM_SCORE: Final = 500
+"""When memory runs out the kernel takes the worker, which can be replaced, and not the daemon."""
+
+_PR_SET_PDEATHSIG: Final = 1
+_REFUSALS: Final = (ModelError, HotwordError, GrammarError)
+
+
+class WorkerError(Exception):
+    """No worker can be had, or none that hears rightly; only a new start of the daemon helps."""
+
+
+class _EndedError(Exception):
+    """The worker is no more; the message says how it went, as the end of a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a worker says of itself once its model is loaded."""
+
+    files: ModelFiles
+    provider: str
+    """The execution provider really in use, named as in the settings."""
+    golden: str
+    """What it hears in the golden recording."""
+    trouble: str
+    """Why a newly activated model had to make way; empty: it had not."""
+    resident_bytes: int
+
+
+def golden_utterance(files: ModelFiles) -> Utterance:
+    """The recording whose text every worker of a model must hear alike, whatever language it is in."""
+    known = trial.golden_of(files)
+    path = known[0] if known else model_store.bundled("recordings") / trial.BUNDLED_GOLDEN.audio
+    return Utterance(id=new_id(), source="golden", start=0, pcm=read_file(path), ended_ns=clock.boottime_ns())
+
+
+class Worker:
+    """An :class:`Engine` behind a wall. Blocking; any thread may call, they take turns."""
+
+    def __init__(self, options: Settings) -> None:
+        """Fork, load and listen once. Raises ModelError, HotwordError, GrammarError, WorkerError."""
+        self._options = options
+        self._chosen = installation.chosen(options)
+        self._turn = threading.Lock()
+        self._zygote = _Zygote()
+        self.replaced = 0
+        """Workers that died, hung, grew too large or heard wrongly."""
+        self.trouble = ""
+        """Why a newly activated model had to make way; to be cleared by whoever tells it."""
+        try:
+            self._process = self._begin(options)
+        except BaseException:
+            self._zygote.close()
+            raise
+
+    @property
+    def facts(self) -> Facts:
+        """What the worker of this moment said of itself."""
+        return self._process.facts
+
+    @property
+    def name(self) -> str:
+        """The model's name, for the payloads."""
+        return self.facts.files.name
+
+    @property
+    def pid(self) -> int:
+        """The process of this moment."""
+        return self._process.pid
+
+    def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
+        """As :meth:`Engine.understand`. Raises WorkerError."""
+        return self._understand(utterance, final=final, attempts=2 if final else 1)  # nobody misses a partial
+
+    def _understand(self, utterance: Utterance, *, final: bool, attempts: int) -> Understanding:
+        trouble = ""
+        with self._turn:
+            for _ in range(attempts):
+                try:
+                    heard, resident_bytes = self._process.ask((utterance, final), LIMIT_S)
+                except _EndedError as error:
+                    trouble = str(error)
+                    self._replace(trouble)
+                    continue
+                if resident_bytes > self.facts.resident_bytes + GROWTH_LIMIT_BYTES:
+                    self._replace(f"has grown to {resident_bytes >> 20} MB")
+                assert isinstance(heard, Understanding)  # noqa: S101 - what _serve answers to this
+                return heard
+        detail = f"{attempts} times the recognizer {trouble}"
+        return Understanding(utterance, None, Rejection("recognizer-failed", detail))
+
+    def reload(self, options: Settings) -> None:
+        """Take over model, hotwords and commands of other settings between two utterances.
+
+        Another model is loaded beside the old one, which goes on working until then. Raises ModelError, HotwordError,
+        GrammarError (then nothing has changed), WorkerError.
+        """
+        chosen = installation.chosen(options)
+        if options.model != self._options.model or chosen != self._chosen:
+            fresh = self._begin(options)
+            with self._turn:
+                old, self._process = self._process, fresh
+            old.end()
+            self._chosen = installation.chosen(options)  # it may have made way
+        else:
+            self._retune(options)
+        self._options = options
+
+    def _retune(self, options: Settings) -> None:
+        with self._turn:
+            try:
+                refusal, _ = self._process.ask(options, LOAD_LIMIT_S)
+            except _EndedError as error:
+                self._replace(str(error))
+                raise WorkerError(f"over the new settings the recognizer {error}") from None
+        if isinstance(refusal, _REFUSALS):
+            raise refusal
+
+    def prove(self) -> None:
+        """Listen to the golden recording; one that hears something else is replaced. Raises WorkerError."""
+        heard = self._understand(golden_utterance(self.facts.files), final=False, attempts=2)
+        if _text(heard) != self.facts.golden:
+            with self._turn:
+                self._replace("does not hear the golden recording rightly any more")
+
+    def close(self) -> None:
+        """End worker and zygote."""
+        with contextlib.suppress(WorkerError), self._turn:
+            self._process.end()
+        self._zygote.close()
+
+    def _replace(self, trouble: str) -> None:
+        """Put a new worker in the place of one that is of no use. Raises WorkerError."""
+        log.error("the recognizer %s; a new one takes its place", trouble)
+        self.replaced += 1
+        old = self._process
+        old.end()
+        try:
+            self._process = self._begin(self._options)
+        except _REFUSALS as error:
+            raise WorkerError(f"no new recognizer: {error}") from None
+        if self.facts.files.sha256 == old.facts.files.sha256 and self.facts.golden != old.facts.golden:
+            raise WorkerError(f"a new recognizer hears {self.facts.golden!r} in the golden recording")
+
+    def _begin(self, options: Settings) -> _Process:
+        """A worker that has loaded its model; a new model that ends it makes way in the end (``installation``)."""
+        trouble = ""
+        for _ in range(LOAD_ATTEMPTS):
+            process = _Process(self._zygote)
+            try:
+                facts, _ = process.ask(options, LOAD_LIMIT_S)
+            except _EndedError as error:
+                trouble = str(error)
+                log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
+                continue
+            if isinstance(facts, _REFUSALS):
+                process.end()
+                raise facts
+            assert isinstance(facts, Facts)  # noqa: S101 - what _serve answers first
+            process.facts = facts
+            self.trouble = facts.trouble
+            if not facts.golden:
+                log.warning("%s hears nothing in the golden recording; is it the right model?", facts.files.name)
+            return process
+        raise WorkerError(f"{LOAD_ATTEMPTS} times, while loading the model, the recognizer {trouble}")
+
+
+class _Process:
+    """One worker and the line to it."""
+
+    facts: Facts
+    """Set when it has loaded its model."""
+
+    def __init__(self, zygote: _Zygote) -> None:
+        self._zygote = zygote
+        self.pid, self._line = zygote.fork()
+        self._how_it_ended = ""
+
+    def ask(self, request: object, limit_s: float) -> tuple[object, int]:
+        """One question, one answer and the memory in use after it. Raises _EndedError, WorkerError."""
+        try:
+            self._line.send(request)
+            if not self._line.poll(limit_s):
+                self.end()
+                raise _EndedError(f"hung for more than {limit_s:g} s")
+            answer: tuple[object, int] = self._line.recv()
+        except (EOFError, OSError):
+            raise _EndedError(f"ended by {self.end()}") from None
+        return answer
+
+    def end(self) -> str:
+        """Make sure that it is gone; how it went. Raises WorkerError."""
+        if not self._how_it_ended:
+            self._line.close()
+            self._how_it_ended = self._zygote.end(self.pid)
+        return self._how_it_ended
+
+
+class _Zygote:
+    """The other end of :func:`_breed`. To be made before the process has threads or models."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(ZYGOTE_LIMIT_S)
+        gc.collect()
+        gc.freeze()  # what the garbage collector does not touch stays shared
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._control.close()
+            _breed(theirs)
+        gc.unfreeze()
+        theirs.close()
+
+    def fork(self) -> tuple[int, Connection]:
+        """Process id of a new worker and the line to it. Raises WorkerError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            answer = self._order(b"", theirs.fileno())
+        return struct.unpack("i", answer)[0], Connection(ours.detach())
+
+    def end(self, pid: int) -> str:
+        """Kill a worker unless it is dead already; how it died. Raises WorkerError."""
+        code = os.waitstatus_to_exitcode(struct.unpack("i", self._order(struct.pack("i", pid)))[0])
+        return signal.Signals(-code).name if code < 0 else f"itself, exit code {code}"
+
+    def close(self) -> None:
+        """End it."""
+        self._control.close()
+        os.waitpid(self._pid, 0)
+
+    def _order(self, order: bytes, *descriptors: int) -> bytes:
+        try:
+            with self._turn:
+                socket.send_fds(self._control, [order or b"fork"], descriptors)
+                answer = self._control.recv(64)
+        except OSError as error:
+            raise WorkerError(f"the recognizer's zygote does not answer ({error})") from None
+        if not answer:
+            raise WorkerError("the recognizer's zygote is dead")
+        return answer
+
+
+def _breed(control: socket.socket) -> NoReturn:
+    """The zygote: forks a worker for every line it is handed, ends and reaps the one it is told to."""
+    try:
+        _settle()
+        while True:
+            order, lines, _, _ = socket.recv_fds(control, 64, 1)
+            if not order:
+                os._exit(0)
+            if lines:
+                pid = os.fork()
+                if pid == 0:
+                    control.close()
+                    _serve(Connection(lines[0]))
+                os.close(lines[0])
+                control.send(struct.pack("i", pid))
+            else:
+                pid = struct.unpack("i", order)[0]
+                os.kill(pid, signal.SIGKILL)  # ours and not reaped yet, so it is still that one
+                control.send(struct.pack("i", os.waitpid(pid, 0)[1]))
+    finally:
+        os._exit(1)  # never back into what the parent was doing
+
+
+def _serve(connection: Connection) -> NoReturn:
+    """A worker: answers each request with its result and the memory in use."""
+    code = 1
+    try:
+        _settle()
+        faulthandler.enable()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        engine: Engine | None = None
+        while True:
+            request = connection.recv()
+            try:
+                engine, answer = _answered(engine, request)
+            except _REFUSALS as error:
+                answer = error
+            if trim is not None:
+                trim(0)
+            connection.send((answer, _resident_bytes()))
+    except EOFError:
+        code = 0
+    except Exception:
+        log.exception("the recognizer fails")
+    finally:
+        os._exit(code)
+
+
+def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool]) -> tuple[Engine, object]:
+    """The engine to go on with, and the answer. Raises ModelError, HotwordError, GrammarError."""
+    if engine is None:
+        assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
+        engine, trouble = prepare_engine(request)
+        golden = _text(engine.understand(golden_utterance(engine.files), final=False))
+        return engine, Facts(engine.files, engine.recognizer.provider, golden, trouble, _resident_bytes())
+    if isinstance(request, Settings):
+        return engine.under(request), None
+    utterance, final = request
+    return engine, engine.understand(utterance, final=final)
+
+
+def _text(heard: Understanding) -> str:
+    return heard.transcript.text if heard.transcript is not None else ""
+
+
+def _settle() -> None:
+    """Die with the parent, and leave it to the parent to stop: the terminal's Ctrl-C goes to all."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()

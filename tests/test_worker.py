@@ -1,0 +1,168 @@
+"""A wall around native code: what a dying, hanging, growing or lying recognizer costs, and what it never costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_asr import clock, engine, grammar, model_store, settings, worker
+from edge_asr.audio import read_file
+from edge_asr.events import Command, Rejection, Utterance, new_id
+from edge_asr.model_store import ModelError
+from edge_asr.worker import Worker, WorkerError
+from tests.soundcard import until
+
+OPTIONS = settings.Settings(commands=settings.Commands(grammars=("factory.en",)))
+RECORDINGS = model_store.bundled("recordings")
+
+
+def said(recording: str) -> Utterance:
+    pcm = read_file(RECORDINGS / recording)
+    return Utterance(id=new_id(), source="test", start=0, pcm=pcm, ended_ns=clock.boottime_ns())
+
+
+STOP = said("20-emergency-stop.flac")
+
+
+def cpu_ticks(pid: int) -> int:
+    """User time of a process in hundredths of a second."""
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[11])
+
+
+@pytest.fixture
+def walled() -> Iterator[Worker]:
+    opened = Worker(OPTIONS)
+    yield opened
+    opened.close()
+
+
+def test_it_understands_what_an_engine_in_this_process_understands(walled: Worker) -> None:
+    direct = engine.Engine.build(OPTIONS)
+    assert walled.name == direct.name
+    for recording in ("20-emergency-stop.flac", "07-log-scrap.flac", "16-nobody-speaks.flac"):
+        utterance = said(recording)
+        for final in (True, False):
+            assert walled.understand(utterance, final=final) == direct.understand(utterance, final=final)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_crash_costs_nothing_but_time(walled: Worker, number: signal.Signals) -> None:
+    os.kill(walled.pid, number)
+    heard = walled.understand(STOP, final=True)
+    assert isinstance(heard.decision, Command)
+    assert walled.replaced == 1
+
+
+def test_a_crash_in_the_middle_of_an_utterance_costs_nothing_but_time(walled: Worker) -> None:
+    long = dataclasses.replace(STOP, pcm=STOP.pcm * 10)
+    pid, idle_ticks = walled.pid, cpu_ticks(walled.pid)
+
+    def kill_at_work() -> None:
+        until(lambda: cpu_ticks(pid) > idle_ticks + 1, "the worker does not work")
+        os.kill(pid, signal.SIGSEGV)
+
+    killer = threading.Thread(target=kill_at_work)
+    killer.start()
+    heard = walled.understand(long, final=True)
+    killer.join()
+    assert heard.transcript is not None
+    assert walled.replaced == 1
+
+
+def test_a_hang_ends_in_time_and_costs_nothing_else(walled: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LIMIT_S", 3.0)
+    os.kill(walled.pid, signal.SIGSTOP)
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+    assert walled.replaced == 1
+
+
+def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
+    walled: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "LIMIT_S", 0.0)
+        heard = walled.understand(STOP, final=True)
+    assert heard.decision == Rejection("recognizer-failed", "2 times the recognizer hung for more than 0 s")
+    assert heard.utterance is STOP
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+
+
+def test_a_worker_that_has_grown_is_replaced_between_two_utterances(
+    walled: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GROWTH_LIMIT_BYTES", -(1 << 40))
+    before = walled.pid
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+    assert walled.pid != before
+
+
+def test_the_golden_recording_is_heard_alike_by_every_worker(walled: Worker) -> None:
+    assert walled.facts.golden == "start conveyor three"
+    walled.prove()
+    os.kill(walled.pid, signal.SIGKILL)
+    walled.prove()
+    assert walled.replaced == 1
+
+
+def test_a_recognizer_that_goes_on_hearing_wrongly_is_no_longer_trusted(walled: Worker) -> None:
+    walled._process.facts = dataclasses.replace(walled.facts, golden="stop conveyor three")  # noqa: SLF001
+    with pytest.raises(WorkerError, match="hears 'start conveyor three' in the golden recording"):
+        walled.prove()
+
+
+def test_a_dead_zygote_is_told_instead_of_waited_for(walled: Worker) -> None:
+    os.kill(walled._zygote._pid, signal.SIGKILL)  # noqa: SLF001
+    with pytest.raises(WorkerError, match="zygote"):
+        walled.understand(STOP, final=True)
+
+
+def test_a_model_that_cannot_be_used_is_refused_here_as_there() -> None:
+    with pytest.raises(ModelError, match="micro-fr: no such model"):
+        Worker(settings.Settings(model=settings.Model(name="micro-fr")))
+
+
+def test_other_grammars_are_taken_over_and_broken_ones_change_nothing(walled: Worker, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("language: en\n", encoding="utf-8")
+    broken = settings.Settings(commands=settings.Commands(grammars=(str(tmp_path / "broken.yaml"),)))
+    with pytest.raises(grammar.GrammarError, match="broken"):
+        walled.reload(broken)
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+    walled.reload(settings.Settings(commands=settings.Commands(grammars=())))
+    assert walled.understand(STOP, final=True).decision is None
+    os.kill(walled.pid, signal.SIGKILL)
+    assert walled.understand(STOP, final=True).decision is None  # the next one knows it too
+
+
+PARENT = """
+import os, time
+from edge_asr import cli, settings
+from edge_asr.worker import Worker
+threads = len(os.listdir("/proc/self/task"))
+worker = Worker(settings.Settings())
+print(threads, worker._zygote._pid, worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_it_is_forked_from_a_process_of_one_thread_and_dies_with_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        threads, *family = map(int, parent.stdout.readline().split())
+        parent.kill()
+    assert threads == 1
+    until(lambda: not any(map(alive, family)), "the family is still alive")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
