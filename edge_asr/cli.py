@@ -25,6 +25,7 @@ import edge_asr
 from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, read_file, to_float
+from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
 from edge_asr.command_line import (
     EXIT_FOUND,
@@ -403,6 +404,8 @@ def _sentence(row: dict[str, Any]) -> str:
         outcome = f"  -> rejected: {rejected['reason']}"
     return f"{row['file']} {row['start']:.2f}-{row['end']:.2f} s: {row['text']}{outcome}"
 
+
+main.add_command(gateway)
 
 if __name__ == "__main__":
     main(prog_name="edge-asr")

@@ -19,6 +19,7 @@ from edge_asr.audio import AudioFileError
 from edge_asr.broker import BrokerError
 from edge_asr.download import DownloadError
 from edge_asr.evaluation import ManifestError
+from edge_asr.gateway import GatewayError
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
 from edge_asr.link import LinkError
@@ -67,6 +68,7 @@ def one_line_errors() -> Iterator[None]:
         SubscriberError: EXIT_UNAVAILABLE,
         LinkError: EXIT_UNAVAILABLE,
         WorkerError: EXIT_SOFTWARE,
+        GatewayError: EXIT_UNAVAILABLE,
         OutboxError: EXIT_IO,
     }
     try:

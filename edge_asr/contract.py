@@ -147,9 +147,20 @@ class Renderer:
 
     def message(self, message: Message, *, replayed: bool, life_left_s: float | None) -> Payload:
         """Render a committed message; ``life_left_s`` (see ``outbox``) decides whether a command is still one."""
+        topic, data = self.flat(message, replayed=replayed, life_left_s=life_left_s)
+        properties = (
+            ("seq", str(message.seq)),
+            ("replayed", str(replayed).lower()),
+            ("time_quality", message.time_quality),
+        )
+        expires_s = int(life_left_s) - 1 if life_left_s is not None and topic != EXPIRED else None
+        content_type, body = self._envelope(TOPICS[topic], data)
+        return Payload(f"{self.root}/{topic}", body, content_type, properties, expires_s)
+
+    def flat(self, message: Message, *, replayed: bool, life_left_s: float | None) -> tuple[str, Data]:
+        """The topic below the root and the flat data of a committed message."""
         expired = life_left_s is not None and life_left_s < MIN_LIFE_S
-        topic = EXPIRED if expired else message.topic
-        data = {
+        data: Data = {
             **self._common(message.id, message.boot_id, message.created_wall_ns, message.time_quality),
             "seq": message.seq,
             "replayed": replayed,
@@ -158,14 +169,7 @@ class Renderer:
         ended_ns = data.pop(_ENDED, None)
         if isinstance(ended_ns, int):
             data["latency_ms"] = round((message.created_ns - ended_ns) / 1e6, 1)
-        properties = (
-            ("seq", str(message.seq)),
-            ("replayed", str(replayed).lower()),
-            ("time_quality", message.time_quality),
-        )
-        expires_s = int(life_left_s) - 1 if life_left_s is not None and not expired else None
-        content_type, body = self._envelope(TOPICS[topic], data)
-        return Payload(f"{self.root}/{topic}", body, content_type, properties, expires_s)
+        return EXPIRED if expired else message.topic, data
 
     def state(self, topic: str, data: Mapping[str, Json]) -> Payload:
         """Render what is not a message: a status, meta, health or partial of this moment."""

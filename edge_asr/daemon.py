@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import logging
 import signal
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import edge_asr
 from edge_asr import (
@@ -26,6 +27,7 @@ from edge_asr import (
 )
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import grammar_paths
+from edge_asr.events import Json
 from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
@@ -36,6 +38,9 @@ from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
 from edge_asr.worker import Worker
+
+if TYPE_CHECKING:
+    from edge_asr.gateway.server import Gateway
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,18 @@ def build_source(options: settings.SourceSettings) -> Source:
     return Files(options) if isinstance(options, settings.FilesSource) else Stdin(options)
 
 
+def open_gateway(options: Settings) -> Gateway | None:
+    """The gateway that the settings ask for. Raises SettingsError."""
+    if options.gateway is None:
+        return None
+    try:
+        from edge_asr.gateway.server import Gateway  # noqa: PLC0415 - 40 MB that only this extra brings
+    except ModuleNotFoundError as error:
+        remedy = "install them with `pip install 'edge-asr[gateway]'`, or remove the section"
+        raise settings.SettingsError(f"gateway: needs packages that are not here ({error.name}); {remedy}") from None
+    return Gateway(options)
+
+
 class Daemon:
     """One running box. Construction checks everything that can be wrong; :meth:`run` does the work."""
 
@@ -70,6 +87,7 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
+        self._gateway = open_gateway(options)
         self.stopped = False
         """Whether somebody asked it to stop."""
 
@@ -85,22 +103,32 @@ class Daemon:
             new_detector=lambda: SileroDetector(self._vad),
             engine=self._worker,
             outbox=self.outbox,
-            live=self._publisher.publish_live,
+            live=self._live,
         )
         background = [
             asyncio.create_task(self._publisher.run(), name="publish"),
             asyncio.create_task(self._report_health(), name="health"),
             asyncio.create_task(self._watch(), name="watchdog"),
         ]
+        if self._gateway is not None:
+            self._pipeline.told, self._pipeline.awaits_guests = self._gateway.told, True
+            background.append(asyncio.create_task(self._gateway.run(self._pipeline), name="gateway"))
         with self._signals():
             systemd.ready(self._status())
             await self._tell_of_model()
-            log.info("listening to %s", ", ".join(source.name for source in chosen))
+            names = [source.name for source in chosen] + ["the gateway's guests"] * (self._gateway is not None)
+            log.info("listening to %s", ", ".join(names))
             try:
                 await with_company(self._hear(), *background)
             finally:
                 self._worker.close()
                 self.outbox.close()
+
+    def _live(self, topic: str, data: Mapping[str, Json]) -> None:
+        """Partials go to the broker, and to the session that speaks."""
+        self._publisher.publish_live(topic, data)
+        if self._gateway is not None:
+            self._gateway.live(topic, data)
 
     async def _hear(self) -> None:
         try:

@@ -260,6 +260,40 @@ class Requests(_Section):
     """The MES answers every command with req/receipt within this time, or an alarm is raised; None: it need not."""
 
 
+class Gateway(_Section):
+    """Browsers, phones and headsets of the plant network as further sources; needs the extra ``gateway``."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: all of IPv4."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8443
+    tls: bool = True
+    """False: for a proxy on this machine, or to try it here; then ``host`` must be a loopback address."""
+    cert_file: Path | None = None
+    """None: what `edge-asr gateway cert` has made in the state directory."""
+    key_file: Path | None = None
+    open: bool = False
+    """True: this machine's own programs need no token; then ``host`` must be a loopback address."""
+    origins: tuple[str, ...] = ()
+    """Web pages of other hosts that may use it, e.g. ``https://mes.plant``; its own page always may."""
+    max_sessions: Annotated[int, Field(ge=1, le=1000)] = 64
+    max_sessions_per_token: Annotated[int, Field(ge=1, le=1000)] = 4
+    max_sessions_per_address: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Several stations may stand behind one address translation."""
+    max_session_s: Annotated[float, Field(ge=60, le=604_800)] = 86_400.0
+    idle_s: Annotated[float, Field(ge=10, le=86_400)] = 3600.0
+    """A session in which nobody spoke for so long ends; the page opens another when the button is pressed."""
+    resume_s: Annotated[float, Field(ge=1, le=600)] = 30.0
+    """How long a session waits for its client after the connection was lost."""
+
+    @model_validator(mode="after")
+    def _open_only_to_this_machine(self) -> Gateway:
+        if not (self.tls and not self.open) and self.host not in {"127.0.0.1", "::1", "localhost"}:
+            raise ValueError("without TLS, or open without tokens, host must be 127.0.0.1 (or ::1, localhost)")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: set both or neither")
+        return self
+
+
 class Log(_Section):
     """What the daemon says about itself."""
 
@@ -285,6 +319,8 @@ class Settings(_Section):
     outbox: Outbox = Outbox()
     mqtt: Mqtt = Mqtt()
     requests: Requests = Requests()
+    gateway: Gateway | None = None
+    """None: no gateway."""
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -316,6 +352,11 @@ class Settings(_Section):
     def models_directory(self) -> Path:
         """Where imported models live."""
         return self.state_directory / "models"
+
+    @property
+    def gateway_directory(self) -> Path:
+        """Where the gateway's certificates and tokens live."""
+        return self.state_directory / "gateway"
 
     @property
     def outbox_path(self) -> Path:

@@ -28,9 +28,9 @@ ORDER = (
         "contract",
     ),
     *("requests", "mailbox", "link", "publisher", "systemd", "logs"),
-    *("health", "pipeline", "engine", "worker", "daemon"),
+    *("health", "pipeline", "gateway", "engine", "worker", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
-    *("command_line", "cli_models", "cli"),
+    *("command_line", "cli_gateway", "cli_models", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))

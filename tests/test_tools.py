@@ -123,7 +123,7 @@ def requirements(name: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
-@pytest.mark.parametrize(("lock", "extra"), [("requirements.lock", ""), ("requirements-dev.lock", "dev")])
+@pytest.mark.parametrize(("lock", "extra"), [("requirements.lock", "gateway"), ("requirements-dev.lock", "dev")])
 def test_every_dependency_is_pinned_once_for_every_python_and_machine(
     lock: str, extra: str, python: str, machine: str
 ) -> None:

@@ -1,0 +1,131 @@
+"""Who may stay at the door: connections are accepted one by one, and each must bring a whole request header in time.
+
+Law: from the first packet to the end of the header, TLS handshake included, a connection has :data:`ADMISSION_S`; an
+address may have :data:`MAX_WAITING` that are not through yet, and all together :data:`MAX_CONNECTIONS`. Whoever holds
+connections half open therefore fills neither memory nor descriptors, and those who talk do not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+ADMISSION_S: Final = 10.0
+MAX_WAITING: Final = 64
+"""Of one address; a browser opens 6."""
+
+MAX_CONNECTIONS: Final = 2048
+_BACKLOG: Final = 128
+_PAUSE_S: Final = 0.1
+"""After the machine had no descriptor left."""
+
+
+class Door:
+    """One listening socket."""
+
+    def __init__(
+        self, host: str, port: int, factory: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+    ) -> None:
+        self._socket = _listening(host, port)
+        self._factory = factory
+        self._tls = tls
+        self._waiting: Counter[str] = Counter()
+        """Address -> connections that have not brought a header yet."""
+        self._deadlines: dict[asyncio.BaseProtocol, tuple[str, asyncio.TimerHandle]] = {}
+        self._transports: set[asyncio.BaseTransport] = set()
+        self._arrivals: set[asyncio.Task[None]] = set()
+        self.turned_away = 0
+        """Connections closed before they had said anything useful."""
+
+    @property
+    def port(self) -> int:
+        """The one really in use."""
+        return int(self._socket.getsockname()[1])
+
+    async def run(self) -> None:
+        """Accept until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    connection, peer = await loop.sock_accept(self._socket)
+                except OSError as error:
+                    log.warning("no connection can be accepted: %s", error)
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
+                address = str(peer[0])
+                self._transports = {each for each in self._transports if not each.is_closing()}
+                full = len(self._transports) + len(self._arrivals) >= MAX_CONNECTIONS
+                if full or self._waiting[address] >= MAX_WAITING:
+                    self.turned_away += 1
+                    connection.close()
+                    continue
+                self._waiting[address] += 1
+                task = asyncio.create_task(self._arrive(connection, address), name=f"arrival:{address}")
+                self._arrivals.add(task)
+                task.add_done_callback(self._arrivals.discard)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Accept no more."""
+        self._socket.close()
+        for task in self._arrivals:
+            task.cancel()
+
+    def admit(self, protocol: asyncio.BaseProtocol | None) -> None:
+        """A whole header has come over this connection."""
+        found = self._deadlines.pop(protocol, None) if protocol is not None else None
+        if found is not None:
+            address, deadline = found
+            deadline.cancel()
+            self._leave(address)
+
+    async def _arrive(self, connection: socket.socket, address: str) -> None:
+        """Shake hands and start the clock."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        handshake_s = None if self._tls is None else ADMISSION_S
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            transport, protocol = await loop.connect_accepted_socket(
+                self._factory, connection, ssl=self._tls, ssl_handshake_timeout=handshake_s
+            )
+        except (OSError, ssl.SSLError, asyncio.CancelledError):
+            self.turned_away += 1
+            self._leave(address)
+            connection.close()
+            return
+        self._transports.add(transport)
+
+        def overdue() -> None:
+            self.turned_away += 1
+            transport.abort()
+            self.admit(protocol)
+
+        self._deadlines[protocol] = address, loop.call_at(began + ADMISSION_S, overdue)
+
+    def _leave(self, address: str) -> None:
+        self._waiting[address] -= 1
+        if not self._waiting[address]:
+            del self._waiting[address]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    with contextlib.suppress(OSError, ValueError):  # the unit may forbid it, and sets its own limit then
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * MAX_CONNECTIONS), hard))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    listening.setblocking(False)  # noqa: FBT003 - the library's own signature
+    return listening

@@ -1,0 +1,326 @@
+// The page of one station: the talk button, what was understood, what waits for a yes.
+
+import { Microphone, MicrophoneError } from "./microphone.js";
+import { Socket } from "./socket.js";
+import { choose, fill, text } from "./texts.js";
+
+const TAIL_MS = 250; // people let go of the button before they have finished the word
+const HISTORY = 100;
+
+const by = (id) => document.getElementById(id);
+const stored = (key, otherwise) => localStorage.getItem(key) ?? otherwise;
+
+const fragment = new URLSearchParams(location.hash.slice(1));
+if (fragment.get("token")) {
+  localStorage.setItem("token", fragment.get("token"));
+  history.replaceState(null, "", location.pathname);
+}
+
+const options = {
+  mode: stored("mode", "hold"),
+  language: stored("language", navigator.language.startsWith("zh") ? "zh" : "en"),
+  way: stored("way", "auto"),
+};
+
+const microphone = new Microphone();
+let link = newLink();
+let talking = false;
+let wanted = false;
+let broker = "unknown";
+let question = null;
+const items = new Map(); // utterance id -> its line of the history
+
+function newLink() {
+  const fresh = new Socket(stored("token", ""));
+  fresh.addEventListener("state", showState);
+  fresh.addEventListener("event", ({ detail }) => handle(detail));
+  fresh.addEventListener("refused", () => notice("token-needed", "enter-token", () => openOptions("token")));
+  return fresh;
+}
+
+// ---------------------------------------------------------------- the button
+
+async function begin() {
+  wanted = true;
+  if (talking) return;
+  try {
+    await microphone.open(onPiece);
+  } catch (error) {
+    wanted = false;
+    if (!(error instanceof MicrophoneError)) throw error;
+    notice(error.message);
+    return;
+  }
+  clearNotice();
+  link.connect();
+  if (!wanted) return; // let go while the browser asked for permission
+  const before = microphone.before();
+  const samples = before.reduce((sum, pcm) => sum + pcm.length, 0);
+  link.start(microphone.rate, (1000 * samples) / microphone.rate);
+  before.forEach((pcm) => link.put(pcm.slice()));
+  talking = true;
+  showTalk();
+  live(text("listening"), "hint");
+}
+
+function finish() {
+  wanted = false;
+  if (!talking) return;
+  setTimeout(() => {
+    if (wanted) return; // pressed again meanwhile: one talk
+    talking = false;
+    link.end();
+    showTalk();
+    live(text(link.state === "on" ? "transcribing" : "sending-later"), "hint");
+  }, TAIL_MS);
+}
+
+function onPiece(pcm, peak) {
+  by("meter").firstElementChild.style.transform = `scaleX(${Math.max(0, 1 + Math.log10(peak + 1e-4) / 3)})`;
+  if (talking) link.put(pcm.slice());
+}
+
+const button = by("talk");
+button.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0) return;
+  if (options.mode === "hold") {
+    button.setPointerCapture(event.pointerId);
+    begin();
+  } else (wanted ? finish() : begin());
+});
+for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) {
+  button.addEventListener(kind, () => options.mode === "hold" && finish());
+}
+button.addEventListener("contextmenu", (event) => event.preventDefault());
+button.addEventListener("click", (event) => {
+  if (event.detail === 0) (wanted ? finish() : begin()); // screen readers click without a pointer
+});
+const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, dialog, a, button:not(#talk)");
+document.addEventListener("keydown", (event) => {
+  if (!isTalkKey(event)) return;
+  event.preventDefault();
+  if (event.repeat) return;
+  if (options.mode === "hold") begin();
+  else (wanted ? finish() : begin());
+});
+document.addEventListener("keyup", (event) => {
+  if (!isTalkKey(event)) return;
+  event.preventDefault();
+  if (options.mode === "hold") finish();
+});
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) finish();
+  else if (link.session) link.connect();
+});
+addEventListener("blur", () => options.mode === "hold" && finish());
+
+// ---------------------------------------------------------------- what comes back
+
+function handle(event) {
+  const at = event.utterance_id;
+  switch (event.type) {
+    case "ready":
+      by("station").textContent = event.source;
+      clearNotice();
+      break;
+    case "transcribing":
+      live(event.text || text("transcribing"), event.text ? "partial" : "hint");
+      break;
+    case "transcript":
+      item(at, event);
+      live(event.text, "final");
+      break;
+    case "pending":
+      item(at, event);
+      ask(event);
+      break;
+    case "command":
+    case "expired":
+    case "rejected":
+      item(at, event);
+      if (question?.utterance_id === at) unask();
+      if (event.type === "rejected" && !event.text) live(text(`reason-${event.reason}`), "hint");
+      break;
+    case "ended":
+      if (!talking && by("live").className !== "final") live(text("idle"), "hint");
+      break;
+    case "status":
+      broker = event.broker;
+      showState();
+      break;
+    case "overloaded":
+      live(text("overloaded"), "hint");
+      break;
+    case "error":
+      notice(event.detail);
+      break;
+  }
+}
+
+function live(words, kind) {
+  const element = by("live");
+  element.textContent = words;
+  element.className = kind;
+}
+
+/** One line of the history per utterance; what becomes of it changes the line. */
+function item(id, event) {
+  let line = items.get(id);
+  if (!line) {
+    line = by("line-template")?.content.cloneNode(true) ?? document.createElement("li");
+    items.set(id, line);
+    by("history").prepend(line);
+    by("nothing-yet").hidden = true;
+    if (items.size > HISTORY) {
+      const [oldest, gone] = items.entries().next().value;
+      items.delete(oldest);
+      gone.remove();
+    }
+  }
+  line.event = { ...line.event, ...event };
+  line.kinds = [...(line.kinds ?? []), event.type];
+  draw(line);
+}
+
+function draw(line) {
+  const event = line.event;
+  const kind = ["command", "expired", "rejected", "pending"].findLast?.((each) => line.kinds.at(-1) === each)
+    ?? line.kinds.at(-1);
+  line.dataset.kind = kind;
+  line.replaceChildren();
+  const time = add(line, "time", new Date(event.end ?? event.time).toLocaleTimeString([], { hour12: false }));
+  time.dateTime = event.end ?? event.time;
+  const body = add(line, "div");
+  if (event.text) add(body, "p", event.text, "said");
+  if (event.intent && kind !== "rejected") {
+    const command = add(body, "p", "", "intent");
+    add(command, "strong", event.intent);
+    slots(add(body, "dl", "", "slots"), event);
+  }
+  const badges = add(body, "p", "", "badges");
+  add(badges, "span", kind === "rejected" ? text(`reason-${event.reason}`) : text(kind), "badge kind");
+  if (kind === "command" && event.confirmed) add(badges, "span", text("kind-confirmed"), "badge");
+  if (event.language && event.language !== "nospeech") add(badges, "span", text(`lang-${event.language}`), "badge");
+  if (event.emotion && !/UNKNOWN|UNK/.test(event.emotion)) add(badges, "span", text(`emotion-${event.emotion}`), "badge");
+  if (event.event && !/^(Speech|.*UNK)/.test(event.event)) add(badges, "span", text(`event-${event.event}`), "badge");
+  if (event.confidence > 0) add(badges, "span", `${Math.round(100 * event.confidence)} % ${text("sure")}`, "badge");
+  if (kind === "expired") add(body, "p", text("expired-detail"), "hint");
+  else if (kind === "rejected" && event.detail) add(body, "p", event.detail, "hint");
+}
+
+function slots(list, event) {
+  for (const [name, value] of Object.entries(event.slots ?? {})) {
+    const pair = add(list, "div");
+    add(pair, "dt", name);
+    add(pair, "dd", [value, event.units?.[name]].filter((part) => part !== undefined).join(" "));
+  }
+}
+
+function add(parent, tag, words = "", kind = "") {
+  const element = document.createElement(tag);
+  element.textContent = words;
+  if (kind) element.className = kind;
+  parent.append(element);
+  return element;
+}
+
+// ---------------------------------------------------------------- a yes or no
+
+function ask(event) {
+  question = event;
+  by("question-text").textContent = event.read_back;
+  by("question-slots").replaceChildren();
+  slots(by("question-slots"), event);
+  by("question").hidden = false;
+  by("confirm").focus({ preventScroll: true });
+  const until = performance.now() + Math.max(1000, new Date(event.confirm_until) - new Date(event.time));
+  const whole = until - performance.now();
+  clearInterval(ask.clock);
+  ask.clock = setInterval(() => {
+    by("question-time").value = Math.max(0, (until - performance.now()) / whole);
+  }, 200);
+}
+
+function unask() {
+  question = null;
+  clearInterval(ask.clock);
+  by("question").hidden = true;
+  button.focus({ preventScroll: true });
+}
+
+by("confirm").addEventListener("click", () => question && link.answer(question.pending_id, "confirm"));
+by("cancel").addEventListener("click", () => question && link.answer(question.pending_id, "cancel"));
+
+// ---------------------------------------------------------------- how things stand
+
+function notice(key, action, act) {
+  by("notice").hidden = false;
+  by("notice-text").textContent = text(key);
+  const help = text(`${key}-help`);
+  by("notice-help").textContent = help === key || help.endsWith("-help") ? "" : help;
+  by("notice-action").hidden = !action;
+  by("notice-action").textContent = action ? text(action) : "";
+  by("notice-action").onclick = act ?? null;
+}
+
+function clearNotice() {
+  by("notice").hidden = true;
+}
+
+function showState() {
+  const gateway = by("gateway-state");
+  gateway.dataset.state = link.state;
+  gateway.textContent = text(`gateway-${link.state}`);
+  const chip = by("broker-state");
+  chip.dataset.state = link.state === "on" ? broker : "unknown";
+  chip.textContent = text(`broker-${chip.dataset.state}`);
+  if (talking && link.state !== "on") live(text("sending-later"), "hint");
+}
+
+function showTalk() {
+  button.dataset.state = talking ? "talking" : "idle";
+  button.setAttribute("aria-pressed", String(talking));
+  const key = options.mode === "hold" ? (talking ? "release" : "hold") : talking ? "press-again" : "press";
+  by("talk-text").textContent = text(key);
+  by("talk-hint").textContent = matchMedia("(hover: hover)").matches ? text("keys") : "";
+}
+
+// ---------------------------------------------------------------- options
+
+function openOptions(focus) {
+  by("token").value = stored("token", "");
+  by("options").showModal();
+  if (focus) by(focus).focus();
+}
+
+by("open-options").addEventListener("click", () => openOptions());
+by("options").addEventListener("change", ({ target }) => {
+  if (!(target.name in options)) return;
+  options[target.name] = target.value;
+  localStorage.setItem(target.name, target.value);
+  translate();
+});
+by("options").addEventListener("close", () => {
+  const token = by("token").value.trim();
+  if (token === stored("token", "")) return;
+  localStorage.setItem("token", token);
+  link.disconnect();
+  link = newLink();
+  link.connect();
+});
+
+function translate() {
+  choose(options.language);
+  fill(document);
+  for (const [name, value] of Object.entries(options)) {
+    for (const input of document.querySelectorAll(`input[name=${name}]`)) input.checked = input.value === value;
+  }
+  if (by("live").className === "hint") live(text(talking ? "listening" : "idle"), "hint");
+  items.forEach(draw);
+  showState();
+  showTalk();
+}
+
+translate();
+if (!window.isSecureContext) notice("need-https");
+link.connect();

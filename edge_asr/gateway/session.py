@@ -1,0 +1,224 @@
+"""A station's session: its talks go to the pipeline one after the other, its results come back as numbered events.
+
+Law: a session outlives its connection by the resume time; audio and events are both numbered, so a reconnect repeats
+what was lost and nothing twice. Whatever goes wrong in a session ends that session and nothing else. At most
+:data:`KEPT_EVENTS` events and :data:`MAX_TALKS` talks wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from edge_asr import clock, contract, settings
+from edge_asr.events import Json, Message
+from edge_asr.gateway.talk import Talk
+from edge_asr.gateway.tokens import Station, Tokens
+
+log = logging.getLogger(__name__)
+
+KEPT_EVENTS = 256
+"""More than any resume time can bring."""
+
+MAX_TALKS = 8
+"""Talks of one session that may wait for the one before them to be committed."""
+
+SWEEP_S = 1.0
+
+Event = dict[str, Json]
+Hear = Callable[[Talk], Awaitable[None]]
+
+
+class BusyError(Exception):
+    """No room for another session now; the message is for the person who waits."""
+
+
+class Session:
+    """One station's conversation."""
+
+    def __init__(self, source: str, station: Station, address: str) -> None:
+        self.id = secrets.token_urlsafe(16)
+        """Known to the client only: who has it and the station's token may resume."""
+        self.source = source
+        self.station = station
+        self.address = address
+        self.opened = self.active = asyncio.get_running_loop().time()
+        self.talk: Talk | None = None
+        """The one under way, or the last."""
+        self.kind = ""
+        """By what way it came, for the dashboard."""
+        self._talks: asyncio.Queue[Talk | None] = asyncio.Queue()
+        self._events: deque[tuple[int, Event]] = deque(maxlen=KEPT_EVENTS)
+        self._count = 0
+        self._send: Callable[[Event], None] | None = None
+        self.over = asyncio.Event()
+        """Set when it ends: whoever serves its connection closes it."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether a connection serves it."""
+        return self._send is not None
+
+    def attach(self, send: Callable[[Event], None], have: int) -> None:
+        """Send events this way from now on, those after number ``have`` at once."""
+        self._send = send
+        for number, event in self._events:
+            if number > have:
+                send(event)
+
+    def detach(self, send: Callable[[Event], None]) -> None:
+        """The connection is gone, unless another has taken its place."""
+        if self._send == send:
+            self._send = None
+        self.active = asyncio.get_running_loop().time()
+
+    def tell(self, kind: str, data: Mapping[str, Json], *, keep: bool = True) -> None:
+        """Send an event; ``keep``: number it and repeat it after a reconnect."""
+        event: Event = {"type": kind, **data}
+        if keep:
+            self._count += 1
+            event["n"] = self._count
+            self._events.append((self._count, event))
+        if self._send is not None:
+            self._send(event)
+
+    def begin(self, talk: Talk) -> None:
+        """Start a talk; the one before ends. Raises BusyError."""
+        if self.talk is not None:
+            self.talk.end()
+        if self._talks.qsize() >= MAX_TALKS:
+            raise BusyError("too many talks wait to be recognized; speak again in a moment")
+        self.active = asyncio.get_running_loop().time()
+        self.talk = talk
+        self._talks.put_nowait(talk)
+
+    def close(self) -> None:
+        """End; what was said is still recognized and committed."""
+        if self.talk is not None:
+            self.talk.end()
+        self._talks.put_nowait(None)
+        self.over.set()
+
+    async def run(self, hear: Hear) -> None:
+        """Have the talks heard until the session is closed and all that was said is committed."""
+        while (talk := await self._talks.get()) is not None:
+            self.tell("listening", {"talk": talk.number})
+            await hear(talk)
+            self.active = asyncio.get_running_loop().time()
+            self.tell("ended", {"talk": talk.number})
+
+
+@dataclass
+class Sessions:
+    """All of them, and who may open another."""
+
+    options: settings.Gateway
+    tokens: Tokens
+    renderer: contract.Renderer
+    hear: Hear
+    overloaded: Callable[[], bool]
+    """Whether the recognizer is so far behind that nobody new should come."""
+    _running: dict[str, tuple[Session, asyncio.Task[None]]] = field(default_factory=dict)
+    """Source -> its session."""
+
+    def __iter__(self) -> Iterator[Session]:
+        """Those that are open."""
+        return iter([session for session, _ in self._running.values()])
+
+    def check_room(self, address: str) -> None:
+        """Raise BusyError where nobody from this address can be let in now."""
+        if self.overloaded():
+            raise BusyError("the recognizer is behind; try again in a moment")
+        if len(self._running) >= self.options.max_sessions:
+            raise BusyError(f"all {self.options.max_sessions} sessions are taken; try again later")
+        if Counter(session.address for session in self)[address] >= self.options.max_sessions_per_address:
+            raise BusyError(f"{self.options.max_sessions_per_address} sessions are open from this address already")
+
+    def open(self, station: Station, address: str, kind: str) -> Session:
+        """Let a station in. Raises BusyError."""
+        self.check_room(address)
+        of_station = [session for session in self if session.station == station]
+        if len(of_station) >= self.options.max_sessions_per_token:
+            raise BusyError(f"{station.name} has {len(of_station)} sessions open already")
+        names = (station.name, *(f"{station.name}_{count}" for count in range(2, self.options.max_sessions + 2)))
+        session = Session(next(name for name in names if name not in self._running), station, address)
+        session.kind = kind
+        task = asyncio.create_task(self._run(session), name=f"session:{session.source}")
+        self._running[session.source] = session, task
+        log.info("%s: session opened by %s from %s", session.source, kind, address)
+        return session
+
+    def resume(self, session_id: str, station: Station) -> Session | None:
+        """The session of this id if it is this station's and not over."""
+        found = (each for each in self if secrets.compare_digest(each.id.encode(), session_id.encode()))
+        return next((each for each in found if each.station == station and not each.over.is_set()), None)
+
+    def told(self, message: Message) -> None:
+        """Pass a committed message on to the session that said it."""
+        session = self._of(message.data)
+        if session is not None:
+            expires_ns = message.expires_ns
+            left_s = None if expires_ns is None else (expires_ns - clock.boottime_ns()) / clock.NS_PER_S
+            topic, data = self.renderer.flat(message, replayed=False, life_left_s=left_s)
+            session.tell(contract.TOPICS[topic], data)
+
+    def live(self, topic: str, data: Mapping[str, Json]) -> None:
+        """Pass a partial on to the session that speaks."""
+        session = self._of(data)
+        if session is not None and topic == contract.PARTIAL:
+            session.tell("transcribing", data, keep=False)
+
+    async def sweep(self) -> None:
+        """End what has been silent, or open, for too long, and what belongs to a revoked token; never returns."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = asyncio.get_running_loop().time()
+            for session in self:
+                reason = self._too_long(session, now)
+                if reason and not session.over.is_set():
+                    log.info("%s: session ended: %s", session.source, reason)
+                    session.tell("error", {"detail": reason}, keep=False)
+                    session.close()
+
+    async def close(self) -> None:
+        """End all of them and wait until what they said is committed."""
+        for session in self:
+            session.close()
+        await asyncio.gather(*(task for _, task in self._running.values()))
+
+    def _too_long(self, session: Session, now: float) -> str:
+        if not session.attached and now - session.active > self.options.resume_s:
+            return "the connection is gone"
+        if now - session.opened > self.options.max_session_s:
+            return f"{self.options.max_session_s:g} s are the longest a session may last"
+        talking = session.talk is not None and not session.talk.ended
+        if not talking and now - session.active > self.options.idle_s:
+            return f"nobody spoke for {self.options.idle_s:g} s"
+        return "" if self.admitted(session.station) else "its token was revoked"
+
+    def admitted(self, station: Station) -> bool:
+        """Whether a station may still be here: by its token, or because this gateway is open to its own machine."""
+        return station is LOCAL or self.tokens.holds(station)
+
+    async def _run(self, session: Session) -> None:
+        try:
+            await session.run(self.hear)
+        except Exception:
+            log.exception("%s: the session failed", session.source)
+            session.tell("error", {"detail": "the session failed; the log knows more"}, keep=False)
+        finally:
+            session.over.set()
+            del self._running[session.source]
+            log.info("%s: session closed", session.source)
+
+    def _of(self, data: Mapping[str, Json]) -> Session | None:
+        found = self._running.get(str(data.get("source")))
+        return found[0] if found else None
+
+
+LOCAL = Station("local", "talk", "", "")
+"""Whoever is on this machine, where the gateway is open to it without a token."""

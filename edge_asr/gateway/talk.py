@@ -1,0 +1,121 @@
+"""One talk: what a station says between pressing and letting go of the button, as a source of the pipeline.
+
+Law: what the sender numbered twice is heard once; a jump of its numbers is lost audio, made visible as a jump of the
+frames' positions. The buffer holds :data:`BUFFER_S`. Where the sender can wait (a WebSocket), :meth:`Talk.put` waits
+and nothing is lost; where it cannot (WebRTC), the oldest audio goes, visibly as well. Audio that comes late was
+captured when it was spoken: a command that waited in a tablet's memory has lived since then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_asr.audio import NS_PER_SAMPLE, FrameCutter, Resampler
+from edge_asr.clock import boottime_ns
+from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
+from edge_asr.sources import Timeline
+
+BUFFER_S: Final = 5.0
+_FRAMES: Final = round(BUFFER_S * SAMPLE_RATE / FRAME_SAMPLES)
+
+
+class Talk:
+    """Audio of any rate goes in, numbered by its sender; frames of the pipeline come out."""
+
+    def __init__(
+        self, source: str, number: int, *, rate: int = SAMPLE_RATE, channels: int = 1, age_ns: int = 0
+    ) -> None:
+        self.name = source
+        self.number = number
+        """Counted by the client, from 1."""
+        self.position = 0
+        """Index of the sample, in the sender's rate, that is expected next."""
+        self.lost_samples = 0
+        """Samples at 16 kHz that the sender skipped or the buffer could not hold."""
+        self.ended = False
+        self.rate = rate
+        """Hz, of what is put in."""
+        self._resampler = Resampler(rate, channels)
+        self._cutter = FrameCutter(source)
+        self._timeline = Timeline()
+        self._timeline.missing(boottime_ns() - age_ns, 0)
+        self._frames: deque[AudioFrame] = deque()
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def put(self, position: int, samples: NDArray[Any]) -> None:
+        """Take samples from ``position`` on, ``(n,)`` or ``(n, channels)``; waits while the buffer is full."""
+        self._cut(position, samples)
+        while len(self._frames) > _FRAMES and not self.ended:
+            self._room.clear()
+            await self._room.wait()
+
+    def offer(self, position: int, samples: NDArray[Any]) -> None:
+        """Take samples without waiting; when the buffer is full the oldest go."""
+        self._cut(position, samples)
+        while len(self._frames) > _FRAMES:
+            self._frames.popleft()
+            self.lost_samples += FRAME_SAMPLES
+
+    def end(self) -> None:
+        """Nothing more will be said."""
+        if not self.ended:
+            self._deliver(self._resampler.flush())
+            self._frames += self._cutter.flush(boottime_ns())
+            self.ended = True
+        self._news.set()
+        self._room.set()
+
+    async def frames(self) -> AsyncIterator[AudioFrame]:
+        """Everything that was put in, until the end."""
+        while True:
+            self._news.clear()
+            if self._frames:
+                frame = self._frames.popleft()
+                self._room.set()
+                yield frame
+            elif self.ended:
+                return
+            else:
+                await self._news.wait()
+
+    async def close(self) -> None:
+        """End early; what was put in is still delivered."""
+        self.end()
+
+    def _cut(self, position: int, samples: NDArray[Any]) -> None:
+        if self.ended:
+            return
+        known = self.position - position
+        if known > 0:
+            samples = samples[known:]
+        elif known < 0:
+            lost = max(1, round(-known * SAMPLE_RATE / self.rate))
+            self.lost_samples += self._cutter.skip(lost)
+            self.position = position
+        self.position += len(samples)
+        if len(samples):
+            self._deliver(self._resampler.feed(samples))
+
+    def _deliver(self, pcm: bytes) -> None:
+        """Cut into frames with the times at which they were spoken."""
+        if not pcm:
+            return
+        end = self._cutter.end + len(pcm) // BYTES_PER_SAMPLE
+        now_ns = boottime_ns()
+        self._timeline.missing(now_ns - round(self._resampler.held_samples * NS_PER_SAMPLE), end)
+        self._frames += self._cutter.feed(pcm, self._timeline.captured_ns(end))
+        self._news.set()
+
+
+def from_pcm16(data: bytes | memoryview) -> NDArray[np.int16]:
+    """Signed 16-bit little-endian samples. Raises ValueError on half a sample."""
+    if len(data) % BYTES_PER_SAMPLE:
+        raise ValueError(f"{len(data)} bytes of 16-bit PCM end in half a sample")
+    return np.frombuffer(data, dtype="<i2")

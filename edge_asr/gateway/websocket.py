@@ -1,0 +1,195 @@
+"""Carries a session over a WebSocket: numbered audio in, numbered events out, resumable; see docs/gateway.md."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from aiohttp import WSMsgType, web
+
+from edge_asr.clock import NS_PER_S
+from edge_asr.gateway import wire
+from edge_asr.gateway.session import BusyError, Event, Session, Sessions
+from edge_asr.gateway.talk import Talk, from_pcm16
+from edge_asr.gateway.tokens import Station
+
+log = logging.getLogger(__name__)
+
+HELLO_S: Final = 10.0
+"""A connection that does not say hello in this time is closed."""
+
+PING_S: Final = 3.0
+DEAD_S: Final = 10.0
+"""A peer that sends nothing for so long, not even the answer to a ping, is gone."""
+
+MAX_OUTGOING: Final = 512
+"""Events that may wait for a slow client; then the connection is cut, and the client may resume."""
+
+AHEAD_S: Final = 45.0
+"""How far audio may run ahead of the clock: the 30 s kept through a cut link, and some; beyond, it is slowed down."""
+
+UNAUTHORIZED: Final = 4401
+REPLACED: Final = 4409
+
+Admit = Callable[[str | None], Station | None]
+
+
+class Connection:
+    """One WebSocket from hello to goodbye."""
+
+    def __init__(self, socket: web.WebSocketResponse, sessions: Sessions, address: str) -> None:
+        self._socket = socket
+        self._sessions = sessions
+        self._address = address
+        self._outgoing: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._overrun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails when the client does not read what it is sent."""
+        self._acked = 0
+        self._heard_s = 0.0
+        self._began = asyncio.get_running_loop().time()
+
+    async def serve(self, admit: Admit) -> None:
+        """Carry the session until either side goes."""
+        session = None
+        try:
+            session = await self._greet(admit)
+            if session is not None:
+                await self._carry(session)
+        except wire.WireError as error:
+            await self._refuse(1003, str(error))
+        except BusyError as error:
+            await self._refuse(1013, str(error))
+        except (asyncio.TimeoutError, ConnectionError):
+            log.info("%s: the connection is gone", session.source if session else self._address)
+        finally:
+            if session is not None:
+                session.detach(self._enqueue)
+            await self._socket.close()
+
+    async def _greet(self, admit: Admit) -> Session | None:
+        """The session that the first message opens or resumes."""
+        message = await self._socket.receive(timeout=HELLO_S)
+        if message.type is not WSMsgType.TEXT:
+            raise wire.WireError("the first message must be a hello in JSON")
+        hello = wire.read(message.data)
+        if not isinstance(hello, wire.Hello):
+            raise wire.WireError(f"the first message must be a hello, not {hello.type}")
+        station = admit(hello.token)
+        if station is None or station.role != "talk":
+            await self._refuse(UNAUTHORIZED, "this token may not talk here; ask who looks after the box for one")
+            return None
+        session = self._sessions.resume(hello.session, station) if hello.session else None
+        resumed = session is not None
+        if session is None:
+            session = self._sessions.open(station, self._address, "websocket")
+        talk = session.talk
+        self._acked = talk.position if talk else 0
+        self._enqueue(
+            {
+                "type": "ready",
+                "session": session.id,
+                "source": session.source,
+                "resumed": resumed,
+                "talk": talk.number if talk else 0,
+                "position": self._acked,
+                "resume_s": self._sessions.options.resume_s,
+            }
+        )
+        session.attach(self._enqueue, hello.have if resumed else 0)
+        return session
+
+    async def _carry(self, session: Session) -> None:
+        """Read and write until one of them ends."""
+        tasks = [
+            asyncio.create_task(self._read(session), name=f"read:{session.source}"),
+            asyncio.create_task(self._write(), name=f"write:{session.source}"),
+            asyncio.create_task(self._leave(session), name=f"over:{session.source}"),
+        ]
+        try:
+            done, _ = await asyncio.wait([*tasks, self._overrun], return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, session: Session) -> None:
+        while True:
+            message = await self._socket.receive(timeout=DEAD_S)
+            if message.type is WSMsgType.BINARY:
+                await self._hear(session, message.data)
+            elif message.type is WSMsgType.TEXT:
+                self._obey(session, wire.read(message.data))
+            else:
+                return
+
+    async def _hear(self, session: Session, data: bytes) -> None:
+        position, audio = wire.audio(data)
+        talk = session.talk
+        if talk is None:
+            raise wire.WireError("audio before the first start")
+        try:
+            samples = from_pcm16(audio)
+        except ValueError as error:
+            raise wire.WireError(str(error)) from None
+        session.active = asyncio.get_running_loop().time()
+        self._heard_s += len(samples) / talk.rate
+        await asyncio.sleep(max(0.0, self._heard_s - AHEAD_S - (session.active - self._began)))
+        await talk.put(position, samples)
+        if talk.position - self._acked >= talk.rate // 2 or talk.position < self._acked:
+            self._acknowledge(talk)
+
+    def _obey(self, session: Session, order: wire.Message) -> None:
+        if isinstance(order, wire.Start):
+            if session.talk is None or order.talk > session.talk.number:
+                age_ns = round(order.age_ms * 1e-3 * NS_PER_S)
+                self._acked = 0
+                session.begin(Talk(session.source, order.talk, rate=order.rate, age_ns=age_ns))
+            elif order.talk < session.talk.number:
+                raise wire.WireError(f"talk {order.talk} is over; the last is {session.talk.number}")
+        elif isinstance(order, wire.End):
+            if session.talk is not None:
+                session.talk.end()
+                self._acknowledge(session.talk)
+        elif isinstance(order, wire.Ping):
+            self._enqueue({"type": "pong"})
+        elif isinstance(order, wire.Hello):
+            raise wire.WireError("hello was said already")
+
+    def _acknowledge(self, talk: Talk) -> None:
+        self._acked = talk.position
+        self._enqueue({"type": "ack", "talk": talk.number, "position": talk.position, "ended": talk.ended})
+
+    async def _write(self) -> None:
+        """Send what waits, and a ping in every silence."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self._outgoing.get(), PING_S)
+            except asyncio.TimeoutError:
+                await self._socket.ping()
+            else:
+                if event is None:
+                    return
+                await self._socket.send_str(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+    async def _leave(self, session: Session) -> None:
+        """Say goodbye when the session is over, after what was still to be told."""
+        await session.over.wait()
+        self._outgoing.put_nowait(None)
+        await asyncio.Event().wait()
+
+    def _enqueue(self, event: Event) -> None:
+        if self._outgoing.qsize() < MAX_OUTGOING:
+            self._outgoing.put_nowait(event)
+        elif not self._overrun.done():
+            self._overrun.set_exception(ConnectionResetError("the client does not read"))
+
+    async def _refuse(self, code: int, reason: str) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._socket.send_str(json.dumps({"type": "error", "detail": reason}, ensure_ascii=False))
+            await self._socket.close(code=code, message=reason.encode()[:120])

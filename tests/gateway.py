@@ -1,0 +1,209 @@
+"""A daemon with its gateway, its certificate and tokens; ways to talk to it: a plain client and a real Chromium."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import soundfile
+import soxr
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from playwright.sync_api import BrowserContext, Page, sync_playwright
+
+from edge_asr import model_store
+from edge_asr.audio import read_file
+from edge_asr.gateway.tokens import Tokens
+from tests.broker import PATIENCE_S, Broker, free_port, wait_until
+
+RECORDINGS = model_store.bundled("recordings")
+CHROMIUM = "/usr/bin/chromium"
+
+
+def recording(name: str) -> Path:
+    (path,) = RECORDINGS.glob(f"{name}*.flac")
+    return path
+
+
+@dataclass
+class Box:
+    """A running daemon whose only ears are the gateway's guests."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    tokens: Tokens
+    token: str
+    """Of the station `tablet`."""
+    tls: ssl.SSLContext
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(encoding="utf-8")
+
+    @contextlib.asynccontextmanager
+    async def client(self, **hello: Any) -> AsyncIterator[Client]:
+        """A session of the WebSocket."""
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls)) as http,
+            http.ws_connect(f"{self.url}/ws") as socket,
+        ):
+            client = Client(socket)
+            await client.send(type="hello", **{"token": self.token, **hello})
+            yield client
+
+
+@dataclass
+class Client:
+    """A plain client that speaks the protocol of docs/gateway.md."""
+
+    socket: aiohttp.ClientWebSocketResponse
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    async def send(self, **message: Any) -> None:
+        await self.socket.send_str(json.dumps(message))
+
+    async def until(self, kind: str) -> dict[str, Any]:
+        """The next event of this kind; all that came before it are in ``events``."""
+        while True:
+            message = await self.socket.receive(PATIENCE_S)
+            assert message.type is aiohttp.WSMsgType.TEXT, (message, self.events)
+            event: dict[str, Any] = json.loads(message.data)
+            self.events.append(event)
+            if event["type"] == kind:
+                return event
+
+    async def say(self, pcm: bytes, *, talk: int = 1, position: int = 0, piece: int = 1280, **start: Any) -> None:
+        """Send a talk in pieces of 40 ms, without an end."""
+        await self.send(type="start", talk=talk, **start)
+        for offset in range(0, len(pcm), piece):
+            await self.socket.send_bytes((position + offset // 2).to_bytes(4, "little") + pcm[offset : offset + piece])
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["type"] == kind]
+
+
+@contextlib.contextmanager
+def box(folder: Path, broker: Broker | None = None, **section: Any) -> Iterator[Box]:
+    """Start `edge-asr run` with a gateway; ready when its door is open."""
+    port = free_port()
+    settings = folder / "settings.yaml"
+    tree: dict[str, Any] = {
+        "device": "press-07",
+        "state_dir": str(folder / "state"),
+        "sources": [],
+        "gateway": {"port": port, **section},
+    }
+    if broker is not None:
+        tree["mqtt"] = {"host": broker.host, "port": broker.port, "max_retry_s": 1}
+    settings.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    program = [sys.executable, "-m", "edge_asr.cli"]
+    subprocess.run([*program, "gateway", "cert", "-s", str(settings)], check=True, capture_output=True)
+    tokens = Tokens(folder / "state/gateway/tokens.json")
+    token = tokens.add("tablet", "talk")
+    tls = ssl.create_default_context(cafile=folder / "state/gateway/ca.crt")
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*program, "run", "-s", str(settings)], stderr=log, stdin=subprocess.DEVNULL)
+    running = Box(folder, port, process, tokens, token, tls)
+    try:
+        wait_until(lambda: "gateway: http" in running.log or process.poll() is not None, "the gateway opens")
+        assert process.poll() is None, running.log
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def transcribed(path: Path) -> list[dict[str, Any]]:
+    """What `edge-asr transcribe` makes of a file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_asr.cli", "transcribe", str(path), "--json"], check=True, capture_output=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def microphone_file(folder: Path, *names: str) -> Path:
+    """What Chromium's fake microphone plays: 48 kHz, with silence in front, for it begins before the page listens."""
+    samples = np.concatenate(
+        [np.zeros(24_000, np.float32)]
+        + [
+            np.concatenate(
+                [np.frombuffer(read_file(recording(name)), "<i2").astype(np.float32) / 32768, np.zeros(16_000)]
+            )
+            for name in names
+        ]
+    )
+    path = folder / "microphone.wav"
+    soundfile.write(path, soxr.resample(samples, 16_000, 48_000), 48_000, subtype="PCM_16")
+    return path
+
+
+@contextlib.contextmanager
+def chromium(running: Box, microphone: Path | None, **context: Any) -> Iterator[BrowserContext]:
+    """A real browser that trusts the box's certificate; its microphone plays a file once."""
+    certificate = x509.load_pem_x509_certificate((running.folder / "state/gateway/server.crt").read_bytes())
+    key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    trusted = base64.b64encode(hashlib.sha256(key).digest()).decode()
+    arguments = [
+        f"--ignore-certificate-errors-spki-list={trusted}",
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        *([f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []),
+        "--disable-background-networking",
+        "--no-first-run",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch_persistent_context(
+            str(running.folder / f"profile-{os.urandom(4).hex()}"),
+            executable_path=CHROMIUM,
+            headless=True,
+            args=arguments,
+            chromium_sandbox=False,
+            locale=context.pop("locale", "en-GB"),
+            **context,
+        )
+        browser.set_default_timeout(PATIENCE_S * 1000)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser: BrowserContext, running: Box) -> tuple[Page, list[str]]:
+    """The station's page by its link, and what its console complains of."""
+    page = browser.pages[0] if browser.pages else browser.new_page()
+    complaints: list[str] = []
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in {"error", "warning"} else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"{running.url}/#token={running.token}")
+    page.wait_for_selector("#gateway-state[data-state=on]")
+    return page, complaints
+
+
+def run(scenario: Callable[[], Any]) -> Any:
+    """Run an asynchronous scenario to its end."""
+    return asyncio.run(asyncio.wait_for(scenario(), 60))

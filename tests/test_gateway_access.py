@@ -1,0 +1,156 @@
+"""Who comes into the gateway: certificates that others' tools accept, tokens that are stored nowhere, the door."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import ssl
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_asr.gateway import GatewayError, certificates
+from edge_asr.gateway.tokens import Tokens
+
+
+def edge_asr(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_asr.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_openssl_accepts_the_certificate_for_every_name_and_no_other(tmp_path: Path) -> None:
+    held = certificates.make(tmp_path, ["voice.hall-2.example", "10.3.7.20"])
+    files = certificates.Files(tmp_path)
+    assert {"voice.hall-2.example", "10.3.7.20", "localhost", "127.0.0.1"} <= set(held)
+    for option, name, good in (
+        ("-verify_hostname", "voice.hall-2.example", True),
+        ("-verify_ip", "10.3.7.20", True),
+        ("-verify_hostname", "other.example", False),
+    ):
+        command = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", str(files.authority)]
+        done = subprocess.run([*command, option, name, str(files.server)], capture_output=True, check=False)
+        assert (done.returncode == 0) is good, done.stderr
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", str(files.authority), "-noout", "-fingerprint", "-sha256"],
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    assert shown.strip().endswith(certificates.fingerprint(files.authority))
+    assert stat.S_IMODE(files.server_key.stat().st_mode) == stat.S_IMODE(files.authority_key.stat().st_mode) == 0o600
+
+
+def test_making_it_again_renews_the_server_and_keeps_the_authority(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [], now=dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=600))
+    files = certificates.Files(tmp_path)
+    authority, server = files.authority.read_bytes(), files.server.read_bytes()
+    assert certificates.days_left(files.server) < 250
+    certificates.make(tmp_path, [])
+    assert files.authority.read_bytes() == authority
+    assert files.server.read_bytes() != server
+    assert certificates.days_left(files.server) > 800
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.server, files.server_key)
+
+
+def test_a_box_that_woke_up_in_1970_signs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GatewayError, match="the clock shows 1970-01-01; set it first"):
+        certificates.make(tmp_path, [], now=dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc))
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_host_name_an_address_or_a_value_error(name: str) -> None:
+    try:
+        certificates.general_name(name)
+    except ValueError as error:
+        assert repr(name) in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_a_token_is_stored_nowhere_and_works_until_it_is_revoked(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "gateway/tokens.json")
+    talk, watch = tokens.add("tablet-3", "talk"), tokens.add("wall", "watch")
+    other = Tokens(tokens.path)  # the daemon, while the command line writes
+    station = other.admit(talk)
+    assert station
+    assert (station.name, station.role) == ("tablet-3", "talk")
+    assert other.admit(watch) != station
+    assert other.admit(talk + "x") is None
+    assert not any(talk in file.read_text(encoding="utf-8") for file in tokens.path.parent.iterdir())
+    assert stat.S_IMODE(tokens.path.stat().st_mode) == 0o600
+    tokens.revoke("tablet-3")
+    assert other.admit(talk) is None
+    assert not other.holds(station)
+    assert other.admit(watch)
+
+
+def test_a_name_has_one_token(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    tokens.add("tablet-3", "talk")
+    with pytest.raises(GatewayError, match="tablet-3 has a token already; revoke it first"):
+        tokens.add("tablet-3", "watch")
+    with pytest.raises(ValueError, match="'hall 2/tablet' may hold only"):
+        tokens.add("hall 2/tablet", "talk")
+    with pytest.raises(GatewayError, match="nobody has no token; there are: tablet-3"):
+        tokens.revoke("nobody")
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", '[{"name": "x"}]', "[1]", "\x00"])
+def test_a_damaged_file_of_tokens_admits_nobody_and_says_so(tmp_path: Path, content: str) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    token = tokens.add("tablet-3", "talk")
+    (tmp_path / "tokens.json").write_text(content, encoding="utf-8")
+    assert tokens.admit(token) is None
+    if content != "{}":  # an empty collection is one
+        with pytest.raises(GatewayError, match=r"tokens\.json: is damaged; remove it"):
+            tokens.stations()
+
+
+def test_what_root_makes_for_the_service_belongs_to_the_service(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(tmp_path, 12345, 12345)
+    tokens = Tokens(tmp_path / "gateway/tokens.json")
+    tokens.add("tablet-3", "talk")
+    assert tokens.path.stat().st_uid == tokens.path.parent.stat().st_uid == 12345
+
+
+def test_the_command_line_makes_lists_and_revokes(tmp_path: Path) -> None:
+    state = ("--set", f"state_dir={tmp_path}")
+    made = edge_asr("gateway", "token", "add", "tablet-3", *state)
+    assert made.returncode == 0
+    token = made.stdout.strip()
+    assert Tokens(tmp_path / "gateway/tokens.json").admit(token)
+    assert f"https://HOST:8443/#token={token}" in made.stderr
+    listed = edge_asr("gateway", "token", "list", "--json", *state)
+    assert json.loads(listed.stdout)["name"] == "tablet-3"
+    assert token not in listed.stdout
+    assert edge_asr("gateway", "token", "revoke", "tablet-3", *state).returncode == 0
+    again = edge_asr("gateway", "token", "revoke", "tablet-3", *state)
+    assert (again.returncode, again.stderr) == (69, "edge-asr: tablet-3 has no token; there are: none\n")
+    certificate = edge_asr("gateway", "cert", "10.3.7.20", *state)
+    assert certificate.returncode == 0
+    assert certificates.fingerprint(tmp_path / "gateway/ca.crt") in certificate.stdout
+    assert "neither a host name nor an IP address" in edge_asr("gateway", "cert", "a b", *state).stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ("{}", "server.crt is not there; make it with `edge-asr gateway cert`"),
+        ("{host: 0.0.0.0, open: true}", "open without tokens, host must be 127.0.0.1"),
+        ("{host: 10.1.2.3, tls: false}", "without TLS, or open without tokens, host must be 127.0.0.1"),
+        ("{cert_file: x.crt}", "cert_file and key_file belong together"),
+    ],
+)
+def test_a_gateway_that_cannot_be_opened_safely_is_one_line(tmp_path: Path, section: str, complaint: str) -> None:
+    done = edge_asr("run", "--set", f"state_dir={tmp_path}", "--set", f"gateway={section}", "--set", "sources=[]")
+    assert done.returncode == 78
+    assert complaint in done.stderr
+    assert len(done.stderr.splitlines()) == 1
