@@ -8,6 +8,7 @@ Nothing here knows a clock or a device: capture times come in with the samples.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,7 +216,6 @@ def read_file(path: Path, channel: int | None = None) -> bytes:
     try:
         with path.open("rb") as stream:
             _refuse_cut_wav(path, stream)
-            stream.seek(0)
             pcm = b"".join(_decode(path, stream, channel))
     except OSError as error:
         raise AudioFileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
@@ -227,7 +227,9 @@ def read_file(path: Path, channel: int | None = None) -> bytes:
 def _decode(path: Path, stream: BinaryIO, channel: int | None) -> Iterator[bytes]:
     seconds = 0.0
     try:
-        with soundfile.SoundFile(stream) as file:
+        # By its descriptor: reading through a Python object takes callbacks, so memory that is writable and executable.
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+        with soundfile.SoundFile(stream.fileno(), closefd=False) as file:
             if channel is not None and not 1 <= channel <= file.channels:
                 raise AudioFileError(f"{path}: has {file.channels} channels, there is no channel {channel}")
             resampler = Resampler(file.samplerate, file.channels, channel)
