@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -79,6 +80,30 @@ def level_dbfs(pcm: bytes) -> float:
 def peak_dbfs(pcm: bytes) -> float:
     """Level of the largest sample."""
     return _decibels(float(np.abs(to_float(pcm)).max(initial=0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What one piece of PCM measures like."""
+
+    level_dbfs: float
+    """RMS without the offset."""
+    offset: float
+    """The constant part, -1..1."""
+    clipped: int
+    """Samples at full scale."""
+
+
+def measure(pcm: bytes) -> Levels:
+    """Level, offset and clipping in one pass."""
+    samples = np.frombuffer(pcm, dtype="<i2").astype(np.float32)
+    if not samples.size:
+        return Levels(SILENCE_DBFS, 0.0, 0)
+    clipped = int(np.count_nonzero(np.abs(samples) >= FULL_SCALE - 1))
+    mean = float(samples.mean())
+    samples -= np.float32(mean)
+    rms = math.sqrt(float(samples @ samples) / samples.size)
+    return Levels(_decibels(rms / FULL_SCALE), mean / FULL_SCALE, clipped)
 
 
 def _decibels(amplitude: float) -> float:

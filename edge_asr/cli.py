@@ -24,7 +24,7 @@ from rich.table import Column, Table
 import edge_asr
 from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, settings
 from edge_asr import grammar as grammars
-from edge_asr.audio import AudioFileError, read_file, to_float
+from edge_asr.audio import AudioFileError, measure, read_file, to_float
 from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
 from edge_asr.command_line import (
@@ -44,10 +44,12 @@ from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Mqtt, Settings
-from edge_asr.sources import SourceError, audio_files, list_devices, measure_level
+from edge_asr.sources import SourceError, audio_files, levels, list_devices, record
 from edge_asr.subscriber import Screen, Subscriber
 
 _EPILOG = 'Shell completion:  eval "$(_EDGE_ASR_COMPLETE=bash_source edge-asr)"   (zsh_source, fish_source)'
+
+METER_WIDTH, METER_RANGE_DB = 60, 90.0
 
 _DEMO_EXITS = {True: 0, False: EXIT_FOUND, None: EXIT_INTERRUPTED}
 
@@ -144,34 +146,53 @@ def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) 
     asyncio.run(show())
 
 
-@main.command(epilog=example("edge-asr devices --levels"))
-@click.option("--levels", is_flag=True, help="Listen to each for a second and show its level.")
+@main.command(epilog=example("edge-asr devices --levels", "edge-asr devices --meter hw:CARD=Array,DEV=0"))
+@click.option("--levels", "with_levels", is_flag=True, help="Listen to each for a second and show its level.")
+@click.option("--meter", metavar="DEVICE", help="Show the level of one until Ctrl-C; `default` or a name of the list.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="End --meter after so long.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per device.")
-def devices(*, levels: bool, as_json: bool) -> None:
-    """List the microphones under the names that settings can use."""
+def devices(*, with_levels: bool, meter: str | None, seconds: float | None, as_json: bool) -> None:
+    """List the microphones under the names for settings; one with CARD= stays the same over plugging and reboots."""
     with one_line_errors():
+        if meter is not None:
+            _show_meter(meter, seconds)
+            return
         found = list_devices()
         if not found:
             raise SourceError("no microphone found; plug one in, or use a source of type files, stdin or the demo")
         for device in found:
-            level = measure_level(device.index) if levels else None
+            level = measure(record(device.index)) if with_levels else None
             if as_json:
                 click.echo(json.dumps({**asdict(device), "level": level and asdict(level)}))
                 continue
             star = "*" if device.is_default else " "
-            shown = f"  rms {level.rms_dbfs:6.1f} dBFS, peak {level.peak_dbfs:6.1f}" if level else ""
-            name = f"{device.name} ({device.alsa_id})" if device.alsa_id else device.name
-            click.echo(f"{star} {device.index:3d}  {name:50s} {device.channels} ch  {device.rate:6d} Hz{shown}")
+            shown = f"  {level.level_dbfs:6.1f} dBFS" if level else ""
+            click.echo(f"{star} {device.alsa_id or device.name:40s} {device.channels} ch  {device.rate:6d} Hz{shown}")
+            if device.alsa_id:
+                click.echo(f"    {device.name}")
 
 
-@main.command(epilog=example("edge-asr check --settings /etc/edge-asr/settings.yaml"))
+def _show_meter(device: str, seconds: float | None) -> None:
+    """A bar that moves; full scale is at its right end, speech lies in its middle third."""
+    with Live(console=_console(), refresh_per_second=10) as live:
+        for count, level in enumerate(levels(device), 1):
+            filled = max(0, min(METER_WIDTH, round((1 + level.level_dbfs / METER_RANGE_DB) * METER_WIDTH)))
+            bar = "█" * filled + "·" * (METER_WIDTH - filled)
+            live.update(f"{bar} {level.level_dbfs:6.1f} dBFS{'  CLIPPING' if level.clipped else ''}")
+            if seconds is not None and count >= seconds * 10:
+                return
+
+
+@main.command(epilog=example("edge-asr check --settings /etc/edge-asr/settings.yaml", "edge-asr check --say"))
 @with_settings
+@click.option("--say", is_flag=True, help="Ask for a spoken sentence, record it and show what is understood.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per finding.")
-def check(options: Settings, *, as_json: bool, **_: object) -> None:
-    """Look over settings, model, grammars, microphone, broker, clock and disk; exit code 1 if something fails."""
+def check(options: Settings, path: Path | None, *, say: bool, as_json: bool, **_: object) -> None:
+    """Look over settings, files, model, grammars, microphone, broker, clock, disk; exit code 1 if something fails."""
     marks = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
     failed = False
-    for finding in doctor.examine(options):
+    ask = (lambda sentence: click.echo(sentence, err=True)) if say else None
+    for finding in doctor.examine(options, path, ask):
         failed |= finding.state == "failed"
         if as_json:
             click.echo(json.dumps(asdict(finding), ensure_ascii=False))
@@ -184,7 +205,7 @@ def check(options: Settings, *, as_json: bool, **_: object) -> None:
 @main.command("bench", epilog=example("edge-asr bench"))
 @with_settings
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def measure(options: Settings, *, as_json: bool, **_: object) -> None:
+def measure_costs(options: Settings, *, as_json: bool, **_: object) -> None:
     """Measure what hearing costs on this machine, stage by stage."""
     result = bench.run(options)
     if as_json:

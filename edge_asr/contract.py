@@ -60,6 +60,7 @@ Given N seconds, mosquitto hands a message on for up to N + 1 (it compares clock
 PayloadMode = Literal["cloudevents", "plain"]
 State = Literal["online", "degraded", "offline"]
 Severity = Literal["warning", "critical"]
+AlarmState = Literal["raised", "over"]
 Data = dict[str, Json]
 
 _ENDED = "ended_ns"
@@ -107,9 +108,15 @@ class MicrophoneHealth:
     noise_dbfs: float | None
     snr_db: float | None
     clipped: float
-    """Share of samples at full scale."""
+    """Share of 32 ms frames with samples at full scale."""
     lost_s: float
     """Seconds of audio lost since the start."""
+    offset: float | None = None
+    """Constant part of the signal, -1..1 of full scale."""
+    rate_error: float | None = None
+    """Measured sample rate over the nominal one, less one."""
+    troubles: Sequence[str] = ()
+    """Kinds of the alarms about it that are not over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +271,19 @@ def rejection_draft(
     return Draft(REJECTED, "rejection", data)
 
 
-def alarm_draft(kind: str, detail: str, *, severity: Severity) -> Draft:
+def alarm_draft(
+    kind: str,
+    detail: str,
+    *,
+    severity: Severity,
+    remedy: str = "",
+    source: str | None = None,
+    state: AlarmState = "raised",
+) -> Draft:
     """Device trouble worth a human; ``kind`` is a stable name like ``outbox-dropped``, ``detail`` one sentence."""
-    return Draft(ALARM, "alarm", {"kind": kind, "severity": severity, "detail": detail})
+    about: Data = {} if source is None else {"source": source}
+    data: Data = {"kind": kind, "severity": severity, "state": state, "detail": detail, "remedy": remedy, **about}
+    return Draft(ALARM, "alarm", data)
 
 
 def partial_data(utterance: Utterance, transcript: Transcript) -> Data:

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import edge_asr
@@ -20,19 +21,22 @@ from edge_asr import (
     clock,
     contract,
     grammar,
+    hearing,
     logs,
     model_store,
     settings,
     systemd,
 )
-from edge_asr.contract import Meta, Renderer
+from edge_asr.alarms import AlarmBoard, Condition, earlier, losses
+from edge_asr.contract import Meta, MicrophoneHealth, Renderer
 from edge_asr.engine import grammar_paths
 from edge_asr.events import Json
 from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
+from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
 from edge_asr.model_store import ModelError
-from edge_asr.outbox import Outbox, OutboxError, Statistics
+from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
@@ -52,6 +56,9 @@ DRAIN_LIMIT_S = 10.0
 """Sources that ended by themselves (recordings, a pipe) leave the broker so long to take the rest."""
 
 STATUS_INTERVAL_S = 5.0
+
+ATTEND_INTERVAL_S = 1.0
+"""Between two looks at what hears; its cost is one percentile a source."""
 
 RELOADED = ("log", "hotwords", "commands", "model")
 """Sections of the settings that SIGHUP takes over."""
@@ -85,8 +92,11 @@ class Daemon:
         self._worker = Worker(options)
         self._vad = model_store.locate_vad()
         self._reloading = asyncio.Lock()
+        self._before = earlier(options.outbox_path)
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
+        self._alarms = AlarmBoard()
+        self._judges: dict[str, HearingJudge] = {}
         self._gateway = open_gateway(options)
         self.stopped = False
         """Whether somebody asked it to stop."""
@@ -97,6 +107,7 @@ class Daemon:
         renderer = Renderer(self._options.topic_root, self._options.device, self._options.mqtt.payload)
         self._publisher = Publisher(self._options.mqtt, renderer, self.outbox, on_change=self._show_status)
         self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        self._microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
         self._pipeline = Pipeline(
             self._options,
             sources=chosen,
@@ -108,6 +119,7 @@ class Daemon:
         background = [
             asyncio.create_task(self._publisher.run(), name="publish"),
             asyncio.create_task(self._report_health(), name="health"),
+            asyncio.create_task(self._attend(), name="attend"),
             asyncio.create_task(self._watch(), name="watchdog"),
         ]
         if self._gateway is not None:
@@ -208,7 +220,8 @@ class Daemon:
         trouble, self._worker.trouble = self._worker.trouble, ""
         if trouble:
             log.error(trouble)
-            alarm = contract.alarm_draft("model-rolled-back", trouble, severity="critical")
+            remedy = "import another release; see docs/models.md"
+            alarm = contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy)
             with contextlib.suppress(OutboxError):  # the disk is full: the log has it
                 await self.outbox.append(alarm)
 
@@ -253,43 +266,69 @@ class Daemon:
             else:
                 log.error("one utterance has been worked on for %.0f s; without an end systemd restarts us", busy_s)
             self._show_status()
-            if self._pipeline.trouble != trouble:
-                trouble = self._pipeline.trouble
+            worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
+            if (self._pipeline.trouble or worst) != trouble:
+                trouble = self._pipeline.trouble or worst
                 state = contract.status_data("degraded" if trouble else "online", trouble)
                 self._publisher.publish_retained(contract.STATUS, state)
             await asyncio.sleep(interval_s or STATUS_INTERVAL_S)
 
     async def _report_health(self) -> None:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
-        before: Statistics | None = None
         while True:
-            microphones = {name: ear.meter.read() for name, ear in self._pipeline.ears.items()}
             try:
                 statistics = await self.outbox.statistics()
             except OutboxError as error:
                 log.warning("no health: %s", error)
             else:
-                health = self._meter.read(microphones, statistics, self._pipeline.real_time_factor)
+                health = self._meter.read(self._microphone_health(), statistics, self._pipeline.real_time_factor)
                 self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
-                await self._raise_alarms(before or statistics, statistics)
-                before = statistics
+                lost = losses(self._before, statistics, self._options.outbox_path)
+                with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
+                    await self.outbox.append(*lost)
+                self._before = statistics
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
-    async def _raise_alarms(self, before: Statistics, now: Statistics) -> None:
-        """One alarm for each kind of loss since the last look."""
-        dropped = sum(now.dropped.values()) - sum(before.dropped.values())
-        refused = now.dead_letters - before.dead_letters
-        alarms = []
-        if dropped > 0:
-            detail = (
-                f"the outbox was full: {dropped} messages were dropped; restore the broker or raise outbox.max_bytes"
-            )
-            alarms.append(contract.alarm_draft("outbox-dropped", detail, severity="critical"))
-        if refused > 0:
-            detail = f"the broker refuses {refused} messages for good; check its access rules and size limits"
-            alarms.append(contract.alarm_draft("outbox-refused", detail, severity="critical"))
-        if now.damages > before.damages:
-            detail = f"{self._options.outbox_path} was damaged; what was readable is kept; check the disk"
-            alarms.append(contract.alarm_draft("outbox-damaged", detail, severity="critical"))
-        with contextlib.suppress(OutboxError):  # full: the pipeline says so, and the next look finds it again
-            await self.outbox.append(*alarms)
+    def _microphone_health(self) -> dict[str, MicrophoneHealth]:
+        troubles: dict[str, list[str]] = {}
+        for condition in self._alarms.raised:
+            if condition.source is not None:
+                troubles.setdefault(condition.source, []).append(condition.kind)
+        found = {}
+        for name, ear in self._pipeline.ears.items():
+            microphone = self._microphones.get(name)
+            error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
+            found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
+        return found
+
+    async def _attend(self) -> None:
+        """Look after everything that hears, and tell people when a trouble begins and when it is over."""
+        while True:
+            conditions = list(self._conditions())
+            self._pipeline.distrusted = {
+                each.source: f"{each.detail}; {each.remedy}"
+                for each in conditions
+                if each.kind == hearing.TOO_NOISY and each.source is not None
+            }
+            drafts = self._alarms.update(conditions, clock.boottime_ns())
+            for alarm in (draft.data for draft in drafts):
+                log.warning("alarm %s %s: %s; %s", *(alarm[key] for key in ("kind", "state", "detail", "remedy")))
+            with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows what is raised
+                await self.outbox.append(*drafts)
+            await asyncio.sleep(ATTEND_INTERVAL_S)
+
+    def _conditions(self) -> Iterator[Condition]:
+        """Everything that is wrong at this moment."""
+        ears = self._pipeline.ears
+        self._judges = {name: self._judges.get(name) or HearingJudge(name) for name in ears}  # guests come and go
+        for name, ear in ears.items():
+            microphone = self._microphones.get(name)
+            capture = None
+            if microphone is not None:
+                capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
+            yield from self._judges[name].look(ear.meter, capture, self._options.commands.max_noise_dbfs)
+        wanted, in_use = self._options.model.provider, self._worker.facts.provider
+        if in_use != wanted:
+            detail = f"the model runs on {in_use} instead of {wanted}"
+            remedy = "install the matching onnxruntime wheel, or set model.provider; see docs/models.md"
+            yield Condition("provider-fallback", None, "warning", detail, remedy)

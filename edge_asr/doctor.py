@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Literal
 
 from edge_asr import clock, inference, installation, model_store, trial
-from edge_asr.audio import SILENCE_DBFS
-from edge_asr.engine import build_hotwords, build_interpreter
+from edge_asr.audio import measure
+from edge_asr.engine import Engine, build_hotwords, build_interpreter
+from edge_asr.events import Command, Rejection
 from edge_asr.grammar import GrammarError
-from edge_asr.health import DEAD_BELOW_DBFS
+from edge_asr.hearing import DEAD_BELOW_DBFS, MAX_OFFSET
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
-from edge_asr.settings import MicrophoneSource, Settings
-from edge_asr.sources import SourceError, measure_level
+from edge_asr.settings import MicrophoneSource, Settings, Tls
+from edge_asr.sources import SourceError, record
 from edge_asr.subscriber import Subscriber, SubscriberError
 
 State = Literal["ok", "warning", "failed"]
 
 LITTLE_SPACE_BYTES = 100 * 1024 * 1024
-NOISY_DBFS = -35.0
-CLIPPING_DBFS = -0.1
+SPOKEN_TEST_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,10 @@ class Finding:
     remedy: str = ""
 
 
-def examine(options: Settings) -> Iterator[Finding]:
-    """Look at everything the settings name, one after the other."""
+def examine(options: Settings, path: Path | None = None, ask: Callable[[str], None] | None = None) -> Iterator[Finding]:
+    """Look at everything the settings of ``path`` name, one by one; with ``ask`` a person is asked to speak."""
+    yield Finding("settings", "ok", str(path or "none given: the defaults"))
+    yield _permissions(options)
     recognizer: list[OnnxRecognizer | SherpaRecognizer] = []
     yield _model(options, recognizer.append)
     if recognizer:
@@ -52,12 +54,34 @@ def examine(options: Settings) -> Iterator[Finding]:
         yield _grammars(options, recognizer[0])
     for source in options.sources:
         if isinstance(source, MicrophoneSource):
-            yield _microphone(source)
+            yield _microphone(source, options.commands.max_noise_dbfs)
+            if ask is not None and recognizer:
+                yield _spoken_test(source, options, ask)
     yield asyncio.run(_broker(options))
     yield _clock()
     yield _state_directory(options.outbox_path.parent)
     if options.outbox_path.exists():
         yield _outbox(options.outbox_path)
+
+
+def _permissions(options: Settings) -> Finding:
+    """Whether every file that the settings name can be read, and secrets by nobody else."""
+    tls = options.mqtt.tls
+    secrets = _there(options.mqtt.password_file, tls and tls.key_file)
+    named = secrets + _there(tls and tls.ca_file, tls and tls.cert_file, options.model.signed_by, options.hotwords.file)
+    for file in named:
+        if not os.access(file, os.R_OK):
+            what = "cannot be read" if file.exists() else "is not there"
+            remedy = "check the path; under systemd hand it over with LoadCredential="
+            return Finding("files", "failed", f"{file} {what}", remedy)
+    for file in secrets:
+        if file.stat().st_mode & 0o077:
+            return Finding("files", "warning", f"{file} can be read by others", f"chmod 600 {file}")
+    return Finding("files", "ok", f"{len(named)} files can be read")
+
+
+def _there(*named: Path | Tls | None) -> list[Path]:
+    return [file for file in named if isinstance(file, Path)]
 
 
 def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognizer], None]) -> Finding:
@@ -102,22 +126,45 @@ def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
     return Finding("grammars", "ok", ", ".join(options.commands.grammars))
 
 
-def _microphone(source: MicrophoneSource) -> Finding:
+def _microphone(source: MicrophoneSource, max_noise_dbfs: float) -> Finding:
     subject = f"source {source.name}"
     try:
-        level = measure_level(source.device, 1.0, source.channel)
+        level = measure(record(source.device, 1.0, source.channel))
     except SourceError as error:
         return Finding(subject, "failed", str(error), "is the user in the group audio?")
-    found = f"rms {level.rms_dbfs:.0f} dBFS, peak {level.peak_dbfs:.0f} dBFS"
-    if level.peak_dbfs <= max(DEAD_BELOW_DBFS, SILENCE_DBFS):
+    found = f"{level.level_dbfs:.0f} dBFS"
+    if level.level_dbfs <= DEAD_BELOW_DBFS:
         return Finding(
             subject, "failed", f"digital silence ({found})", "unmute it (`alsamixer`), check cable and channel"
         )
-    if level.peak_dbfs >= CLIPPING_DBFS:
+    if level.clipped:
         return Finding(subject, "warning", f"overdriven ({found})", "lower its gain (`alsamixer`)")
-    if level.rms_dbfs > NOISY_DBFS:
-        return Finding(subject, "warning", f"loud surroundings ({found})", "move it closer to the speaker")
+    if abs(level.offset) > MAX_OFFSET:
+        return Finding(subject, "warning", f"off its middle by {100 * level.offset:.0f} %", "try another sound card")
+    if level.level_dbfs > max_noise_dbfs:
+        return Finding(subject, "warning", f"too noisy to be trusted ({found})", "use a close-talking microphone")
     return Finding(subject, "ok", found)
+
+
+def _spoken_test(source: MicrophoneSource, options: Settings, ask: Callable[[str], None]) -> Finding:
+    """Record a sentence and hear it as the daemon would."""
+    subject = f"spoken test of {source.name}"
+    ask(f"Please say a command now; {source.name} listens for {SPOKEN_TEST_S:g} seconds.")
+    try:
+        engine = Engine.build(options)
+        heard = list(engine.hear(record(source.device, SPOKEN_TEST_S, source.channel), options.vad))
+    except (SourceError, ModelError, HotwordError, GrammarError) as error:
+        return Finding(subject, "failed", str(error).splitlines()[0], "mend what is said above")
+    if not heard:
+        return Finding(subject, "failed", "nobody was heard speaking", "speak louder or nearer; see --meter of devices")
+    texts = [each.transcript.text for each in heard if each.transcript is not None]
+    commands = [each.decision for each in heard if isinstance(each.decision, Command)]
+    if commands:
+        return Finding(subject, "ok", f"heard {' / '.join(texts)!r}, understood {commands[0].intent}")
+    reasons = [each.decision.detail for each in heard if isinstance(each.decision, Rejection)]
+    state: State = "warning" if reasons else "ok"
+    remedy = "say a sentence of the grammar; `edge-asr grammar say` shows some" if reasons else ""
+    return Finding(subject, state, reasons[0] if reasons else f"heard {' / '.join(texts)!r}", remedy)
 
 
 async def _broker(options: Settings) -> Finding:

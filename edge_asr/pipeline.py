@@ -25,11 +25,11 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
-from edge_asr.audio import level_dbfs, peak_dbfs
+from edge_asr.audio import measure
 from edge_asr.events import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -42,7 +42,7 @@ from edge_asr.events import (
     Transcript,
     Utterance,
 )
-from edge_asr.health import SourceMeter
+from edge_asr.hearing import SourceMeter
 from edge_asr.hotwords import Hotwords
 from edge_asr.inference import RecognizerError
 from edge_asr.outbox import OutboxError
@@ -193,9 +193,9 @@ class Ear:
 
     def _probability(self, frame: AudioFrame) -> float:
         """The detector's answer; silence does not even reach it, unless somebody speaks."""
-        level = level_dbfs(frame.pcm)
-        self.meter.feed(frame, level, peak_dbfs(frame.pcm))
-        if self._gate.speaking or level >= self._energy_gate_dbfs:
+        levels = measure(frame.pcm)
+        self.meter.feed(frame, levels)
+        if self._gate.speaking or levels.level_dbfs >= self._energy_gate_dbfs:
             self._quiet_samples = 0
             return self._detector.probability(frame.pcm)
         self._quiet_samples += FRAME_SAMPLES
@@ -323,6 +323,8 @@ class Pipeline:
         self._guests: dict[str, Source] = {}
         self._guest_left = asyncio.Event()
         self._closing = asyncio.Event()
+        self.distrusted: Mapping[str, str] = {}
+        """Source -> why none of its commands may pass now; see ``hearing``."""
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
         self._confirming = asyncio.Event()
         """Set whenever what is pending may have changed."""
@@ -447,6 +449,9 @@ class Pipeline:
 
     async def _append(self, heard: Understanding) -> None:
         """Commit everything that came of an utterance."""
+        distrust = self.distrusted.get(heard.utterance.source)
+        if distrust and isinstance(heard.decision, Command) and heard.decision.answer != "cancel":
+            heard = replace(heard, decision=Rejection("too-noisy", distrust, heard.decision.confidence))
         await self._commit(self._desk.judge(heard.utterance, heard.transcript, heard.decision))
         self._confirming.set()
         self.utterances += 1

@@ -168,6 +168,8 @@ class Commands(_Section):
     """Below: rejected as not understood. An intent may ask for more."""
     ttl_s: Annotated[float, Field(ge=3, le=86_400)] = 10.0
     """Life of a command unless its intent says otherwise; brokers count its last 2 seconds too coarsely to be used."""
+    max_noise_dbfs: Annotated[float, Field(ge=-60, le=0)] = -18.0
+    """A source whose noise stays above this is not trusted: its commands are rejected, only "cancel" passes."""
     confirm_within_s: Annotated[float, Field(ge=2, le=300)] = 15.0
     """A risky command that is not confirmed within this time is cancelled."""
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,9 @@ from edge_asr.audio import (
     NS_PER_SAMPLE,
     AudioFileError,
     FrameCutter,
+    Levels,
     Resampler,
-    level_dbfs,
-    peak_dbfs,
+    measure,
     quiet,
     read_file,
 )
@@ -92,14 +92,6 @@ class Device:
     is_default: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """How loud a device was."""
-
-    rms_dbfs: float
-    peak_dbfs: float
-
-
 def list_devices() -> list[Device]:
     """Every input device that is there now. Raises SourceError."""
     portaudio = _portaudio()
@@ -107,15 +99,28 @@ def list_devices() -> list[Device]:
         return portaudio.devices()
 
 
-def measure_level(device: str | int = "default", seconds: float = 1.0, channel: int = 1) -> Level:
-    """Listen to a device for a moment; ``device`` and ``channel`` as in the settings. Raises SourceError."""
-    pcm = b""
+def levels(device: str | int = "default", channel: int = 1) -> Iterator[Levels]:
+    """Listen to a device and yield its levels ten times a second, for ever; as in the settings. Raises SourceError."""
+    for pcm in _pieces(device, channel, SAMPLE_RATE // 10):
+        yield measure(pcm)
+
+
+def record(device: str | int = "default", seconds: float = 1.0, channel: int = 1) -> bytes:
+    """What a device hears in a moment, 16 kHz mono; named as in the settings. Raises SourceError."""
+    pieces = _pieces(device, channel, round(seconds * SAMPLE_RATE))
+    with contextlib.closing(pieces):
+        return next(pieces)
+
+
+def _pieces(device: str | int, channel: int, samples: int) -> Generator[bytes, None, None]:
     with contextlib.closing(_Stream(device, channel, None)) as stream:
-        resampler = Resampler(stream.rate)
-        while len(pcm) < seconds * SAMPLE_RATE * BYTES_PER_SAMPLE:
+        resampler, pcm = Resampler(stream.rate), b""
+        while True:
             pcm += resampler.feed(stream.read())
+            while len(pcm) >= samples * BYTES_PER_SAMPLE:
+                piece, pcm = pcm[: samples * BYTES_PER_SAMPLE], pcm[samples * BYTES_PER_SAMPLE :]
+                yield piece
             time.sleep(_POLL_S)
-    return Level(level_dbfs(pcm), peak_dbfs(pcm))
 
 
 def choose_device(wanted: str | int, devices: Sequence[Device]) -> Device:
@@ -400,6 +405,39 @@ class Timeline:
         return max(behind_ns // NS_PER_SAMPLE, 1)
 
 
+class RateMeter:
+    """Measures how many samples a second a device really delivers; one that lies makes every voice a squeak or a growl.
+
+    The median over pieces of two seconds: what a device holds back for a moment, or loses, changes only one of them.
+    """
+
+    PIECE_NS = 2 * NS_PER_S
+    PIECES = 9
+
+    def __init__(self, nominal: int) -> None:
+        self._nominal = nominal
+        self._began_ns: int | None = None
+        self._samples = 0
+        self._rates: deque[float] = deque(maxlen=self.PIECES)
+
+    def feed(self, now_ns: int, samples: int) -> None:
+        """Take what has just arrived."""
+        if self._began_ns is None:  # what had waited in the driver says nothing
+            self._began_ns = now_ns
+            return
+        self._samples += samples
+        if now_ns - self._began_ns >= self.PIECE_NS:
+            self._rates.append(self._samples * NS_PER_S / (now_ns - self._began_ns))
+            self._began_ns, self._samples = now_ns, 0
+
+    @property
+    def error(self) -> float | None:
+        """Measured over nominal rate, less one; None until that can be said."""
+        if len(self._rates) < self.PIECES:
+            return None
+        return float(np.median(self._rates)) / self._nominal - 1
+
+
 class _Mailbox:
     """Frames on their way from the capture thread to the event loop; when it is full the oldest goes."""
 
@@ -458,6 +496,10 @@ class Microphone:
         """The sum of all jumps of the position: the consumer came too late, or the device was away."""
         self.last_frame_ns: int | None = None
         """CLOCK_BOOTTIME of the newest frame's last sample."""
+        self.trouble = ""
+        """Why the device is away; empty while it is there."""
+        self.rate_error: float | None = None
+        """Measured sample rate over the nominal one, less one; None: not known yet."""
         self._settings = settings
         self._wait = wait
         self._cutter = FrameCutter(settings.name)
@@ -534,16 +576,19 @@ class Microphone:
             raise error
         if self.state != "lost":
             log.warning("%s: %s; looking for it every %g s", self.name, error, RETRY_S)
-        self.state = "lost"
+        self.state, self.trouble, self.rate_error = "lost", str(error), None
 
     def _capture(self, stream: _Stream, mailbox: _Mailbox) -> None:
         """Read until closed or asked to step aside. Raises SourceError when the device is lost."""
         resampler = Resampler(stream.rate)
         reopened = self.device_name is not None
+        rate = RateMeter(stream.rate)
         while not (self._stop.wait(_POLL_S) or stream.stale):
             block = stream.read()
             if not len(block):
                 continue
+            rate.feed(boottime_ns(), len(block))
+            self.rate_error = rate.error
             pcm = resampler.feed(block)
             arrived = self._cutter.end + len(pcm) // BYTES_PER_SAMPLE + round(resampler.held_samples)
             missing = self._timeline.missing(boottime_ns(), arrived, reopened=reopened)
@@ -555,7 +600,7 @@ class Microphone:
                 log.info(
                     "%s: capturing from %r at %d Hz, %.1f s missed", self.name, stream.device.name, stream.rate, gap_s
                 )
-                self.device_name, self.state = stream.device.name, "capturing"
+                self.device_name, self.state, self.trouble = stream.device.name, "capturing", ""
             end = self._cutter.end + len(pcm) // BYTES_PER_SAMPLE
             self._hand_over(self._cutter.feed(pcm, self._timeline.captured_ns(end)), mailbox)
 

@@ -27,7 +27,7 @@ ORDER = (
         "sources",
         "contract",
     ),
-    *("requests", "mailbox", "link", "publisher", "systemd", "logs"),
+    *("requests", "mailbox", "link", "publisher", "systemd", "logs", "alarms", "hearing"),
     *("health", "pipeline", "gateway", "engine", "worker", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *("command_line", "cli_gateway", "cli_models", "cli"),

@@ -16,8 +16,9 @@ import soundfile
 import soxr
 from click.testing import CliRunner
 
-from edge_asr import cli, model_store
-from tests.broker import HOST, Broker, free_port
+from edge_asr import cli, doctor, model_store, settings
+from tests.broker import HOST, Broker, free_port, wait_until
+from tests.soundcard import sound_card
 
 RECORDINGS = model_store.bundled("recordings")
 
@@ -167,6 +168,50 @@ def test_the_doctor_examines_everything_and_says_what_to_do(tmp_path: Path) -> N
     failed = edge_asr("check", "--set", "model.name=nowhere", "--set", "sources=[{type: stdin}]")
     assert failed.returncode == 1
     assert "FAILED   model: nowhere" in failed.stdout
+
+
+def test_the_doctor_records_a_spoken_sentence_and_says_what_was_understood(tmp_path: Path) -> None:
+    samples, rate = soundfile.read(RECORDINGS / "20-emergency-stop.flac")
+    soundfile.write(tmp_path / "stop.wav", np.concatenate([samples, np.zeros(rate)]), rate)
+    with sound_card() as card:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_asr.cli", "check", "--say", "--json", "--set", f"state_dir={tmp_path}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **card.environment},
+        )
+        with process:
+            assert process.stdout
+            assert process.stderr
+            assert "Please say a command now" in process.stderr.readline()
+            wait_until(card.recording, "the doctor listens")
+            card.play(tmp_path / "stop.wav")
+            findings = {row["subject"]: row for row in map(json.loads, process.stdout)}
+    assert findings["spoken test of microphone"]["state"] == "ok", findings
+    assert "understood EmergencyStop" in findings["spoken test of microphone"]["found"]
+    assert findings["source microphone"]["remedy"].startswith("unmute it")  # it had heard digital silence before
+
+
+def test_the_meter_of_a_device_shows_its_level() -> None:
+    with sound_card() as card:
+        shown = edge_asr("devices", "--meter", "pulse", "--seconds", "0.3", **card.environment)
+        listed = edge_asr("devices", "--levels", "--json", **card.environment)
+    assert "-120.0 dBFS" in shown.stdout, shown.stderr
+    assert any(row["level"]["level_dbfs"] == -120.0 for row in map(json.loads, listed.stdout.splitlines()))
+
+
+def test_the_doctor_sees_secrets_that_others_can_read_and_files_that_are_not_there(tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    for mode, state in ((0o644, "warning"), (0o600, "ok"), (None, "failed")):
+        secret.unlink(missing_ok=True)
+        if mode is not None:
+            secret.write_text("x", encoding="ascii")
+            secret.chmod(mode)
+        options = settings.Settings(sources=(), mqtt=settings.Mqtt(password_file=secret))
+        found = {finding.subject: finding for finding in doctor.examine(options)}
+        assert found["files"].state == state
+        assert str(secret) in found["files"].found or state == "ok"
 
 
 def test_the_shell_completes_verbs_and_options() -> None:

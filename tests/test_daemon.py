@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import yaml
 
 from edge_asr import model_store
-from edge_asr.audio import quiet, read_file
+from edge_asr.audio import from_float, quiet, read_file, to_float
 from edge_asr.events import SAMPLE_RATE
 from edge_asr.outbox import read_statistics
 from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
@@ -62,8 +63,12 @@ class Box:
 
     def say(self, recording: Path) -> None:
         """Speak a recording and fall silent, so that the gate closes."""
+        self.feed(read_file(recording) + SILENCE)
+
+    def feed(self, pcm: bytes) -> None:
+        """Let it hear this."""
         assert self.process.stdin
-        self.process.stdin.write(read_file(recording) + SILENCE)
+        self.process.stdin.write(pcm)
         self.process.stdin.flush()
 
     def hang_up(self) -> int:
@@ -183,6 +188,46 @@ def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> 
                 card.unplug()
                 wait_until(lambda: not card.recording(), "the microphone is let go")
                 card.plug()
+
+
+def test_a_microphone_pulled_out_is_an_alarm_with_its_remedy(tmp_path: Path) -> None:
+    with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, "#") as subscriber:
+        settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
+        with running(settings, **card.environment) as box:
+            wait_until(functools.partial(captures, box, 1), "the microphone is open")
+            card.unplug()
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/alarm") for x in m), "an alarm")
+            subscriber.wait_for(lambda m: any(x.data.get("state") == "degraded" for x in m), "a degraded device")
+    (alarm,) = subscriber.on("evt/alarm")
+    assert (alarm.data["kind"], alarm.data["source"], alarm.data["state"]) == (
+        "microphone-gone",
+        "microphone",
+        "raised",
+    )
+    assert "plug it in" in alarm.data["remedy"]
+
+
+def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    hum = from_float(rng.normal(0, 10 ** (-45 / 20), 12 * SAMPLE_RATE))
+    spoken = to_float(read_file(COMMAND))
+    noisy = from_float(spoken + to_float(hum)[: spoken.size])
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        commands = {"grammars": ["factory.en"], "max_noise_dbfs": -50}
+        with running(write_settings(tmp_path, broker.port, commands=commands)) as box:
+            box.feed(hum)
+            subscriber.wait_for(lambda m: any(x.data.get("kind") == "too-noisy" for x in m), "the alarm")
+            box.feed(noisy + hum[: 2 * SAMPLE_RATE])
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/rejected") for x in m), "a rejection")
+            (rejected,) = subscriber.on("evt/rejected")
+            assert rejected.data["reason"] == "too-noisy"
+            assert "commands are blocked; use a close-talking microphone" in rejected.data["detail"]
+            box.feed(quiet(12 * SAMPLE_RATE))
+            subscriber.wait_for(
+                lambda m: any(x.data.get("kind") == "too-noisy" and x.data["state"] == "over" for x in m), "over"
+            )
+            box.say(COMMAND)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
 
 
 def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> None:
