@@ -41,9 +41,10 @@ from edge_asr.command_line import (
 from edge_asr.daemon import Daemon
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
+from edge_asr.link import destinations
 from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
-from edge_asr.settings import Mqtt, Settings
+from edge_asr.settings import Settings
 from edge_asr.sources import SourceError, audio_files, levels, list_devices, record
 from edge_asr.subscriber import Screen, Subscriber
 
@@ -132,11 +133,11 @@ def transcribe(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per message: topic and data.")
 def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) -> None:
     """Show what a subscriber sees."""
-    mqtt = options.mqtt if options.mqtt.host is not None else Mqtt(**{**options.mqtt.model_dump(), "host": "127.0.0.1"})
+    brokers = destinations(options.mqtt) or destinations(options.mqtt.model_copy(update={"host": "127.0.0.1"}))
     screen = Screen(_console())
 
     async def show() -> None:
-        async with Subscriber(mqtt, topic or f"{options.topic_root}/#") as subscriber:
+        async with Subscriber(brokers, topic or f"{options.topic_root}/#") as subscriber:
             async for delivery in subscriber:
                 if as_json:
                     click.echo(json.dumps({"topic": delivery.topic, "data": delivery.data}, ensure_ascii=False))

@@ -96,6 +96,8 @@ class Meta:
     grammars: Mapping[str, str]
     """SHA-256 of each grammar by name."""
     sources: Sequence[str]
+    broker: str | None = None
+    """Host and port of the broker in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,8 @@ class Health:
     """Cores in use by the daemon."""
     memory_bytes: int
     temperature_c: float | None
+    broker: str | None = None
+    """Host and port of the broker in use."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
+from edge_asr.link import destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, with_company
@@ -105,7 +106,7 @@ class Daemon:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
         chosen = [build_source(each) for each in self._options.sources] if sources is None else sources
         renderer = Renderer(self._options.topic_root, self._options.device, self._options.mqtt.payload)
-        self._publisher = Publisher(self._options.mqtt, renderer, self.outbox, on_change=self._show_status)
+        self._publisher = Publisher(self._options.mqtt, renderer, self.outbox, on_change=self._on_broker)
         self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
         self._microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
         self._pipeline = Pipeline(
@@ -239,17 +240,23 @@ class Daemon:
             provider_wanted=self._options.model.provider,
             grammars={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()},
             sources=[source.name for source in self._options.sources],
+            broker=self._publisher.broker or None,
         )
 
     def _status(self) -> str:
         """One line for `systemctl status`."""
-        if self._options.mqtt.host is None:
+        if not destinations(self._options.mqtt):
             broker = "no broker set"
         elif self._publisher.connected:
-            broker = f"connected to {self._options.mqtt.host}"
+            broker = f"connected to {self._publisher.broker}"
         else:
             broker = self._publisher.trouble or "connecting"
         return f"Listening with {self._worker.name}; {self._pipeline.utterances} utterances; {broker}"
+
+    def _on_broker(self) -> None:
+        """The connection has come, gone or changed: what the device is made of says to whom it speaks."""
+        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        self._show_status()
 
     def _show_status(self) -> None:
         systemd.status(self._status())

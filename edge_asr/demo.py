@@ -17,6 +17,7 @@ from rich.console import Console
 from edge_asr import contract, model_store
 from edge_asr.broker import HOST, PrivateBroker
 from edge_asr.daemon import Daemon
+from edge_asr.link import destinations
 from edge_asr.settings import FilesSource, Mqtt, Settings
 from edge_asr.subscriber import Delivery, Screen, Subscriber
 
@@ -60,12 +61,13 @@ async def play(options: Settings, console: Console) -> bool | None:
 
 def _with_broker(options: Settings, stack: contextlib.ExitStack, console: Console) -> Settings:
     """The settings with a broker in them."""
-    if options.mqtt.host is None:
+    if not destinations(options.mqtt):
         broker = stack.enter_context(PrivateBroker())
         mqtt = Mqtt(host=HOST, port=broker.port, payload=options.mqtt.payload)
         options = options.model_copy(update={"mqtt": mqtt})
-    port = "" if options.mqtt.port in {None, 1883} else f" -p {options.mqtt.port}"
-    command = f"mosquitto_sub -h {options.mqtt.host}{port} -t '{options.topic_root}/#' -v"
+    to = destinations(options.mqtt)[0]
+    port = "" if to.port == 1883 else f" -p {to.port}"
+    command = f"mosquitto_sub -h {to.broker.host}{port} -t '{options.topic_root}/#' -v"
     console.print(f"Subscribe from another terminal:  {command}\n", style="dim", highlight=False, soft_wrap=True)
     return options
 
@@ -81,7 +83,7 @@ async def _shown(options: Settings, console: Console) -> AsyncIterator[list[Deli
             received.append(delivery)
             screen.show(delivery)
 
-    async with Subscriber(options.mqtt, f"{options.topic_root}/#") as subscriber:
+    async with Subscriber(destinations(options.mqtt), f"{options.topic_root}/#") as subscriber:
         shower = asyncio.create_task(show(subscriber), name="screen")
         try:
             yield received

@@ -21,6 +21,7 @@ from edge_asr.grammar import GrammarError
 from edge_asr.hearing import DEAD_BELOW_DBFS, MAX_OFFSET
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
+from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
 from edge_asr.settings import MicrophoneSource, Settings, Tls
@@ -57,7 +58,7 @@ def examine(options: Settings, path: Path | None = None, ask: Callable[[str], No
             yield _microphone(source, options.commands.max_noise_dbfs)
             if ask is not None and recognizer:
                 yield _spoken_test(source, options, ask)
-    yield asyncio.run(_broker(options))
+    yield from _brokers(options)
     yield _clock()
     yield _state_directory(options.outbox_path.parent)
     if options.outbox_path.exists():
@@ -66,9 +67,12 @@ def examine(options: Settings, path: Path | None = None, ask: Callable[[str], No
 
 def _permissions(options: Settings) -> Finding:
     """Whether every file that the settings name can be read, and secrets by nobody else."""
-    tls = options.mqtt.tls
-    secrets = _there(options.mqtt.password_file, tls and tls.key_file)
-    named = secrets + _there(tls and tls.ca_file, tls and tls.cert_file, options.model.signed_by, options.hotwords.file)
+    secrets, named = [], _there(options.model.signed_by, options.hotwords.file)
+    for broker in (options.mqtt, *options.mqtt.brokers):
+        tls = broker.tls
+        secrets += _there(broker.password_file, tls and tls.key_file)
+        named += _there(tls and tls.ca_file, tls and tls.cert_file)
+    named = secrets + named
     for file in named:
         if not os.access(file, os.R_OK):
             what = "cannot be read" if file.exists() else "is not there"
@@ -167,14 +171,20 @@ def _spoken_test(source: MicrophoneSource, options: Settings, ask: Callable[[str
     return Finding(subject, state, reasons[0] if reasons else f"heard {' / '.join(texts)!r}", remedy)
 
 
-async def _broker(options: Settings) -> Finding:
-    if options.mqtt.host is None:
-        return Finding("broker", "warning", "none is set: the outbox keeps everything", "set mqtt.host")
+def _brokers(options: Settings) -> Iterator[Finding]:
+    brokers = destinations(options.mqtt)
+    if not brokers:
+        yield Finding("broker", "warning", "none is set: the outbox keeps everything", "set mqtt.host")
+    for to in brokers:
+        yield asyncio.run(_broker(to, f"{options.topic_root}/#"))
+
+
+async def _broker(to: Destination, topic_filter: str) -> Finding:
     try:
-        async with Subscriber(options.mqtt, f"{options.topic_root}/#"):
-            return Finding("broker", "ok", f"{options.mqtt.host} accepts us")
+        async with Subscriber([to], topic_filter):
+            return Finding("broker", "ok", f"{to.address} accepts us")
     except SubscriberError as error:
-        return Finding("broker", "failed", str(error), "until then the outbox keeps everything")
+        return Finding("broker", "failed", str(error), "until one accepts us the outbox keeps everything")
 
 
 def _clock() -> Finding:

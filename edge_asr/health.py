@@ -43,6 +43,7 @@ class ProcessMeter:
             cpu_load=round(cpu_load, 4),
             memory_bytes=_resident_bytes(),
             temperature_c=_temperature_c(),
+            broker=outbox.broker or None,
         )
 
 

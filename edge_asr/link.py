@@ -33,7 +33,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edge_asr.contract import Payload
 from edge_asr.events import Message
 from edge_asr.mailbox import Mailbox
-from edge_asr.settings import Mqtt, Tls
+from edge_asr.settings import Broker, Mqtt, Tls
 
 T = TypeVar("T")
 
@@ -50,6 +50,35 @@ class LinkError(Exception):
     """The broker cannot be used now; the message is one line with the remedy."""
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A broker of the settings, and how we speak to it."""
+
+    broker: Broker
+    key: str
+    """Where it stands in the settings; for errors."""
+    keepalive_s: int
+
+    @property
+    def port(self) -> int:
+        """The usual one unless set."""
+        return self.broker.port or (8883 if self.broker.tls is not None else 1883)
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.broker.host}:{self.port}"
+
+
+def destinations(mqtt: Mqtt) -> tuple[Destination, ...]:
+    """The brokers that are set, in order."""
+    if mqtt.host is not None:
+        only = Broker.model_validate({name: getattr(mqtt, name) for name in Broker.model_fields})
+        return (Destination(only, "mqtt", mqtt.keepalive_s),)
+    listed = enumerate(mqtt.brokers)
+    return tuple(Destination(broker, f"mqtt.brokers.{number}", mqtt.keepalive_s) for number, broker in listed)
+
+
 @dataclass(slots=True)
 class Flight:
     """One message between its PUBLISH and its PUBACK."""
@@ -62,9 +91,9 @@ class Flight:
 class Link:
     """One connection, from CONNECT to its end; nothing of it is used again."""
 
-    def __init__(self, client: Client, *, encrypted: bool) -> None:
+    def __init__(self, client: Client, to: Destination) -> None:
+        self.to = to
         self._client = client
-        self._encrypted = encrypted
         client.on_log = self._logged
         self._loop = asyncio.get_running_loop()
         self._consent: asyncio.Future[Properties | str] = self._loop.create_future()
@@ -85,21 +114,21 @@ class Link:
         self._mailbox: Mailbox | None = None
 
     @classmethod
-    async def open(cls, mqtt: Mqtt, client_id: str, will: Payload, mailbox: Mailbox | None = None) -> Link:
+    async def open(cls, to: Destination, client_id: str, will: Payload, mailbox: Mailbox | None = None) -> Link:
         """Dial and wait for the broker's consent; ``mailbox`` takes the requests. Raises LinkError."""
         client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
         client.will_set(
             will.topic, will.body, qos=1, retain=True, properties=_content_properties(PacketTypes.WILLMESSAGE, will)
         )
         client.max_inflight_messages = 0  # the window is kept here, so that paho never queues
-        link = cls(client, encrypted=mqtt.tls is not None)
+        link = cls(client, to)
         if mailbox is not None:
             link._mailbox = mailbox
             mailbox.attach(client, lambda payload: link.publish(payload, qos=0))
         session = mailbox.session if mailbox is not None else None
         try:
-            await _in_disposable_thread(lambda: dial(client, mqtt, session), "mqtt-dial")
-            link._attach(mqtt.keepalive_s)
+            await _in_disposable_thread(lambda: dial(client, to, session), "mqtt-dial")
+            link._attach(to.keepalive_s)
             connack = await asyncio.wait_for(link._consent, _DIAL_TIMEOUT_S)
         except asyncio.TimeoutError:
             connack = "no answer to CONNECT; is that an MQTT 5 broker's port?"
@@ -108,7 +137,7 @@ class Link:
             raise
         if isinstance(connack, str):
             link.abort(connack)
-            raise LinkError(f"{address(mqtt)}: {connack}")
+            raise LinkError(f"{to.address}: {connack}")
         link.window = min(WINDOW, getattr(connack, "ReceiveMaximum", WINDOW))
         link._maximum_packet_bytes = getattr(connack, "MaximumPacketSize", link._maximum_packet_bytes)
         if mailbox is not None and not link.ended:
@@ -222,7 +251,10 @@ class Link:
             if flight.deadline is not None:
                 flight.deadline.cancel()
         if not self._consent.done():
-            hint = "does it accept mqtt.tls.cert_file?" if self._encrypted else "does it want TLS there (mqtt.tls)?"
+            tls = f"{self.to.key}.tls"
+            hint = f"does it want TLS there ({tls})?"
+            if self.to.broker.tls is not None:
+                hint = f"does it accept {tls}.cert_file?"
             self._consent.set_result(f"{reason} before the broker answered; {hint}")
         self.on_end()
 
@@ -239,7 +271,7 @@ class Link:
         if self._consent.done():
             return
         if reason.is_failure or properties is None:
-            remedy = _REFUSALS_OF_CONNECT.get(reason.value, "see the broker's log")
+            remedy = _REFUSALS_OF_CONNECT.get(reason.value, "see the broker's log").format(key=self.to.key)
             self._consent.set_result(f"the broker refuses: {reason}; {remedy}")
         else:
             self._consent.set_result(properties)
@@ -288,26 +320,27 @@ async def _in_disposable_thread(function: Callable[[], T], name: str) -> T:
     return await asyncio.wrap_future(future)
 
 
-def dial(client: Client, mqtt: Mqtt, session: Properties | None = None) -> None:
+def dial(client: Client, to: Destination, session: Properties | None = None) -> None:
     """Connect and send CONNECT. Files are read anew each time: certificates and passwords are renewed while we run."""
-    if mqtt.username is not None:
-        client.username_pw_set(mqtt.username, _password(mqtt.password_file))
-    if mqtt.tls is not None:
-        client.tls_set_context(_tls_context(mqtt.tls))
+    broker = to.broker
+    if broker.username is not None:
+        client.username_pw_set(broker.username, _password(broker.password_file, to.key))
+    if broker.tls is not None:
+        client.tls_set_context(_tls_context(broker.tls, to.key))
     try:
         kept = hasattr(session, "SessionExpiryInterval")
-        client.connect(mqtt.host or "", _port(mqtt), mqtt.keepalive_s, clean_start=not kept, properties=session)
+        client.connect(broker.host, to.port, to.keepalive_s, clean_start=not kept, properties=session)
     except (OSError, ValueError) as error:
-        raise LinkError(f"{address(mqtt)}: {_remedy(error)}") from None
+        raise LinkError(f"{to.address}: {_remedy(error, to.key)}") from None
 
 
-def _password(file: Path | None) -> str | None:
+def _password(file: Path | None, key: str) -> str | None:
     if file is None:
         return None
     try:
         return file.read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError) as error:
-        raise LinkError(f"mqtt.password_file: {file} cannot be read ({_short(error)})") from None
+        raise LinkError(f"{key}.password_file: {file} cannot be read ({_short(error)})") from None
 
 
 class _TidySocket(ssl.SSLSocket):
@@ -322,11 +355,11 @@ class _TidySocket(ssl.SSLSocket):
             raise
 
 
-def _tls_context(tls: Tls) -> ssl.SSLContext:
+def _tls_context(tls: Tls, key: str) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
     except OSError as error:
-        raise LinkError(f"mqtt.tls.ca_file: {tls.ca_file} cannot be used ({_short(error)})") from None
+        raise LinkError(f"{key}.tls.ca_file: {tls.ca_file} cannot be used ({_short(error)})") from None
     context.sslsocket_class = _TidySocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if tls.cert_file is not None:
@@ -334,41 +367,33 @@ def _tls_context(tls: Tls) -> ssl.SSLContext:
             context.load_cert_chain(tls.cert_file, tls.key_file)
         except OSError as error:
             files = f"{tls.cert_file} with {tls.key_file}"
-            raise LinkError(f"mqtt.tls.cert_file: {files} cannot be used ({_short(error)})") from None
+            raise LinkError(f"{key}.tls.cert_file: {files} cannot be used ({_short(error)})") from None
     return context
-
-
-def _port(mqtt: Mqtt) -> int:
-    return mqtt.port or (8883 if mqtt.tls is not None else 1883)
-
-
-def address(mqtt: Mqtt) -> str:
-    """Host and port."""
-    return f"{mqtt.host}:{_port(mqtt)}"
 
 
 _REFUSALS_OF_CONNECT = {
     0x84: "it speaks no MQTT 5",
     0x85: "check mqtt.client_id",
-    0x86: "check mqtt.username and mqtt.password_file",
-    0x87: "check mqtt.username, the certificate and the broker's access rules",
+    0x86: "check {key}.username and {key}.password_file",
+    0x87: "check {key}.username, the certificate and the broker's access rules",
     0x8C: "check how the broker authenticates",
     0x9A: "it keeps no retained messages, which status needs",
 }
 """By CONNACK reason code."""
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: Exception, key: str) -> str:
     """What went wrong while dialling and what to do, in one line."""
     reason = _short(error)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the broker's certificate is not trusted ({error.verify_message}); check mqtt.tls.ca_file and mqtt.host"
+        names = f"check {key}.tls.ca_file and {key}.host"
+        return f"the broker's certificate is not trusted ({error.verify_message}); {names}"
     if isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError)):
-        return f"the handshake failed ({reason}); check mqtt.port and the certificates in mqtt.tls"
+        return f"the handshake failed ({reason}); check {key}.port and the certificates in {key}.tls"
     if isinstance(error, (socket.gaierror, ValueError)):
-        return f"the name is unknown ({reason}); check mqtt.host and the name server"
+        return f"the name is unknown ({reason}); check {key}.host and the name server"
     if isinstance(error, ConnectionRefusedError):
-        return "nothing listens there; check mqtt.host and mqtt.port, and that the broker runs"
+        return f"nothing listens there; check {key}.host and {key}.port, and that the broker runs"
     if isinstance(error, TimeoutError):
         return "no answer; check the network and firewalls on the way"
     return f"no connection ({reason})"

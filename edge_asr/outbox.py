@@ -92,6 +92,10 @@ class Statistics:
     last_seq: int
     damages: int
     """Times a damaged file was put aside and its readable messages rescued."""
+    broker: str
+    """Host and port of the broker that takes the messages; empty: none does."""
+    broker_since: str
+    """Since when it does or none does, by the wall clock (ISO 8601); empty: none ever did."""
     receipts: Mapping[str, int]
     """Commands that the MES ``accepted`` or ``rejected``, and those whose receipt was ``missing`` when it was due."""
 
@@ -166,6 +170,10 @@ class Outbox:
     async def miss_receipts(self, within_s: float) -> list[str]:
         """The ids of commands delivered so long ago without a receipt, each once. Raises OutboxError."""
         return await self._submit(lambda database: database.miss_receipts(within_s))
+
+    async def note_broker(self, address: str) -> None:
+        """Remember which broker takes the messages, for whoever asks; empty: none. Raises OutboxError."""
+        await self._submit(lambda database: database.note_broker(address))
 
     async def statistics(self) -> Statistics:
         """What waits, and what was dropped."""
@@ -398,6 +406,10 @@ class _Database:
         self.connection.execute("DELETE FROM message WHERE seq = ?", (seq,))
         log.error("message %d is put aside as a dead letter: %s", seq, reason)
 
+    def note_broker(self, address: str) -> None:
+        change = "UPDATE broker SET address = ?, since_wall_ns = ? WHERE address != ?"
+        self.connection.execute(change, (address, clock.wall_ns(), address))
+
     def _make_room(self, needed: int) -> None:
         """Drop messages, the least valuable and oldest first, until ``needed`` bytes fit under the quota."""
         if needed > self._max_bytes // 2:
@@ -604,6 +616,7 @@ def _statistics(connection: sqlite3.Connection) -> Statistics:
     if oldest is not None:
         since_ns = oldest[1] if oldest[0] == clock.boot_id() else 0
         age_s = (clock.boottime_ns() - since_ns) / clock.NS_PER_S
+    broker, broker_since = _broker(connection)
     return Statistics(
         waiting={category: ledger[category][0] for category in get_args(Category)},
         dead_letters=ledger[DEAD_LETTER][0],
@@ -612,8 +625,18 @@ def _statistics(connection: sqlite3.Connection) -> Statistics:
         oldest_age_s=age_s,
         last_seq=outbox_file.last_seq(connection),
         damages=damages,
+        broker=broker,
+        broker_since=broker_since,
         receipts=_receipts(connection),
     )
+
+
+def _broker(connection: sqlite3.Connection) -> tuple[str, str]:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version < 3:  # read only, and its daemon has not been replaced yet
+        return "", ""
+    address, since_wall_ns = connection.execute("SELECT address, since_wall_ns FROM broker").fetchone()
+    return address, clock.iso(since_wall_ns) if since_wall_ns else ""
 
 
 def _receipts(connection: sqlite3.Connection) -> dict[str, int]:

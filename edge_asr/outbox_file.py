@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x45415352  # "EASR"
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """``schemas/outbox.N.sql`` brings a file from version N - 1 to N."""
 
 COLUMNS = "seq, id, boot_id, topic, category, data, created_wall_ns, created_ns, expires_ns, time_quality, crc"

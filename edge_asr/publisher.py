@@ -10,6 +10,8 @@ Law:
   queue either, the backlog is sent at no more than ``mqtt.replay_per_s``.
 - Before each sending a command's life is looked at. If it ends while the command is in flight, the connection is reset
   and the kernel's send buffer with it: nothing that sits on a dead link may come out later.
+- Of several brokers the first in order that accepts us gets everything. While it is not the very first, the way back is
+  tried; once a better connection stands, what is in flight is settled before anything goes there, so that order holds.
 
 Limit: a broker that is frozen *after* taking our bytes may hand a command on when it thaws; consumers compare
 ``expires_at``.
@@ -23,14 +25,14 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr import contract
-from edge_asr.contract import Payload, Renderer
+from edge_asr.contract import Renderer
 from edge_asr.events import Json, Message
-from edge_asr.link import WINDOW, Link, LinkError, address
+from edge_asr.link import WINDOW, Destination, Link, LinkError, destinations
 from edge_asr.mailbox import Mailbox
 from edge_asr.outbox import Outbox, OutboxError, life_left_s
 from edge_asr.requests import Letter
@@ -51,11 +53,17 @@ _PAGE = 64
 """Messages read from the outbox at a time."""
 
 _FIRST_RETRY_S = 0.5
+_SETTLED = 20
+"""Failures after which the pause is the longest."""
+
 _STABLE_AFTER_S = 10.0
 """A connection that held this long starts the pauses afresh; two devices fighting for one client id do not."""
 
 _FAREWELL_S = 1.0
 """The longest a stop waits for the broker."""
+
+_HANDOVER_S = 5.0
+"""The longest that a better broker waits for what the old one has not acknowledged; then it gets that as well."""
 
 _RETAINED_QOS = {contract.STATUS: 1, contract.META: 1, contract.HEALTH: 0}
 
@@ -77,25 +85,30 @@ class Publisher:
         None: the device listens to no requests.
         """
         self._mqtt = mqtt
+        self._destinations = destinations(mqtt)
         self._renderer = renderer
         self._outbox = outbox
         self._on_change = on_change
         self._on_request = on_request
         self._keeps_session = True
         self._link: Link | None = None
+        self._better: Link | None = None
+        """Stands ready while we take leave of the one in use."""
         self._retained: dict[str, Mapping[str, Json]] = {contract.STATUS: contract.status_data("online")}
         self._cautious = False
         self.trouble = ""
         """Why there is no connection; empty when there is one, or none was tried."""
+        self.broker = ""
+        """Host and port of the broker in use; empty: none is."""
 
     @property
     def connected(self) -> bool:
-        """Whether the broker has accepted us and the connection has not been seen to end."""
-        return self._link is not None
+        """Whether a broker has accepted us and the connection has not been seen to end."""
+        return bool(self.broker)
 
     async def run(self) -> None:
         """Publish until cancelled; then say offline and hang up. What is unsent stays in the outbox."""
-        if self._mqtt.host is None:
+        if not self._destinations:
             log.info("no broker is set (mqtt.host): the outbox keeps everything")
             await asyncio.get_running_loop().create_future()
         loop = asyncio.get_running_loop()
@@ -106,6 +119,10 @@ class Publisher:
                 await self._converse()
             except (LinkError, OutboxError) as error:
                 self._tell(str(error))
+            finally:
+                if self._better is not None:
+                    self._better.abort("it is not wanted any more")
+                    self._better = None
             failures = 0 if loop.time() - began > _STABLE_AFTER_S else failures + 1
             await asyncio.sleep(pause_s(failures, self._mqtt.max_retry_s))
 
@@ -125,46 +142,87 @@ class Publisher:
         link.publish(payload, qos=_RETAINED_QOS[topic], retain=True)
 
     async def _converse(self) -> None:
-        """One connection, from dialling to its end. Raises LinkError with the reason why it ended."""
-        will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
-        link = await self._connect(will)
-        pace = _Pace(self._mqtt.replay_per_s)
-        delivery = _Delivery(link, self._outbox, self._renderer, pace, cautious=self._cautious)
-        self._link = link
-        self._tell("")
-        try:
-            for topic in self._retained:
-                self._send_retained(link, topic)
-            await delivery.run()
-        except asyncio.CancelledError:
-            await self._farewell(link, delivery)
-            raise
-        finally:
-            self._link = None
-            self._cautious = delivery.cautious
-            link.abort("the connection is no longer wanted")
-            self._on_change()
-        raise LinkError(f"{address(self._mqtt)}: {link.ended}")
+        """From broker to better broker, until a connection ends. Raises LinkError with the reason."""
+        link = await self._open_first(self._destinations)
+        while True:
+            link = await self._serve(link)
 
-    async def _connect(self, will: Payload) -> Link:
+    async def _open_first(self, candidates: Sequence[Destination]) -> Link:
+        """The first in order that accepts us. Raises LinkError with what is wrong with each."""
+        problems = []
+        for to in candidates:
+            try:
+                link = await self._connect(to)
+            except LinkError as error:
+                problems.append(str(error))
+            else:
+                if problems:
+                    log.warning("%s is used instead of a better broker: %s", to.address, "; ".join(problems))
+                return link
+        raise LinkError("; ".join(problems))
+
+    async def _connect(self, to: Destination) -> Link:
         """Raises LinkError."""
+        will = self._renderer.state(contract.STATUS, contract.status_data("offline", "the connection was lost"))
         client_id = self._mqtt.client_id or f"edge-asr-{self._renderer.device}"
         if self._on_request is None:
-            return await Link.open(self._mqtt, client_id, will)
+            return await Link.open(to, client_id, will)
         mailbox = Mailbox(self._renderer, self._on_request, keep_session=self._keeps_session)
-        link = await Link.open(self._mqtt, client_id, will, mailbox)
+        link = await Link.open(to, client_id, will, mailbox)
         if self._keeps_session and not mailbox.tells_what_waited:
             self._keeps_session = False
             link.abort("a kept session would bring late requests")
-            return await self._connect(will)
+            return await self._connect(to)
         return link
 
-    async def _farewell(self, link: Link, delivery: _Delivery) -> None:
+    async def _serve(self, link: Link) -> Link:
+        """Deliver until a link to a better broker stands, and return that. Raises LinkError if this one ends before."""
+        delivery = _Delivery(
+            link, self._outbox, self._renderer, _Pace(self._mqtt.replay_per_s), cautious=self._cautious
+        )
+        search = asyncio.create_task(self._find_better(link, delivery), name="publisher-better-broker")
+        self.broker = link.to.address
+        self._tell("")  # before the link is in use: what is set on hearing it goes out with the rest
+        self._link = link
+        try:
+            for topic in self._retained:
+                self._send_retained(link, topic)
+            await self._outbox.note_broker(self.broker)
+            await delivery.run()
+            if self._better is None:
+                raise LinkError(f"{link.to.address}: {link.ended}")
+            reason = f"publishing to {self._better.to.address} again"
+            await self._farewell(link, delivery, reason, _HANDOVER_S)
+        except asyncio.CancelledError:
+            await self._farewell(link, delivery, "the daemon was stopped", _FAREWELL_S)
+            raise
+        finally:
+            search.cancel()
+            await asyncio.gather(search, return_exceptions=True)
+            self._link, self.broker = None, ""
+            self._cautious = delivery.cautious
+            link.abort("the connection is no longer wanted")
+            self._on_change()
+            with contextlib.suppress(OutboxError):
+                await self._outbox.note_broker("")
+        better, self._better = self._better, None
+        return better
+
+    async def _find_better(self, link: Link, delivery: _Delivery) -> None:
+        """Try the brokers that come before the one in use, until one accepts us; then the delivery takes its leave."""
+        better = self._destinations[: self._destinations.index(link.to)]
+        while better and self._better is None:
+            await asyncio.sleep(pause_s(_SETTLED, self._mqtt.max_retry_s))
+            with contextlib.suppress(LinkError):
+                self._better = await self._open_first(better)
+                delivery.leave()
+
+    async def _farewell(self, link: Link, delivery: _Delivery, reason: str, limit_s: float) -> None:
         """Say offline; the broker answers in order, so the answer also settles what was in flight."""
-        gone = self._renderer.state(contract.STATUS, contract.status_data("offline", "the daemon was stopped"))
+        gone = self._renderer.state(contract.STATUS, contract.status_data("offline", reason))
         link.publish(gone, qos=1, retain=True)
         with contextlib.suppress(asyncio.TimeoutError, OutboxError):
-            await asyncio.wait_for(delivery.finish(), _FAREWELL_S)
+            await asyncio.wait_for(delivery.finish(), limit_s)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(link.hang_up(), _FAREWELL_S)
 
@@ -173,7 +231,7 @@ class Publisher:
         if trouble and trouble != self.trouble:
             log.warning("not publishing, the outbox keeps everything: %s", trouble)
         elif not trouble:
-            log.info("connected to the broker at %s", address(self._mqtt))
+            log.info("connected to the broker at %s", self.broker)
         self.trouble = trouble
         self._on_change()
 
@@ -218,22 +276,29 @@ class _Delivery:
         """Acknowledged by the broker, not yet removed from the outbox."""
         self._refused: list[tuple[int, str]] = []
         self._resume_at = 0.0
+        self._leaving = False
         self._wanted: set[int] = set()
         """Refused messages whose fate comes before anything else is sent."""
         link.on_puback = self._puback
         link.on_end = self._stir.set
 
+    def leave(self) -> None:
+        """Send no more."""
+        self._leaving = True
+        self._stir.set()
+
     async def run(self) -> None:
-        """Send and settle until the connection ends."""
+        """Send and settle until the connection ends or it is time to leave."""
         watch = asyncio.create_task(self._watch(), name="publisher-outbox-watch")
         try:
-            while not self._link.ended:
+            while not (self._link.ended or self._leaving):
                 self._stir.clear()
                 await self._settle()
                 await self._send()
                 await self._stir.wait()
             await self._settle()
-            await self._blame()
+            if self._link.ended:
+                await self._blame()
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -307,7 +372,7 @@ class _Delivery:
     def _may_send(self) -> bool:
         window = 1 if self.cautious else self._link.window
         waits = self._refused or self._loop.time() < self._resume_at
-        return not (self._link.ended or waits or len(self._link.in_flight) >= window)
+        return not (self._link.ended or self._leaving or waits or len(self._link.in_flight) >= window)
 
     async def _next(self) -> Message | None:
         """The message that is due; None: nothing is, yet."""
@@ -373,5 +438,5 @@ class _Delivery:
 
 def pause_s(failures: int, longest_s: float) -> float:
     """Exponential with jitter, so that a hall full of devices does not come back in the same instant."""
-    pause_s = min(longest_s, _FIRST_RETRY_S * 2.0 ** min(failures, 20))
+    pause_s = min(longest_s, _FIRST_RETRY_S * 2.0 ** min(failures, _SETTLED))
     return pause_s * random.SystemRandom().uniform(0.5, 1.0)

@@ -224,19 +224,31 @@ class Tls(_Section):
         return self
 
 
-class Mqtt(_Section):
-    """The broker."""
+class _Access(_Section):
+    """How a broker lets us in."""
 
-    host: str | None = None
-    """None: nothing is published until a broker is set; the outbox keeps everything meanwhile."""
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     """None: 1883, or 8883 with TLS."""
     username: str | None = None
     password_file: Path | None = None
     """File whose first line is the password (systemd: LoadCredential=); a password in the settings would leak."""
+    tls: Tls | None = None
+
+
+class Broker(_Access):
+    """One of several brokers."""
+
+    host: str
+
+
+class Mqtt(_Access):
+    """One broker or several. Without any nothing is published; the outbox keeps everything meanwhile."""
+
+    host: str | None = None
+    brokers: tuple[Broker, ...] = ()
+    """Several in order, the plant's first: the first that accepts us gets everything, and we return when it is back."""
     client_id: TopicSegment | None = None
     """None: edge-asr-<device>."""
-    tls: Tls | None = None
     payload: Literal["cloudevents", "plain"] = "cloudevents"
     """CloudEvents 1.0 structured JSON, or its flat data alone for tag-based SCADA."""
     replay_per_s: Annotated[int, Field(ge=10, le=100_000)] = 1_500
@@ -244,7 +256,15 @@ class Mqtt(_Section):
     because they wait behind the backlog in the broker's queue for it."""
     keepalive_s: Annotated[int, Field(ge=5, le=600)] = 15
     max_retry_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
-    """Reconnecting never gives up; the pause grows to this, with jitter."""
+    """Reconnecting never gives up; the pause grows to this, with jitter. So often the way back to a better broker is
+    tried, too."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Mqtt:
+        alone = [name for name in Broker.model_fields if getattr(self, name) is not None]
+        if self.brokers and alone:
+            raise ValueError(f"with brokers set, {alone[0]} belongs into its entries")
+        return self
 
 
 Verb = Literal[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,8 +20,8 @@ from rich.segment import ControlType
 from rich.text import Text
 from typing_extensions import Self
 
-from edge_asr import contract, settings
-from edge_asr.link import LinkError, dial
+from edge_asr import contract
+from edge_asr.link import Destination, LinkError, dial
 
 ANSWER_LIMIT_S = 10.0
 
@@ -43,32 +43,41 @@ class Delivery:
 
 
 class Subscriber:
-    """A subscription to a topic filter: an async context manager to iterate over."""
+    """A subscription at the first broker that accepts us: an async context manager to iterate over."""
 
-    def __init__(self, options: settings.Mqtt, topic_filter: str) -> None:
-        self._options = options
+    def __init__(self, brokers: Sequence[Destination], topic_filter: str) -> None:
+        self._brokers = brokers
         self._filter = topic_filter
         self._loop = asyncio.get_running_loop()
         self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+
+    async def __aenter__(self) -> Self:
+        problems = []
+        for to in self._brokers:
+            try:
+                await self._subscribe(to)
+            except SubscriberError as error:
+                problems.append(str(error))
+            else:
+                return self
+        raise SubscriberError("\n".join(problems))
+
+    async def _subscribe(self, to: Destination) -> None:
+        self._to = to
         self._subscribed: asyncio.Future[None] = self._loop.create_future()
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
-
-    async def __aenter__(self) -> Self:
         try:
-            await asyncio.to_thread(dial, self._client, self._options)
+            await asyncio.to_thread(dial, self._client, to)
             self._client.loop_start()
             await asyncio.wait_for(self._subscribed, ANSWER_LIMIT_S)
         except LinkError as error:
             raise SubscriberError(str(error)) from None
         except (asyncio.TimeoutError, SubscriberError) as error:
             self._client.loop_stop()
-            raise SubscriberError(
-                str(error) or f"{self._options.host} does not answer; is it an MQTT 5 broker?"
-            ) from None
-        return self
+            raise SubscriberError(str(error) or f"{to.address} does not answer; is it an MQTT 5 broker?") from None
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -90,7 +99,7 @@ class Subscriber:
 
     def _on_connect(self, client: paho.Client, _data: object, _flags: object, reason: Any, _more: object) -> None:  # noqa: ANN401 - paho's
         if reason.is_failure:
-            problem = f"the broker refuses: {reason}; check mqtt.username and mqtt.password_file"
+            problem = f"the broker refuses: {reason}; check {self._to.key}.username and {self._to.key}.password_file"
             self._loop.call_soon_threadsafe(self._settle, problem)
         else:
             client.subscribe(self._filter, qos=1)
