@@ -23,20 +23,24 @@ from edge_asr import (
     grammar,
     hearing,
     logs,
+    metrics,
     model_store,
     settings,
     systemd,
+    thermal,
 )
 from edge_asr.alarms import AlarmBoard, Condition, earlier, losses
 from edge_asr.contract import Meta, MicrophoneHealth, Renderer
 from edge_asr.engine import grammar_paths
 from edge_asr.events import Json
-from edge_asr.health import BUSY_LIMIT_S, ProcessMeter
+from edge_asr.health import BUSY_LIMIT_S, ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
 from edge_asr.link import destinations
+from edge_asr.metrics import Metrics, Snapshot
 from edge_asr.model_store import ModelError
+from edge_asr.monitor import Monitor, Page, verdict
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
@@ -97,6 +101,7 @@ class Daemon:
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
         self._alarms = AlarmBoard()
+        self._thermals = thermal.read()
         self._judges: dict[str, HearingJudge] = {}
         self._gateway = open_gateway(options)
         self.stopped = False
@@ -123,6 +128,12 @@ class Daemon:
             asyncio.create_task(self._attend(), name="attend"),
             asyncio.create_task(self._watch(), name="watchdog"),
         ]
+        if self._options.monitoring.port is not None:
+            self._metrics = Metrics()
+            self._pipeline.noted = self._metrics.count
+            pages = {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}
+            monitor = Monitor(self._options.monitoring.host, self._options.monitoring.port, pages)
+            background.append(asyncio.create_task(monitor.run(), name="monitor"))
         if self._gateway is not None:
             self._pipeline.told, self._pipeline.awaits_guests = self._gateway.told, True
             background.append(asyncio.create_task(self._gateway.run(self._pipeline), name="gateway"))
@@ -261,13 +272,17 @@ class Daemon:
     def _show_status(self) -> None:
         systemd.status(self._status())
 
+    @property
+    def _busy_s(self) -> float:
+        since = self._pipeline.busy_since_ns
+        return 0.0 if since is None else (clock.boottime_ns() - since) / clock.NS_PER_S
+
     async def _watch(self) -> None:
         """Feed the watchdog while the loop turns and neither recognizer nor outbox hangs."""
         interval_s = systemd.watchdog_interval_s()
         trouble = ""
         while True:
-            since = self._pipeline.busy_since_ns
-            busy_s = 0.0 if since is None else (clock.boottime_ns() - since) / clock.NS_PER_S
+            busy_s = self._busy_s
             if busy_s < BUSY_LIMIT_S:
                 systemd.alive()
             else:
@@ -283,12 +298,15 @@ class Daemon:
     async def _report_health(self) -> None:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
         while True:
+            self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
             try:
                 statistics = await self.outbox.statistics()
             except OutboxError as error:
                 log.warning("no health: %s", error)
             else:
-                health = self._meter.read(self._microphone_health(), statistics, self._pipeline.real_time_factor)
+                health = self._meter.read(
+                    self._microphone_health(), statistics, self._pipeline.real_time_factor, self._thermals.hottest_c
+                )
                 self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
                 lost = losses(self._before, statistics, self._options.outbox_path)
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
@@ -307,6 +325,41 @@ class Daemon:
             error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
             found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
         return found
+
+    async def _show_metrics(self) -> Page:
+        return Page(self._metrics.render(await self._snapshot()), metrics.CONTENT_TYPE)
+
+    async def _show_life(self) -> Page:
+        """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too."""
+        busy_s = self._busy_s
+        return verdict([f"busy with one utterance for {busy_s:.0f} s"] if busy_s >= BUSY_LIMIT_S else [])
+
+    async def _show_readiness(self) -> Page:
+        """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
+        critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
+        return verdict([*critical, *([self._pipeline.trouble] if self._pipeline.trouble else [])])
+
+    async def _snapshot(self) -> Snapshot:
+        try:
+            statistics = await self.outbox.statistics()
+        except OutboxError:
+            statistics = None
+        worker_bytes = None
+        with contextlib.suppress(OSError):  # it is being replaced
+            worker_bytes = resident_bytes(self._worker.pid)
+        return Snapshot(
+            meta=self._meta(),
+            microphones=self._microphone_health(),
+            outbox=statistics,
+            alarms=self._alarms.raised,
+            thermals=self._thermals,
+            broker_connected=self._publisher.connected if destinations(self._options.mqtt) else None,
+            finals_waiting=self._pipeline.finals_waiting,
+            partials_dropped=self._pipeline.partials_dropped,
+            recognizers_replaced=self._worker.replaced,
+            recognizer_bytes=worker_bytes,
+            clock_synchronized=clock.time_quality() == "synchronized",
+        )
 
     async def _attend(self) -> None:
         """Look after everything that hears, and tell people when a trouble begins and when it is over."""
@@ -334,6 +387,7 @@ class Daemon:
             if microphone is not None:
                 capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
             yield from self._judges[name].look(ear.meter, capture, self._options.commands.max_noise_dbfs)
+        yield from thermal.conditions(self._thermals)
         wanted, in_use = self._options.model.provider, self._worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"

@@ -18,7 +18,7 @@ from edge_asr import contract, model_store
 from edge_asr.broker import HOST, PrivateBroker
 from edge_asr.daemon import Daemon
 from edge_asr.link import destinations
-from edge_asr.settings import FilesSource, Mqtt, Settings
+from edge_asr.settings import FilesSource, Monitoring, Mqtt, Settings
 from edge_asr.subscriber import Delivery, Screen, Subscriber
 
 ARRIVAL_LIMIT_S = 10.0
@@ -40,7 +40,8 @@ async def play(options: Settings, console: Console) -> bool | None:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-asr-demo-")))
         recordings = model_store.bundled("recordings")
         source = FilesSource(type="files", name="demo", paths=_recordings(recordings))
-        options = options.model_copy(update={"state_dir": state, "sources": (source,)})
+        unwatched = Monitoring(port=None)  # the service may be running beside
+        options = options.model_copy(update={"state_dir": state, "sources": (source,), "monitoring": unwatched})
         options = _with_broker(options, stack, console)
         daemon = Daemon(options)
         async with _shown(options, console) as received:

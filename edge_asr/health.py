@@ -1,4 +1,4 @@
-"""Measures how the box does: what the process uses, how warm the machine is.
+"""Measures how the box does: what the process uses, and when work has taken too long.
 
 Law: a measurement that cannot be had here is None, never zero.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from pathlib import Path
+from typing import Literal
 
 from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth
 from edge_asr.outbox import Statistics
@@ -24,7 +25,11 @@ class ProcessMeter:
         self._last = (self._started, time.process_time())
 
     def read(
-        self, microphones: dict[str, MicrophoneHealth], outbox: Statistics, real_time_factor: float | None
+        self,
+        microphones: dict[str, MicrophoneHealth],
+        outbox: Statistics,
+        real_time_factor: float | None,
+        temperature_c: float | None,
     ) -> Health:
         """The state of this moment; the CPU load is the mean since the last call."""
         now = (time.monotonic(), time.process_time())
@@ -41,23 +46,13 @@ class ProcessMeter:
             ),
             real_time_factor=None if real_time_factor is None else round(real_time_factor, 4),
             cpu_load=round(cpu_load, 4),
-            memory_bytes=_resident_bytes(),
-            temperature_c=_temperature_c(),
             broker=outbox.broker or None,
+            memory_bytes=resident_bytes("self"),
+            temperature_c=temperature_c,
         )
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+def resident_bytes(process: int | Literal["self"]) -> int:
+    """Memory of a process that is in RAM. Raises OSError where there is none."""
+    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
-
-
-def _temperature_c() -> float | None:
-    """The hottest thermal zone; None on machines that show none (virtual ones)."""
-    found = []
-    for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
-        try:
-            found.append(int(zone.read_text(encoding="ascii")) / 1000)
-        except (OSError, ValueError):  # a zone may be switched off
-            continue
-    return max(found, default=None)

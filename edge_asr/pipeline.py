@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,23 @@ class Understanding:
     """None where nothing was said or the recognizer failed."""
     decision: Command | Rejection | None
     """None where the site has no grammar."""
+    recognized_s: float = 0.0
+    """Seconds that the model and the hotwords took."""
+    interpreted_s: float = 0.0
+    """Seconds that the grammar took, other listenings included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one utterance went."""
+
+    waited_s: float
+    """From the end of speech until the recognizer took it: the silence that closes the gate, and the queue."""
+    understood_s: float
+    """Recognizer and interpreter, the way to their process included."""
+    committed_s: float
+    total_s: float
+    """From the end of speech to the commit."""
 
 
 Live = Callable[[str, Mapping[str, Json]], None]
@@ -208,18 +226,21 @@ def understand(
     utterance: Utterance, recognizer: Recognizer, hotwords: Hotwords | None, interpreter: Interpreter | None
 ) -> Understanding:
     """Recognize and interpret one utterance; blocking."""
+    began = time.perf_counter()
     try:
         recognition = recognizer.recognize(utterance.pcm)
         if hotwords is not None:
             recognition = hotwords.apply(recognition)
+        recognized = time.perf_counter()
         decision = interpreter.interpret(recognition) if interpreter is not None else None  # it may listen again
     except RecognizerError as error:
         return Understanding(utterance, None, Rejection("recognizer-failed", str(error)))
+    recognized_s, interpreted_s = recognized - began, time.perf_counter() - recognized
     transcript = recognition.transcript
     if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
         stations = ", ".join(decision.stations)
         decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
-    return Understanding(utterance, transcript if transcript.text else None, decision)
+    return Understanding(utterance, transcript if transcript.text else None, decision, recognized_s, interpreted_s)
 
 
 class _Work:
@@ -234,6 +255,7 @@ class _Work:
         self._unsettled: Counter[str] = Counter()
         """Source -> finals that are not committed yet."""
         self._partials: dict[str, Utterance] = {}
+        self.partials_dropped = 0
         self._finished = False
         self._changed = asyncio.Condition()
 
@@ -241,7 +263,7 @@ class _Work:
         """Add a final; waits while its source's queue is full."""
         source = utterance.source
         async with self._changed:
-            self._partials.pop(source, None)
+            self.partials_dropped += self._partials.pop(source, None) is not None
             await self._changed.wait_for(lambda: len(self._finals.get(source, ())) < FINALS)
             self._finals.setdefault(source, deque()).append(utterance)
             self._unsettled[source] += 1
@@ -268,6 +290,7 @@ class _Work:
     async def partial(self, utterance: Utterance) -> None:
         """Offer a partial; it replaces the source's older one and is forgotten when finals wait."""
         async with self._changed:
+            self.partials_dropped += bool(self._finals) or utterance.source in self._partials
             if not self._finals:
                 self._partials[utterance.source] = utterance
                 self._changed.notify_all()
@@ -318,6 +341,8 @@ class Pipeline:
         self._live = live
         self.told: Callable[[Message], None] = lambda _message: None
         """Hears of every message right after its commit."""
+        self.noted: Callable[[Understanding, Timing], None] = lambda _heard, _timing: None
+        """Hears of every final right after its commit."""
         self.awaits_guests = False
         """Whether :meth:`run` goes on until :meth:`close`, for guests may come when the named sources have ended."""
         self._guests: dict[str, Source] = {}
@@ -369,6 +394,11 @@ class Pipeline:
     def finals_waiting(self) -> int:
         """How many utterances wait for the recognizer: the measure of overload."""
         return self._work.finals
+
+    @property
+    def partials_dropped(self) -> int:
+        """How many partials gave way to something newer."""
+        return self._work.partials_dropped
 
     async def hear(self, guest: Source) -> None:
         """Listen to one more source until it ends and everything it said is committed; close it to end this early.
@@ -430,10 +460,12 @@ class Pipeline:
             work = functools.partial(self._engine.understand, utterance, final=final)
             heard = await loop.run_in_executor(self._executor, work)
             if final:
-                taken_s = (clock.boottime_ns() - began_ns) / clock.NS_PER_S
-                self.real_time_factor = taken_s / utterance.duration_s
-                await self._append(heard)
+                understood_ns = clock.boottime_ns()
+                self.real_time_factor = (understood_ns - began_ns) / clock.NS_PER_S / utterance.duration_s
+                heard = await self._append(heard)
                 await self._work.settle(utterance)
+                moments_ns = (utterance.ended_ns, began_ns, understood_ns, clock.boottime_ns())
+                self.noted(heard, _timing(*moments_ns))
             elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
                 self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
 
@@ -447,8 +479,8 @@ class Pipeline:
         finally:
             del self._began_ns[job]
 
-    async def _append(self, heard: Understanding) -> None:
-        """Commit everything that came of an utterance."""
+    async def _append(self, heard: Understanding) -> Understanding:
+        """Commit everything that came of an utterance; returns what was committed."""
         distrust = self.distrusted.get(heard.utterance.source)
         if distrust and isinstance(heard.decision, Command) and heard.decision.answer != "cancel":
             heard = replace(heard, decision=Rejection("too-noisy", distrust, heard.decision.confidence))
@@ -456,6 +488,7 @@ class Pipeline:
         self._confirming.set()
         self.utterances += 1
         _tell(heard)
+        return heard
 
     async def _commit(self, outcomes: Sequence[confirmation.Outcome]) -> None:
         """Commit; a full disk delays it and loses nothing, unless the disk stays full when the daemon must stop."""
@@ -515,6 +548,18 @@ class Pipeline:
             finally:
                 change.cancel()
             await self._commit(self._desk.expire(clock.boottime_ns()))
+
+
+def _timing(ended_ns: int, taken_ns: int, understood_ns: int, committed_ns: int) -> Timing:
+    def seconds(since_ns: int, until_ns: int) -> float:
+        return max(0, until_ns - since_ns) / clock.NS_PER_S  # recordings may be played faster than they were spoken
+
+    return Timing(
+        waited_s=seconds(ended_ns, taken_ns),
+        understood_s=seconds(taken_ns, understood_ns),
+        committed_s=seconds(understood_ns, committed_ns),
+        total_s=seconds(ended_ns, committed_ns),
+    )
 
 
 def _tell(heard: Understanding) -> None:

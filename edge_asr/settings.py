@@ -316,6 +316,15 @@ class Gateway(_Section):
         return self
 
 
+class Monitoring(_Section):
+    """Numbers for Prometheus and answers for whoever asks whether the box works; no text of anybody's."""
+
+    host: str = "127.0.0.1"
+    """Only this machine may ask, unless another address is set; there is no password."""
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = 9776
+    """Of /metrics, /livez and /readyz. None: nobody may ask."""
+
+
 class Log(_Section):
     """What the daemon says about itself."""
 
@@ -343,6 +352,7 @@ class Settings(_Section):
     requests: Requests = Requests()
     gateway: Gateway | None = None
     """None: no gateway."""
+    monitoring: Monitoring = Monitoring()
     log: Log = Log()
 
     @model_validator(mode="after")
