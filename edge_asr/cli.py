@@ -1,9 +1,9 @@
 """The command line: every verb of `edge-asr` and its options. Only this room and its `cli_*` neighbours print or exit.
 
 Exit codes (sysexits.h): 0 done; 1 a test, a check or the demo found something wrong; 2 wrong usage; 66 an input file
-cannot be read; 69 a microphone, broker or other service is not there; 70 the recognizer cannot be kept running; 74 the
-outbox cannot be written; 78 settings, model or grammar cannot be used (systemd does not restart on this one); 130
-interrupted.
+cannot be read, or there is no outbox; 69 a microphone, broker or other service is not there; 70 the recognizer cannot
+be kept running; 74 the outbox cannot be written; 78 settings, model or grammar cannot be used (systemd does not restart
+on this one); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, measure, read_file, to_float
 from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
+from edge_asr.cli_outbox import outbox
 from edge_asr.command_line import (
     EXIT_FOUND,
     EXIT_INTERRUPTED,
@@ -42,7 +43,6 @@ from edge_asr.daemon import Daemon
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.link import destinations
-from edge_asr.outbox import read_statistics
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Settings
 from edge_asr.sources import SourceError, audio_files, levels, list_devices, record
@@ -360,26 +360,7 @@ def grammar_parse(name: str, text: str) -> None:
 
 
 main.add_command(models)
-
-
-@main.group(cls=ExamplesLast)
-def outbox() -> None:
-    """The queue between the microphone and the broker."""
-
-
-@outbox.command("status", epilog=example("edge-asr outbox status"))
-@with_settings
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
-    """Show what waits for the broker and what was dropped; the daemon may be running."""
-    statistics = asdict(read_statistics(options.outbox_path))
-    if as_json:
-        click.echo(json.dumps(statistics))
-        return
-    click.echo(f"{'file':14s} {options.outbox_path}")
-    for name, value in statistics.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) or "none" if isinstance(value, dict) else value
-        click.echo(f"{name.replace('_', ' '):14s} {shown}")
+main.add_command(outbox)
 
 
 def _has_no_microphone(options: Settings) -> bool:

@@ -67,6 +67,7 @@ _UNLIMITED_PAGES = 2**30 - 1
 
 _SELECT = f"SELECT {outbox_file.COLUMNS}"
 _PARK = f"INTO dead_letter ({outbox_file.COLUMNS}, reason) {_SELECT}, ? FROM message WHERE seq = ?"
+_DATA_AT = 5
 _OLDEST_OF = "SELECT seq FROM message WHERE category = :category ORDER BY seq LIMIT 1"
 _OLDEST_DEAD_LETTER = "SELECT seq FROM dead_letter ORDER BY seq LIMIT 1"
 
@@ -98,6 +99,14 @@ class Statistics:
     """Since when it does or none does, by the wall clock (ISO 8601); empty: none ever did."""
     receipts: Mapping[str, int]
     """Commands that the MES ``accepted`` or ``rejected``, and those whose receipt was ``missing`` when it was due."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that the broker refused for good, or that the disk has changed."""
+
+    message: Message
+    reason: str
 
 
 def life_left_s(message: Message) -> float | None:
@@ -174,6 +183,17 @@ class Outbox:
     async def note_broker(self, address: str) -> None:
         """Remember which broker takes the messages, for whoever asks; empty: none. Raises OutboxError."""
         await self._submit(lambda database: database.note_broker(address))
+
+    async def requeue(self, seqs: Sequence[int]) -> list[int]:
+        """Let dead letters wait for the broker again under their old number and id, before the publisher begins.
+
+        Which of them do; the others are no dead letters, or their checksum is wrong. Raises OutboxError.
+        """
+        return await self._submit(lambda database: database.requeue(seqs), durable=True)
+
+    async def discard(self, seqs: Sequence[int]) -> list[int]:
+        """Forget dead letters; which of them there were. Raises OutboxError."""
+        return await self._submit(lambda database: database.discard(seqs), durable=True)
 
     async def statistics(self) -> Statistics:
         """What waits, and what was dropped."""
@@ -406,6 +426,19 @@ class _Database:
         self.connection.execute("DELETE FROM message WHERE seq = ?", (seq,))
         log.error("message %d is put aside as a dead letter: %s", seq, reason)
 
+    def requeue(self, seqs: Sequence[int]) -> list[int]:
+        sound = []
+        for seq in seqs:
+            row = self.connection.execute(f"{_SELECT} FROM dead_letter WHERE seq = ?", (seq,)).fetchone()
+            if row is not None and outbox_file.is_sound(row):
+                self.connection.execute(f"INSERT {outbox_file.INSERT}", row)
+                sound.append(seq)
+        return self.discard(sound)
+
+    def discard(self, seqs: Sequence[int]) -> list[int]:
+        forget = "DELETE FROM dead_letter WHERE seq = ?"
+        return [seq for seq in seqs if self.connection.execute(forget, (seq,)).rowcount]
+
     def note_broker(self, address: str) -> None:
         change = "UPDATE broker SET address = ?, since_wall_ns = ? WHERE address != ?"
         self.connection.execute(change, (address, clock.wall_ns(), address))
@@ -565,7 +598,23 @@ class _Ballast:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """The statistics of an outbox that another process may have open. Raises OutboxError.
+    """The statistics of an outbox that another process may have open. Raises OutboxError."""
+    with _reading(path) as connection:
+        return _statistics(connection)
+
+
+def read_dead_letters(path: Path) -> list[DeadLetter]:
+    """The dead letters, oldest first, of an outbox that another process may have open. Raises OutboxError."""
+    with _reading(path) as connection:
+        rows = connection.execute(f"{_SELECT}, reason FROM dead_letter ORDER BY seq").fetchall()
+    # What the disk has changed may be no JSON any more.
+    legible = (row if outbox_file.is_sound(row) else (*row[:_DATA_AT], "{}", *row[_DATA_AT + 1 :]) for row in rows)
+    return [DeadLetter(_message(row[:-1]), row[-1]) for row in legible]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A read transaction.
 
     Read-only, so it can neither checkpoint nor reset the log (see the law above), and brief, because a checkpoint
     cannot pass a reader. Without a log nobody has the file open, and reading it as immutable leaves no files behind.
@@ -578,7 +627,7 @@ def read_statistics(path: Path) -> Statistics:
         with contextlib.closing(connection):
             connection.execute("BEGIN")
             _refuse_foreign(connection, path)
-            return _statistics(connection)
+            yield connection
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, *, ours: bool = False) -> int:

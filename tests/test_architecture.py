@@ -30,7 +30,7 @@ ORDER = (
     *("requests", "mailbox", "link", "publisher", "systemd", "logs", "alarms", "hearing", "thermal"),
     *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
-    *("command_line", "cli_gateway", "cli_models", "cli"),
+    *("command_line", "cli_gateway", "cli_models", "cli_outbox", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))
