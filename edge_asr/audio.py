@@ -240,16 +240,25 @@ def read_file(path: Path, channel: int | None = None) -> bytes:
     """
     try:
         with path.open("rb") as stream:
-            _refuse_cut_wav(path, stream)
-            pcm = b"".join(_decode(path, stream, channel))
+            return read_stream(path, stream, channel)
     except OSError as error:
         raise AudioFileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def read_stream(name: object, stream: BinaryIO, channel: int | None = None, *, max_s: float = math.inf) -> bytes:
+    """The same of an open file with a descriptor, called ``name`` in errors, that may not be longer than ``max_s``."""
+    _refuse_cut_wav(name, stream)
+    pcm = bytearray()
+    for piece in _decode(name, stream, channel):
+        pcm += piece
+        if len(pcm) > max_s * SAMPLE_RATE * BYTES_PER_SAMPLE:
+            raise AudioFileError(f"{name}: is longer than {max_s:g} s; cut it into pieces")
     if not pcm:
-        raise AudioFileError(f"{path}: holds no samples; record or copy it again")
-    return pcm
+        raise AudioFileError(f"{name}: holds no samples; record or copy it again")
+    return bytes(pcm)
 
 
-def _decode(path: Path, stream: BinaryIO, channel: int | None) -> Iterator[bytes]:
+def _decode(path: object, stream: BinaryIO, channel: int | None) -> Iterator[bytes]:
     seconds = 0.0
     try:
         # By its descriptor: reading through a Python object takes callbacks, so memory that is writable and executable.
@@ -271,7 +280,7 @@ def _decode(path: Path, stream: BinaryIO, channel: int | None) -> Iterator[bytes
         raise AudioFileError(f"{path}: is not readable audio ({reason}); copy it again or convert it to WAV") from None
 
 
-def _refuse_cut_wav(path: Path, stream: BinaryIO) -> None:
+def _refuse_cut_wav(path: object, stream: BinaryIO) -> None:
     """Compare the length in a WAV header with the file: libsndfile plays what is there and says nothing."""
     size = stream.seek(0, 2)
     if size == 0:

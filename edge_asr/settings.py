@@ -295,6 +295,10 @@ class Gateway(_Section):
     key_file: Path | None = None
     open: bool = False
     """True: this machine's own programs need no token; then ``host`` must be a loopback address."""
+    announce: str | None = None
+    """Address by which WebRTC peers reach this machine behind a port mapping (containers); None: its own addresses."""
+    ice_servers: tuple[str, ...] = ()
+    """STUN servers to ask, e.g. ``stun:10.0.0.1``; none by default: nothing is contacted."""
     origins: tuple[str, ...] = ()
     """Web pages of other hosts that may use it, e.g. ``https://mes.plant``; its own page always may."""
     max_sessions: Annotated[int, Field(ge=1, le=1000)] = 64

@@ -59,11 +59,15 @@ class Box:
     def log(self) -> str:
         return (self.folder / "log").read_text(encoding="utf-8")
 
+    def http(self) -> aiohttp.ClientSession:
+        """An HTTP client that trusts the box's authority."""
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls))
+
     @contextlib.asynccontextmanager
     async def client(self, **hello: Any) -> AsyncIterator[Client]:
         """A session of the WebSocket."""
         async with (
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls)) as http,
+            self.http() as http,
             http.ws_connect(f"{self.url}/ws") as socket,
         ):
             client = Client(socket)
@@ -147,7 +151,7 @@ def transcribed(path: Path) -> list[dict[str, Any]]:
 def microphone_file(folder: Path, *names: str) -> Path:
     """What Chromium's fake microphone plays: 48 kHz, with silence in front, for it begins before the page listens."""
     samples = np.concatenate(
-        [np.zeros(24_000, np.float32)]
+        [np.zeros(40_000, np.float32)]
         + [
             np.concatenate(
                 [np.frombuffer(read_file(recording(name)), "<i2").astype(np.float32) / 32768, np.zeros(16_000)]

@@ -30,13 +30,10 @@ _PAUSE_S: Final = 0.1
 
 
 class Door:
-    """One listening socket."""
+    """One listening socket. Raises OSError."""
 
-    def __init__(
-        self, host: str, port: int, factory: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
-    ) -> None:
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         self._socket = _listening(host, port)
-        self._factory = factory
         self._tls = tls
         self._waiting: Counter[str] = Counter()
         """Address -> connections that have not brought a header yet."""
@@ -51,8 +48,8 @@ class Door:
         """The one really in use."""
         return int(self._socket.getsockname()[1])
 
-    async def run(self) -> None:
-        """Accept until cancelled."""
+    async def run(self, factory: Callable[[], asyncio.Protocol]) -> None:
+        """Accept until cancelled; each connection is served by a protocol of its own."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -70,7 +67,7 @@ class Door:
                     connection.close()
                     continue
                 self._waiting[address] += 1
-                task = asyncio.create_task(self._arrive(connection, address), name=f"arrival:{address}")
+                task = asyncio.create_task(self._arrive(factory, connection, address), name=f"arrival:{address}")
                 self._arrivals.add(task)
                 task.add_done_callback(self._arrivals.discard)
         finally:
@@ -90,7 +87,7 @@ class Door:
             deadline.cancel()
             self._leave(address)
 
-    async def _arrive(self, connection: socket.socket, address: str) -> None:
+    async def _arrive(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket, address: str) -> None:
         """Shake hands and start the clock."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -98,7 +95,7 @@ class Door:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             transport, protocol = await loop.connect_accepted_socket(
-                self._factory, connection, ssl=self._tls, ssl_handshake_timeout=handshake_s
+                factory, connection, ssl=self._tls, ssl_handshake_timeout=handshake_s
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError):
             self.turned_away += 1
@@ -121,7 +118,6 @@ class Door:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Raises OSError."""
     with contextlib.suppress(OSError, ValueError):  # the unit may forbid it, and sets its own limit then
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * MAX_CONNECTIONS), hard))

@@ -13,10 +13,16 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_asr import clock, contract, settings
 from edge_asr.events import Json, Message
-from edge_asr.gateway.talk import Talk
+from edge_asr.gateway import wire
+from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
+from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
 
 log = logging.getLogger(__name__)
@@ -27,6 +33,7 @@ KEPT_EVENTS = 256
 MAX_TALKS = 8
 """Talks of one session that may wait for the one before them to be committed."""
 
+ACK_S = 0.5
 SWEEP_S = 1.0
 
 Event = dict[str, Json]
@@ -35,6 +42,16 @@ Hear = Callable[[Talk], Awaitable[None]]
 
 class BusyError(Exception):
     """No room for another session now; the message is for the person who waits."""
+
+
+class Outlet(Protocol):
+    """What carries events to the client."""
+
+    def send(self, event: Event) -> None:
+        """Send one, now or soon; never waits."""
+
+    def cut(self, reason: str) -> None:
+        """Close the connection; the session stays."""
 
 
 class Session:
@@ -49,31 +66,40 @@ class Session:
         self.opened = self.active = asyncio.get_running_loop().time()
         self.talk: Talk | None = None
         """The one under way, or the last."""
+        self.format: wire.Format = "pcm16"
+        """Of the audio of this talk."""
+        self.container: Container | None = None
+        """Decodes it, where it comes as a file does."""
+        self._skipping = False
+        self._acked_s = 0.0
         self.kind = ""
         """By what way it came, for the dashboard."""
         self._talks: asyncio.Queue[Talk | None] = asyncio.Queue()
         self._events: deque[tuple[int, Event]] = deque(maxlen=KEPT_EVENTS)
         self._count = 0
-        self._send: Callable[[Event], None] | None = None
+        self._outlet: Outlet | None = None
         self.over = asyncio.Event()
         """Set when it ends: whoever serves its connection closes it."""
+        self._settled = asyncio.Event()
 
     @property
     def attached(self) -> bool:
         """Whether a connection serves it."""
-        return self._send is not None
+        return self._outlet is not None
 
-    def attach(self, send: Callable[[Event], None], have: int) -> None:
-        """Send events this way from now on, those after number ``have`` at once."""
-        self._send = send
+    def attach(self, outlet: Outlet, have: int) -> None:
+        """Send events this way from now on, those after number ``have`` at once; whoever did so before is cut off."""
+        if self._outlet is not None:
+            self._outlet.cut("another connection has taken over")
+        self._outlet = outlet
         for number, event in self._events:
             if number > have:
-                send(event)
+                outlet.send(event)
 
-    def detach(self, send: Callable[[Event], None]) -> None:
+    def detach(self, outlet: Outlet) -> None:
         """The connection is gone, unless another has taken its place."""
-        if self._send == send:
-            self._send = None
+        if self._outlet is outlet:
+            self._outlet = None
         self.active = asyncio.get_running_loop().time()
 
     def tell(self, kind: str, data: Mapping[str, Json], *, keep: bool = True) -> None:
@@ -83,33 +109,107 @@ class Session:
             self._count += 1
             event["n"] = self._count
             self._events.append((self._count, event))
-        if self._send is not None:
-            self._send(event)
+        if self._outlet is not None:
+            self._outlet.send(event)
 
-    def begin(self, talk: Talk) -> None:
-        """Start a talk; the one before ends. Raises BusyError."""
-        if self.talk is not None:
-            self.talk.end()
+    def begin(self, start: wire.Start) -> None:
+        """Start a talk, which ends the one before; a number that is known goes on with that talk. Raises BusyError."""
+        if self.talk is not None and start.talk <= self.talk.number:
+            self._skipping = start.talk < self.talk.number or self.talk.ended
+            return
+        self.finish()
         if self._talks.qsize() >= MAX_TALKS:
             raise BusyError("too many talks wait to be recognized; speak again in a moment")
-        self.active = asyncio.get_running_loop().time()
-        self.talk = talk
+        self._skipping, self._acked_s = False, 0.0
+        self.format = start.format
+        rate = start.rate if start.format == "pcm16" else OPUS_RATE
+        age_ns = round(start.age_ms * 1e-3 * clock.NS_PER_S)
+        self.talk = talk = Talk(self.source, start.talk, rate=rate, age_ns=age_ns)
+        self.container = None
+        if start.format in {"webm", "ogg"}:
+            self.container = Container(start.format, talk, lambda why: self.tell("error", {"detail": why}, keep=False))
         self._talks.put_nowait(talk)
+
+    async def take(self, position: int, data: memoryview) -> float:
+        """Audio of the talk under way, as its format has it; waits while it is not heard fast enough.
+
+        Returns the seconds of it that were new. Raises WireError.
+        """
+        talk = self.talk
+        if talk is None:
+            raise wire.WireError("audio before the first start")
+        if self._skipping:
+            return 0.0  # resent, though it was heard to its end
+        self.active = asyncio.get_running_loop().time()
+        if self.format == "rtp":
+            self.format = "pcm16"  # the client has given WebRTC up and goes on here
+        before = talk.position
+        try:
+            if self.container is not None:
+                await self.container.put(position, bytes(data))
+            else:
+                await talk.put(position, from_pcm16(data))
+        except (ValueError, ContainerError) as error:
+            raise wire.WireError(str(error)) from None
+        self._acknowledge()
+        return (talk.position - before) / talk.rate
+
+    def offer(self, samples: NDArray[np.int16]) -> None:
+        """Audio of the talk under way that came by WebRTC: mono, 48 kHz; nobody waits."""
+        if self.format != "rtp" or self.talk is None:
+            return
+        self.active = asyncio.get_running_loop().time()
+        self.talk.offer(self.talk.position, samples)
+        self._acknowledge()
+
+    def finish(self) -> None:
+        """The talk under way is over."""
+        if self.container is not None:
+            self.container.end()
+        elif self.talk is not None:
+            self.talk.end()
+        self._acknowledge(ended=True)
+
+    @property
+    def position(self) -> int:
+        """How far audio of the last talk has come, in its own numbers."""
+        if self.container is not None:
+            return self.container.position
+        return self.talk.position if self.talk is not None else 0
+
+    def _acknowledge(self, *, ended: bool = False) -> None:
+        """Tell the client what it need not keep, twice a second."""
+        if self.talk is None:
+            return
+        heard_s = self.talk.position / self.talk.rate
+        if ended or self.talk.ended or heard_s - self._acked_s >= ACK_S:
+            self._acked_s = heard_s
+            ended = ended or self.talk.ended
+            self.tell("ack", {"talk": self.talk.number, "position": self.position, "ended": ended}, keep=False)
 
     def close(self) -> None:
         """End; what was said is still recognized and committed."""
-        if self.talk is not None:
-            self.talk.end()
+        self.finish()
         self._talks.put_nowait(None)
         self.over.set()
 
+    async def settled(self, limit_s: float) -> None:
+        """After :meth:`close`: wait until everything that was said is committed. Raises BusyError after the limit."""
+        try:
+            await asyncio.wait_for(self._settled.wait(), limit_s)
+        except asyncio.TimeoutError:
+            raise BusyError(f"not recognized within {limit_s:g} s; what was said is not lost") from None
+
     async def run(self, hear: Hear) -> None:
         """Have the talks heard until the session is closed and all that was said is committed."""
-        while (talk := await self._talks.get()) is not None:
-            self.tell("listening", {"talk": talk.number})
-            await hear(talk)
-            self.active = asyncio.get_running_loop().time()
-            self.tell("ended", {"talk": talk.number})
+        try:
+            while (talk := await self._talks.get()) is not None:
+                self.tell("listening", {"talk": talk.number})
+                await hear(talk)
+                self.active = asyncio.get_running_loop().time()
+                self.tell("ended", {"talk": talk.number})
+        finally:
+            self._settled.set()
 
 
 @dataclass
@@ -141,9 +241,12 @@ class Sessions:
     def open(self, station: Station, address: str, kind: str) -> Session:
         """Let a station in. Raises BusyError."""
         self.check_room(address)
-        of_station = [session for session in self if session.station == station]
+        of_station = [session for session in self if session.station == station and not session.over.is_set()]
         if len(of_station) >= self.options.max_sessions_per_token:
-            raise BusyError(f"{station.name} has {len(of_station)} sessions open already")
+            deserted = next((session for session in of_station if not session.attached), None)
+            if deserted is None:
+                raise BusyError(f"{station.name} has {len(of_station)} sessions open already")
+            deserted.close()  # its client is here, and does not resume it
         names = (station.name, *(f"{station.name}_{count}" for count in range(2, self.options.max_sessions + 2)))
         session = Session(next(name for name in names if name not in self._running), station, address)
         session.kind = kind

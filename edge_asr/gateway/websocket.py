@@ -9,12 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
-from edge_asr.clock import NS_PER_S
 from edge_asr.gateway import wire
+from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import BusyError, Event, Session, Sessions
-from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station
 
 log = logging.getLogger(__name__)
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 HELLO_S: Final = 10.0
 """A connection that does not say hello in this time is closed."""
 
+CLOSE_S: Final = 2.0
 PING_S: Final = 3.0
 DEAD_S: Final = 10.0
 """A peer that sends nothing for so long, not even the answer to a ping, is gone."""
@@ -38,6 +38,26 @@ REPLACED: Final = 4409
 Admit = Callable[[str | None], Station | None]
 
 
+class WebSockets:
+    """The address at which sessions are carried."""
+
+    def __init__(self, sessions: Sessions, rules: Rules) -> None:
+        self._sessions = sessions
+        self._rules = rules
+
+    def routes(self) -> list[web.RouteDef]:
+        """The one."""
+        return [web.get("/ws", self._serve)]
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        address = request.remote or ""
+        self._sessions.check_room(address)
+        socket = web.WebSocketResponse(timeout=CLOSE_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False)
+        await socket.prepare(request)
+        await Connection(socket, self._sessions, address).serve(lambda token: self._rules.admit(request, token))
+        return socket
+
+
 class Connection:
     """One WebSocket from hello to goodbye."""
 
@@ -46,9 +66,8 @@ class Connection:
         self._sessions = sessions
         self._address = address
         self._outgoing: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._overrun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Fails when the client does not read what it is sent."""
-        self._acked = 0
+        self._severed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails when we are done with this client's connection."""
         self._heard_s = 0.0
         self._began = asyncio.get_running_loop().time()
 
@@ -63,11 +82,11 @@ class Connection:
             await self._refuse(1003, str(error))
         except BusyError as error:
             await self._refuse(1013, str(error))
-        except (asyncio.TimeoutError, ConnectionError):
-            log.info("%s: the connection is gone", session.source if session else self._address)
+        except (asyncio.TimeoutError, ConnectionError) as error:
+            log.info("%s: the connection is gone %s", session.source if session else self._address, error)
         finally:
             if session is not None:
-                session.detach(self._enqueue)
+                session.detach(self)
             await self._socket.close()
 
     async def _greet(self, admit: Admit) -> Session | None:
@@ -87,19 +106,18 @@ class Connection:
         if session is None:
             session = self._sessions.open(station, self._address, "websocket")
         talk = session.talk
-        self._acked = talk.position if talk else 0
-        self._enqueue(
+        self.send(
             {
                 "type": "ready",
                 "session": session.id,
                 "source": session.source,
                 "resumed": resumed,
                 "talk": talk.number if talk else 0,
-                "position": self._acked,
+                "position": session.position,
                 "resume_s": self._sessions.options.resume_s,
             }
         )
-        session.attach(self._enqueue, hello.have if resumed else 0)
+        session.attach(self, hello.have if resumed else 0)
         return session
 
     async def _carry(self, session: Session) -> None:
@@ -110,10 +128,11 @@ class Connection:
             asyncio.create_task(self._leave(session), name=f"over:{session.source}"),
         ]
         try:
-            done, _ = await asyncio.wait([*tasks, self._overrun], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([*tasks, self._severed], return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
         finally:
+            self._severed.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -126,44 +145,24 @@ class Connection:
             elif message.type is WSMsgType.TEXT:
                 self._obey(session, wire.read(message.data))
             else:
+                if message.data == WSCloseCode.OK:
+                    session.close()  # goodbye; any other end may be a cut link
                 return
 
     async def _hear(self, session: Session, data: bytes) -> None:
-        position, audio = wire.audio(data)
-        talk = session.talk
-        if talk is None:
-            raise wire.WireError("audio before the first start")
-        try:
-            samples = from_pcm16(audio)
-        except ValueError as error:
-            raise wire.WireError(str(error)) from None
-        session.active = asyncio.get_running_loop().time()
-        self._heard_s += len(samples) / talk.rate
-        await asyncio.sleep(max(0.0, self._heard_s - AHEAD_S - (session.active - self._began)))
-        await talk.put(position, samples)
-        if talk.position - self._acked >= talk.rate // 2 or talk.position < self._acked:
-            self._acknowledge(talk)
+        ahead_s = self._heard_s - AHEAD_S - (asyncio.get_running_loop().time() - self._began)
+        await asyncio.sleep(max(0.0, ahead_s))
+        self._heard_s += await session.take(*wire.audio(data))
 
     def _obey(self, session: Session, order: wire.Message) -> None:
         if isinstance(order, wire.Start):
-            if session.talk is None or order.talk > session.talk.number:
-                age_ns = round(order.age_ms * 1e-3 * NS_PER_S)
-                self._acked = 0
-                session.begin(Talk(session.source, order.talk, rate=order.rate, age_ns=age_ns))
-            elif order.talk < session.talk.number:
-                raise wire.WireError(f"talk {order.talk} is over; the last is {session.talk.number}")
+            session.begin(order)
         elif isinstance(order, wire.End):
-            if session.talk is not None:
-                session.talk.end()
-                self._acknowledge(session.talk)
+            session.finish()
         elif isinstance(order, wire.Ping):
-            self._enqueue({"type": "pong"})
-        elif isinstance(order, wire.Hello):
+            self.send({"type": "pong"})
+        else:
             raise wire.WireError("hello was said already")
-
-    def _acknowledge(self, talk: Talk) -> None:
-        self._acked = talk.position
-        self._enqueue({"type": "ack", "talk": talk.number, "position": talk.position, "ended": talk.ended})
 
     async def _write(self) -> None:
         """Send what waits, and a ping in every silence."""
@@ -183,11 +182,17 @@ class Connection:
         self._outgoing.put_nowait(None)
         await asyncio.Event().wait()
 
-    def _enqueue(self, event: Event) -> None:
+    def send(self, event: Event) -> None:
+        """Have an event sent soon; a client that does not read is cut off."""
         if self._outgoing.qsize() < MAX_OUTGOING:
             self._outgoing.put_nowait(event)
-        elif not self._overrun.done():
-            self._overrun.set_exception(ConnectionResetError("the client does not read"))
+        else:
+            self.cut("the client does not read")
+
+    def cut(self, reason: str) -> None:
+        """Close the connection; the session stays."""
+        if not self._severed.done():
+            self._severed.set_exception(ConnectionResetError(reason))
 
     async def _refuse(self, code: int, reason: str) -> None:
         with contextlib.suppress(ConnectionError):

@@ -21,7 +21,8 @@ MAX_AGE_MS = 60_000
 POSITION = struct.Struct("<I")
 """Before the audio of every binary message: index of its first sample (PCM) or byte (webm, ogg) within the talk."""
 
-Format = Literal["pcm16", "webm", "ogg"]
+Format = Literal["pcm16", "webm", "ogg", "rtp"]
+"""rtp: the audio comes by the WebRTC connection of this session, if it does not come here after all."""
 
 
 class WireError(Exception):

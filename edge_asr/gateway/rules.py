@@ -1,0 +1,169 @@
+"""What holds for every request: whose it is, whether it may be served here, and what its response says to browsers.
+
+Law: every response carries the security headers; a request from a page of another origin is refused, and where no token
+is asked for, the host name must be this machine's own, or a page could lead its own name here. Secrets stand in no
+address, so in no log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import urlsplit
+
+from aiohttp import hdrs, web
+
+from edge_asr import settings
+from edge_asr.gateway.session import LOCAL, BusyError
+from edge_asr.gateway.tokens import Role, Station, Tokens
+
+RETRY_AFTER_S: Final = 5
+REQUEST_S: Final = 60.0
+"""A request that is neither a WebSocket nor done by then is given up."""
+
+REQUESTS_PER_S: Final = 20.0
+BURST: Final = 200.0
+"""Requests that an address may make at once; the page is a dozen."""
+
+MAX_ADDRESSES: Final = 10_000
+
+_SECURITY: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "media-src 'self' blob:; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Pace:
+    """How many requests an address may make: a bucket that refills."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._left: dict[str, tuple[float, float]] = {}
+        """Address -> (what was left, when)."""
+
+    def allows(self, address: str, now: float) -> bool:
+        """Take one, if there is one."""
+        left, then = self._left.pop(address, (self._burst, now))
+        left = min(self._burst, left + (now - then) * self._per_s)
+        self._left[address] = max(0.0, left - 1), now  # the newest last
+        if len(self._left) > MAX_ADDRESSES:
+            del self._left[next(iter(self._left))]
+        return left >= 1
+
+
+class Rules:
+    """The middleware of the whole gateway."""
+
+    def __init__(
+        self, options: settings.Gateway, tokens: Tokens, admitted: Callable[[asyncio.BaseProtocol | None], None]
+    ) -> None:
+        self._options = options
+        self._tokens = tokens
+        self._admitted = admitted
+        """Tells the door that a connection has brought a whole header."""
+        self._pace = Pace(REQUESTS_PER_S, BURST)
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse, or serve in time; every refusal is JSON with one sentence."""
+        self._admitted(request.protocol)
+        problem = self._foreign(request)
+        if problem:
+            return _refusal(403, problem)
+        if not self._pace.allows(request.remote or "", asyncio.get_running_loop().time()):
+            return _refusal(429, "too many requests from this address; try again in a moment", RETRY_AFTER_S)
+        upgrades = request.headers.get(hdrs.UPGRADE, "").lower() == "websocket"
+        try:
+            return await asyncio.wait_for(handler(request), None if upgrades else REQUEST_S)
+        except BusyError as error:
+            return _refusal(503, str(error), RETRY_AFTER_S)
+        except asyncio.TimeoutError:
+            return _refusal(408, f"this took longer than {REQUEST_S:g} s")
+        except web.HTTPException as error:
+            if not error.empty_body:
+                error.text, error.content_type = json.dumps({"error": error.text}), "application/json"
+            raise
+
+    async def secure(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add what every response says to browsers."""
+        response.headers.update(_SECURITY)
+        response.headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
+        response.headers.pop(hdrs.SERVER, None)
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin in self._options.origins:
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin or ""
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET, POST, PATCH, DELETE"
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = "Authorization, Content-Type, If-Match, Session"
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "ETag, Location"
+            response.headers[hdrs.VARY] = hdrs.ORIGIN
+
+    def admit(self, request: web.Request, token: str | None = None) -> Station | None:
+        """Whom the token of a request, or one sent apart, admits."""
+        given = token or _authorization(request.headers.get(hdrs.AUTHORIZATION, ""))
+        if given:
+            return self._tokens.admit(given)
+        return LOCAL if self._options.open else None
+
+    def require(self, request: web.Request, role: Role) -> Station:
+        """The station of a request whose token has this role. Raises HTTPUnauthorized, HTTPForbidden."""
+        station = self.admit(request)
+        if station is None:
+            challenge = {hdrs.WWW_AUTHENTICATE: 'Bearer realm="edge-asr"'}
+            raise web.HTTPUnauthorized(text="a token of this gateway is wanted", headers=challenge)
+        if station.role != role and station is not LOCAL:
+            raise web.HTTPForbidden(text=f"this token may {station.role}, not {role}")
+        return station
+
+    def _foreign(self, request: web.Request) -> str:
+        """Why a request may not be served here; empty: it may."""
+        try:
+            host = urlsplit(f"//{request.host}").hostname or ""
+        except ValueError:
+            return "this is no host name"
+        if self._options.open and not _is_loopback(host):
+            return f"this gateway is open to its own machine only; {host[:100]} is not one of its names"
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None or origin in self._options.origins:
+            return ""
+        schemes = ("https",) if self._options.tls else ("http", "https")  # https: a proxy before us took the TLS off
+        own = {f"{scheme}://{request.host}" for scheme in schemes}
+        return "" if origin in own else f"pages of {origin[:100]} may not use this gateway"
+
+
+def _refusal(status: int, reason: str, retry_after_s: int | None = None) -> web.Response:
+    headers = {hdrs.RETRY_AFTER: str(retry_after_s)} if retry_after_s is not None else {}
+    return web.json_response({"error": reason}, status=status, headers=headers)
+
+
+def _authorization(header: str) -> str | None:
+    """The token of an Authorization header: Bearer, or the password of Basic, which existing clients can send."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip() or None
+    if scheme.lower() == "basic":
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError, ValueError):
+            return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,146 @@
+"""Speaks OpenAI's `POST /v1/audio/transcriptions`, so that its clients work here with another base address.
+
+Law: an upload is a session like any other, so its commands reach the broker; it stays in memory, is never written to
+disk, and may be :data:`MAX_FILE_BYTES` and :data:`MAX_FILE_S` long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from aiohttp import BodyPartReader, web
+
+from edge_asr.audio import AudioFileError, read_stream
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, Json
+from edge_asr.gateway import wire
+from edge_asr.gateway.container import ContainerError, decode
+from edge_asr.gateway.rules import Rules
+from edge_asr.gateway.session import Event, Sessions
+
+MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+MAX_FILE_S: Final = 600.0
+MAX_FIELD_BYTES: Final = 4096
+FORMATS: Final = ("json", "text", "verbose_json")
+PIECE_SAMPLES: Final = SAMPLE_RATE // 2
+WHOLE_S: Final = 55.0
+"""For everything; a little less than a request may take."""
+
+
+class Transcriptions:
+    """The addresses of this interface."""
+
+    def __init__(self, sessions: Sessions, rules: Rules, model: str) -> None:
+        self._sessions = sessions
+        self._rules = rules
+        self._model = model
+
+    def routes(self) -> list[web.RouteDef]:
+        """What its clients call."""
+        return [
+            web.post("/v1/audio/transcriptions", self._transcribe),
+            web.get("/v1/models", self._models),
+        ]
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self._rules.require(request, "talk")
+        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
+
+    async def _transcribe(self, request: web.Request) -> web.Response:
+        station = self._rules.require(request, "talk")
+        self._sessions.check_room(request.remote or "")
+        data, fields = await _form(request)
+        shape = fields.get("response_format", "json")
+        if shape not in FORMATS:
+            raise web.HTTPBadRequest(text=f"response_format {shape[:40]!r} is not one of {', '.join(FORMATS)}")
+        try:
+            pcm = await asyncio.to_thread(_pcm, data, fields["filename"])
+        except (AudioFileError, ContainerError) as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
+        session = self._sessions.open(station, request.remote or "", "upload")
+        heard = _Collected()
+        try:
+            session.attach(heard, 0)
+            session.begin(wire.Start(type="start", talk=1))
+            for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
+                start = position * BYTES_PER_SAMPLE
+                await session.take(position, memoryview(pcm)[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
+            session.close()
+            await session.settled(WHOLE_S)
+        finally:
+            session.close()
+        return _response(shape, heard.segments, len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE)
+
+
+class _Collected:
+    """What was said in an upload, utterance by utterance."""
+
+    def __init__(self) -> None:
+        self.segments: list[Event] = []
+
+    def send(self, event: Event) -> None:
+        """Keep transcripts."""
+        if event["type"] == "transcript":
+            self.segments.append(event)
+
+    def cut(self, reason: str) -> None:
+        """Nobody takes over such a session."""
+
+
+async def _form(request: web.Request) -> tuple[bytes, dict[str, str]]:
+    """The file of a multipart form, and its other fields. Raises HTTPBadRequest, HTTPRequestEntityTooLarge."""
+    if not request.content_type.startswith("multipart/"):
+        raise web.HTTPUnsupportedMediaType(text="expected multipart/form-data with a file")
+    data, fields = b"", {"filename": ""}
+    try:
+        async for part in await request.multipart():
+            if not isinstance(part, BodyPartReader):
+                raise web.HTTPBadRequest(text="a multipart form within a multipart form")
+            content = await _read(part, MAX_FILE_BYTES if part.name == "file" else MAX_FIELD_BYTES)
+            if part.name == "file":
+                data, fields["filename"] = content, (part.filename or "upload")[:80]
+            elif part.name is not None:
+                fields[part.name] = content.decode(errors="replace")
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise web.HTTPBadRequest(text=f"this is no multipart form ({error})"[:200]) from None
+    if not data:
+        raise web.HTTPBadRequest(text="the form holds no `file`")
+    return data, fields
+
+
+async def _read(part: BodyPartReader, limit: int) -> bytes:
+    content = bytearray()
+    while chunk := await part.read_chunk():
+        content += chunk
+        if len(content) > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, len(content))
+    return bytes(content)
+
+
+def _pcm(data: bytes, name: str) -> bytes:
+    """16 kHz mono of a file of any usual kind. Raises AudioFileError, ContainerError."""
+    if data.startswith(b"\x1aE\xdf\xa3"):  # WebM: what browsers record, and libsndfile does not know
+        return decode(data, MAX_FILE_S)
+    with open(os.memfd_create("upload"), "w+b") as stream:  # noqa: PTH123 - a descriptor, and memory alone
+        stream.write(data)
+        stream.flush()
+        return read_stream(name, stream, max_s=MAX_FILE_S)
+
+
+def _response(shape: str, segments: list[Event], duration_s: float) -> web.Response:
+    text = " ".join(str(segment["text"]) for segment in segments)
+    if shape == "text":
+        return web.Response(text=text + "\n")
+    if shape == "json":
+        return web.json_response({"text": text}, dumps=_dumps)
+    languages = [segment["language"] for segment in segments]
+    language = max(languages, key=languages.count, default="nospeech")
+    whole = {"task": "transcribe", "language": language, "duration": round(duration_s, 3), "text": text}
+    return web.json_response(whole, dumps=_dumps)
+
+
+def _dumps(data: Mapping[str, Json]) -> str:
+    return json.dumps(data, ensure_ascii=False)

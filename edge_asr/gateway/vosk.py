@@ -1,0 +1,147 @@
+"""Speaks vosk-server's WebSocket protocol, so that its clients work here unchanged; at `/` like there, and at `/vosk`.
+
+Law: every piece of audio is answered by exactly one message, a partial or a finished utterance, for that protocol's
+clients send the next one only then; `eof` is answered by what was left, and ends it. The token comes in the request's
+Authorization header, Basic included: `wss://anyname:TOKEN@HOST:8443/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from typing import Any, Final
+
+from aiohttp import WSMsgType, web
+
+from edge_asr.events import Json
+from edge_asr.gateway import wire
+from edge_asr.gateway.rules import Rules
+from edge_asr.gateway.session import BusyError, Event, Session, Sessions
+
+MAX_MESSAGE_BYTES: Final = 256 * 1024
+SILENT_S: Final = 30.0
+LAST_S: Final = 30.0
+"""After `eof`, so long for what is left."""
+
+
+class Vosk:
+    """The address of this protocol."""
+
+    def __init__(self, sessions: Sessions, rules: Rules) -> None:
+        self._sessions = sessions
+        self._rules = rules
+
+    def routes(self) -> list[web.RouteDef]:
+        """Beside `/`, where the page is as well."""
+        return [web.get("/vosk", self.serve)]
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """One client from its first message to `eof`."""
+        station = self._rules.require(request, "talk")
+        session = self._sessions.open(station, request.remote or "", "vosk")
+        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False, timeout=2.0)
+        conversation = _Conversation(session)
+        try:
+            await socket.prepare(request)
+            await conversation.carry(socket)
+        except (wire.WireError, BusyError) as error:
+            await socket.send_str(json.dumps({"error": str(error)}))
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            session.detach(conversation)
+            session.close()
+            await socket.close()
+        return socket
+
+
+class _Conversation:
+    """Turns a session's events into answers."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._finished: deque[dict[str, Json]] = deque()
+        self._partial = ""
+        self._rate = 16_000
+        self._bytes = 0
+        session.attach(self, 0)
+
+    def send(self, event: Event) -> None:
+        """Take an event of the session."""
+        if event["type"] == "transcribing":
+            self._partial = str(event["text"])
+        elif event["type"] == "transcript":
+            self._partial = ""
+            self._finished.append({"text": event["text"], "result": _words(event)})
+
+    def cut(self, reason: str) -> None:
+        """Nobody takes over such a session."""
+
+    async def carry(self, socket: web.WebSocketResponse) -> None:
+        """Answer until `eof`."""
+        while True:
+            message = await socket.receive(timeout=SILENT_S)
+            if message.type is WSMsgType.BINARY:
+                await self._hear(message.data)
+                await socket.send_str(json.dumps(self._answer(), ensure_ascii=False))
+            elif message.type is WSMsgType.TEXT:
+                order = _parsed(message.data)
+                if order.get("eof"):
+                    await socket.send_str(json.dumps(await self._last(), ensure_ascii=False))
+                    return
+                config = order.get("config")
+                if isinstance(config, dict):
+                    self._rate = _rate(config.get("sample_rate", self._rate))
+            else:
+                return
+
+    async def _hear(self, data: bytes) -> None:
+        if self._session.talk is None:
+            self._session.begin(wire.Start(type="start", talk=1, rate=self._rate))
+        await self._session.take(self._bytes // 2, memoryview(data))
+        self._bytes += len(data)
+
+    def _answer(self) -> dict[str, Json]:
+        return self._finished.popleft() if self._finished else {"partial": self._partial}
+
+    async def _last(self) -> dict[str, Json]:
+        """Everything that was not told yet, as one utterance."""
+        self._session.close()
+        await self._session.settled(LAST_S)
+        texts = [str(each["text"]) for each in self._finished]
+        words: list[Json] = []
+        for each in self._finished:
+            result = each["result"]
+            words += result if isinstance(result, list) else []
+        return {"text": " ".join(texts), "result": words}
+
+
+def _words(event: Event) -> list[Json]:
+    """Words with their times, put together from the tokens of a transcript."""
+    found: list[dict[str, Json]] = []
+    tokens = event["tokens"]
+    for token in tokens if isinstance(tokens, list) else []:
+        if not isinstance(token, dict):
+            continue
+        text, start_s = str(token["text"]), token["start_s"]
+        if text.startswith(" ") or not found:
+            found.append({"word": text.strip(), "start": start_s, "end": start_s, "conf": event["confidence"]})
+        else:
+            found[-1].update(word=f"{found[-1]['word']}{text}", end=start_s)
+    return [*found]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        order = json.loads(text)
+    except (ValueError, RecursionError):
+        raise wire.WireError("this is no JSON") from None
+    if not isinstance(order, dict):
+        raise wire.WireError("expected a JSON object")
+    return order
+
+
+def _rate(value: object) -> int:
+    if not isinstance(value, (int, float)) or not 8000 <= value <= 192_000:
+        raise wire.WireError(f"sample_rate {str(value)[:40]} is not 8000..192000")
+    return int(value)
