@@ -9,6 +9,7 @@ on this one); 130 interrupted.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import math
 from dataclasses import asdict
@@ -87,6 +88,7 @@ def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch
         asyncio.run(demo.watch(options, _console()))
         return
     logs.configure(options.log)
+    faulthandler.enable()  # what the watchdog or a native library ends leaves every thread's stack
 
     async def serve() -> None:
         await Daemon(options, reload=lambda: load_settings(path, changes)).run()

@@ -33,7 +33,7 @@ from edge_asr.alarms import AlarmBoard, Condition, earlier, losses
 from edge_asr.contract import Meta, MicrophoneHealth, Renderer
 from edge_asr.engine import grammar_paths
 from edge_asr.events import Json
-from edge_asr.health import BUSY_LIMIT_S, ProcessMeter, resident_bytes
+from edge_asr.health import ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
@@ -46,6 +46,7 @@ from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
+from edge_asr.watchdog import Watchdog
 from edge_asr.worker import Worker
 
 if TYPE_CHECKING:
@@ -122,11 +123,13 @@ class Daemon:
             outbox=self.outbox,
             live=self._live,
         )
+        self._watchdog = Watchdog([*self._microphones.values()], self._pipeline, self.outbox, self._worker)
         background = [
             asyncio.create_task(self._publisher.run(), name="publish"),
             asyncio.create_task(self._report_health(), name="health"),
             asyncio.create_task(self._attend(), name="attend"),
-            asyncio.create_task(self._watch(), name="watchdog"),
+            asyncio.create_task(self._tell_state(), name="status"),
+            asyncio.create_task(self._watchdog.run(), name="watchdog"),
         ]
         if self._options.monitoring.port is not None:
             self._metrics = Metrics()
@@ -228,14 +231,21 @@ class Daemon:
         log.info("reloaded, listening with %s%s", self._worker.name, restart)
 
     async def _tell_of_model(self) -> None:
-        """Let people know that a newly activated model had to make way."""
+        """Let people know that a newly activated model had to make way, or that an accelerator is not in use."""
+        alarms = []
         trouble, self._worker.trouble = self._worker.trouble, ""
         if trouble:
-            log.error(trouble)
             remedy = "import another release; see docs/models.md"
-            alarm = contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy)
-            with contextlib.suppress(OutboxError):  # the disk is full: the log has it
-                await self.outbox.append(alarm)
+            alarms.append(contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy))
+        wanted, in_use = self._options.model.provider, self._worker.facts.provider
+        if in_use != wanted:
+            detail = f"the model runs on {in_use} instead of {wanted}"
+            remedy = "install a matching wheel; see docs/jetson.md"
+            alarms.append(contract.alarm_draft("provider-fallback", detail, severity="warning", remedy=remedy))
+        for alarm in alarms:
+            log.error(alarm.data["detail"])
+        with contextlib.suppress(OutboxError):  # the disk is full: the log has it
+            await self.outbox.append(*alarms)
 
     def _meta(self) -> Meta:
         facts = self._worker.facts
@@ -262,7 +272,10 @@ class Daemon:
             broker = f"connected to {self._publisher.broker}"
         else:
             broker = self._publisher.trouble or "connecting"
-        return f"Listening with {self._worker.name}; {self._pipeline.utterances} utterances; {broker}"
+        microphones = self._microphones.values()
+        away = [f"{each.name} is {each.state}" for each in microphones if each.state in {"opening", "lost"}]
+        parts = [f"Listening with {self._worker.name}", f"{self._pipeline.utterances} utterances", broker]
+        return "; ".join([*parts, *away, *filter(None, [self._pipeline.trouble])])
 
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""
@@ -272,28 +285,17 @@ class Daemon:
     def _show_status(self) -> None:
         systemd.status(self._status())
 
-    @property
-    def _busy_s(self) -> float:
-        since = self._pipeline.busy_since_ns
-        return 0.0 if since is None else (clock.boottime_ns() - since) / clock.NS_PER_S
-
-    async def _watch(self) -> None:
-        """Feed the watchdog while the loop turns and neither recognizer nor outbox hangs."""
-        interval_s = systemd.watchdog_interval_s()
+    async def _tell_state(self) -> None:
+        """Keep the status line and the retained status true."""
         trouble = ""
         while True:
-            busy_s = self._busy_s
-            if busy_s < BUSY_LIMIT_S:
-                systemd.alive()
-            else:
-                log.error("one utterance has been worked on for %.0f s; without an end systemd restarts us", busy_s)
             self._show_status()
             worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
             if (self._pipeline.trouble or worst) != trouble:
                 trouble = self._pipeline.trouble or worst
                 state = contract.status_data("degraded" if trouble else "online", trouble)
                 self._publisher.publish_retained(contract.STATUS, state)
-            await asyncio.sleep(interval_s or STATUS_INTERVAL_S)
+            await asyncio.sleep(STATUS_INTERVAL_S)
 
     async def _report_health(self) -> None:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
@@ -331,8 +333,8 @@ class Daemon:
 
     async def _show_life(self) -> Page:
         """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too."""
-        busy_s = self._busy_s
-        return verdict([f"busy with one utterance for {busy_s:.0f} s"] if busy_s >= BUSY_LIMIT_S else [])
+        hang = self._watchdog.hang()
+        return verdict([hang] if hang else [])
 
     async def _show_readiness(self) -> Page:
         """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""

@@ -6,6 +6,7 @@ seconds and ISO 8601 appear only in what leaves the box.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import uuid
@@ -55,6 +56,13 @@ def new_id() -> str:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return str(uuid.UUID(int=value))
+
+
+def derived_id(parent: str, index: int) -> str:
+    """The ``index``-th id that comes of another, always the same: its time of birth, its random bits hashed."""
+    value, digest = uuid.UUID(parent).int, hashlib.sha256(f"{parent} {index}".encode()).digest()
+    kept = (0xFFFFFFFFFFFFF << 76) | (0x3 << 62)  # time, version, variant
+    return str(uuid.UUID(int=value & kept | int.from_bytes(digest[:16], "big") & ~kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +176,8 @@ class Draft:
     """The flat payload without the fields the outbox and the publisher add."""
     expires_ns: int | None = None
     """CLOCK_BOOTTIME after which the message may not be delivered as live; None: never."""
+    id: str | None = None
+    """The message's id where it must be the same if it is committed twice; None: a new one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,6 @@ from typing import Literal
 from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth
 from edge_asr.outbox import Statistics
 
-BUSY_LIMIT_S = 8.0
-"""A decode or commit that takes longer hangs; the longest utterance needs 2 s on the slowest supported board."""
-
 
 class ProcessMeter:
     """What this process uses."""

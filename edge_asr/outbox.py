@@ -195,6 +195,10 @@ class Outbox:
         """Forget dead letters; which of them there were. Raises OutboxError."""
         return await self._submit(lambda database: database.discard(seqs), durable=True)
 
+    async def prove(self) -> None:
+        """Commit a change that changes nothing, so that a disk which does not answer shows. Raises OutboxError."""
+        await self._submit(lambda database: database.prove(), durable=True)
+
     async def statistics(self) -> Statistics:
         """What waits, and what was dropped."""
         return await self._submit(lambda database: _statistics(database.connection))
@@ -361,7 +365,7 @@ class _Database:
         return tuple(map(self._insert, drafts, texts))
 
     def _insert(self, draft: Draft, text: str) -> Message:
-        new = (self.newest + 1, new_id(), clock.boot_id(), draft.topic, draft.category)
+        new = (self.newest + 1, draft.id or new_id(), clock.boot_id(), draft.topic, draft.category)
         times = (clock.wall_ns(), clock.boottime_ns(), draft.expires_ns, clock.time_quality())
         row = (*new, text, *times)
         self._mark.reserve(self.newest + 1)
@@ -412,6 +416,9 @@ class _Database:
         found = self.connection.execute(f"SELECT id FROM receipt WHERE {overdue}", values).fetchall()  # noqa: S608
         self.connection.execute(f"UPDATE receipt SET missed = 1 WHERE {overdue}", values)  # noqa: S608
         return [row[0] for row in found]
+
+    def prove(self) -> None:
+        self.connection.execute("UPDATE ledger SET waiting = waiting WHERE category = 'command'")
 
     def refuse(self, seq: int, reason: str, limit: int) -> int:
         self.connection.execute("UPDATE message SET refusals = refusals + 1 WHERE seq = ?", (seq,))

@@ -42,6 +42,7 @@ from edge_asr.events import (
     Rejection,
     Transcript,
     Utterance,
+    derived_id,
 )
 from edge_asr.hearing import SourceMeter
 from edge_asr.hotwords import Hotwords
@@ -49,6 +50,7 @@ from edge_asr.inference import RecognizerError
 from edge_asr.outbox import OutboxError
 from edge_asr.posteriors import Recognition
 from edge_asr.speech import SpeechGate
+from edge_asr.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -330,6 +332,7 @@ class Pipeline:
         engine: Engine,
         outbox: Outbox,
         live: Live,
+        spool: Spool | None = None,
     ) -> None:
         self._options = options
         self._sources = sources
@@ -354,6 +357,7 @@ class Pipeline:
         self._confirming = asyncio.Event()
         """Set whenever what is pending may have changed."""
         self._work = _Work()
+        self._spool = spool or Spool()
         self._growing: dict[str, str] = {}
         """Source -> id of its open utterance; a partial that comes after its final is dropped."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="recognizer")
@@ -420,6 +424,8 @@ class Pipeline:
             self._guest_left.set()
 
     async def _listen_to_all(self) -> None:
+        for utterance in self._spool.recovered:
+            await self._work.final(utterance)
         await asyncio.gather(*(self._listen(source) for source in self._sources))
         if self.awaits_guests:
             await self._closing.wait()
@@ -449,6 +455,7 @@ class Pipeline:
 
     async def _close(self, utterance: Utterance) -> None:
         self._growing.pop(utterance.source, None)
+        self._spool.keep(utterance)
         await self._work.final(utterance)
 
     async def _understand(self) -> None:
@@ -457,12 +464,17 @@ class Pipeline:
         while (waiting := await self._work.take()) is not None:
             utterance, final = waiting
             began_ns = clock.boottime_ns()
-            work = functools.partial(self._engine.understand, utterance, final=final)
-            heard = await loop.run_in_executor(self._executor, work)
+            if final and not self._spool.begin(utterance):
+                detail = "the daemon was ended every time it recognized this"
+                heard = Understanding(utterance, None, Rejection("recognizer-failed", detail))
+            else:
+                work = functools.partial(self._engine.understand, utterance, final=final)
+                heard = await loop.run_in_executor(self._executor, work)
             if final:
                 understood_ns = clock.boottime_ns()
                 self.real_time_factor = (understood_ns - began_ns) / clock.NS_PER_S / utterance.duration_s
                 heard = await self._append(heard)
+                self._spool.settle(utterance)
                 await self._work.settle(utterance)
                 moments_ns = (utterance.ended_ns, began_ns, understood_ns, clock.boottime_ns())
                 self.noted(heard, _timing(*moments_ns))
@@ -484,15 +496,21 @@ class Pipeline:
         distrust = self.distrusted.get(heard.utterance.source)
         if distrust and isinstance(heard.decision, Command) and heard.decision.answer != "cancel":
             heard = replace(heard, decision=Rejection("too-noisy", distrust, heard.decision.confidence))
-        await self._commit(self._desk.judge(heard.utterance, heard.transcript, heard.decision))
+        outcomes = self._desk.judge(heard.utterance, heard.transcript, heard.decision)
+        await self._commit(outcomes, heard.utterance.id)
         self._confirming.set()
         self.utterances += 1
         _tell(heard)
         return heard
 
-    async def _commit(self, outcomes: Sequence[confirmation.Outcome]) -> None:
-        """Commit; a full disk delays it and loses nothing, unless the disk stays full when the daemon must stop."""
+    async def _commit(self, outcomes: Sequence[confirmation.Outcome], utterance_id: str | None = None) -> None:
+        """Commit; a full disk delays it and loses nothing, unless the disk stays full when the daemon must stop.
+
+        What comes of an utterance gets ids from its id, so that a restart in the wrong moment makes no other messages.
+        """
         drafts = [draft for outcome in outcomes for draft in self._drafts(outcome)]
+        if utterance_id is not None:
+            drafts = [replace(draft, id=derived_id(utterance_id, index)) for index, draft in enumerate(drafts)]
         while drafts:
             try:
                 with self._at_work():

@@ -500,6 +500,8 @@ class Microphone:
         """Why the device is away; empty while it is there."""
         self.rate_error: float | None = None
         """Measured sample rate over the nominal one, less one; None: not known yet."""
+        self.turned_ns: int | None = None
+        """CLOCK_BOOTTIME at which the capture thread last came out of the driver; None: it does not run."""
         self._settings = settings
         self._wait = wait
         self._cutter = FrameCutter(settings.name)
@@ -547,10 +549,12 @@ class Microphone:
             _portaudio()  # a missing library does not appear by waiting
             atexit.register(self._leave)  # after sounddevice's own hook, so before it at exit: it must meet no reader
             while not self._stop.is_set():
+                self.turned_ns = boottime_ns()
                 self._attempt(mailbox)
         except BaseException as error:  # noqa: BLE001 - raised again where the frames are consumed
             self._failure = error
         finally:
+            self.turned_ns = None
             mailbox.end()
 
     def _attempt(self, mailbox: _Mailbox) -> None:
@@ -584,6 +588,7 @@ class Microphone:
         reopened = self.device_name is not None
         rate = RateMeter(stream.rate)
         while not (self._stop.wait(_POLL_S) or stream.stale):
+            self.turned_ns = boottime_ns()
             block = stream.read()
             if not len(block):
                 continue

@@ -1,5 +1,6 @@
 """Carries the daemon's state to systemd: ready, reloading, stopping, alive and one line for people (sd_notify(3)).
 
+Also memory that outlives the process: descriptors handed to systemd come back after a restart (sd_pid_notify_with_fds).
 Outside systemd every call is a no-op that returns False.
 """
 
@@ -9,8 +10,12 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
+
+_FIRST_DESCRIPTOR = 3
+"""SD_LISTEN_FDS_START."""
 
 _SEND_TIMEOUT_S = 1.0
 """Nothing here may hold up the daemon: a service manager that takes no datagram for a second is in worse trouble."""
@@ -41,6 +46,33 @@ def alive() -> bool:
     return _notify("WATCHDOG=1")
 
 
+def trigger() -> bool:
+    """Ask to be ended and started again as if the watchdog had run out; False where no watchdog would do it."""
+    return watchdog_interval_s() is not None and _notify("WATCHDOG=trigger")
+
+
+def store(name: str, descriptor: int) -> bool:
+    """Let systemd hold a descriptor over restarts (FileDescriptorStoreMax=)."""
+    return _notify("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=[descriptor])
+
+
+def forget(name: str) -> bool:
+    """Let systemd close what :func:`store` gave it."""
+    return _notify("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
+def stored() -> list[tuple[str, int]]:
+    """(name, descriptor) of everything that the process before had stored; to be called once (sd_listen_fds(3))."""
+    count = os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
+        return []
+    descriptors = range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + int(count))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 - its signature
+    return list(zip(names, descriptors, strict=False))
+
+
 def watchdog_interval_s() -> float | None:
     """Seconds between two :func:`alive`: half of WatchdogSec=; None where systemd does not watch this process."""
     timeout_us = os.environ.get("WATCHDOG_USEC", "")
@@ -54,7 +86,7 @@ def _status(text: str) -> str:
     return "STATUS=" + " ".join(text.split())
 
 
-def _notify(*assignments: str) -> bool:
+def _notify(*assignments: str, descriptors: Sequence[int] = ()) -> bool:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
@@ -62,7 +94,8 @@ def _notify(*assignments: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(_SEND_TIMEOUT_S)
         try:
-            sender.sendto("\n".join(assignments).encode(), path)
+            sender.connect(path)
+            socket.send_fds(sender, ["\n".join(assignments).encode()], list(descriptors))
         except OSError as error:
             log.warning("systemd did not take %s: %s", assignments[0], error)
             return False

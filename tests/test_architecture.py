@@ -27,8 +27,8 @@ ORDER = (
         "sources",
         "contract",
     ),
-    *("requests", "mailbox", "link", "publisher", "systemd", "logs", "alarms", "hearing", "thermal"),
-    *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "daemon"),
+    *("requests", "mailbox", "link", "publisher", "systemd", "spool", "logs", "alarms", "hearing", "thermal"),
+    *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "watchdog", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *("command_line", "cli_gateway", "cli_models", "cli_outbox", "cli"),
 )

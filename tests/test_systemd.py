@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -163,8 +164,9 @@ mqtt: {host: 127.0.0.1}
 log: {level: LEVEL}
 """
 
-# Only the waits are shorter than in the shipped unit.
-SOONER = "[Service]\nRestartSec=0.1\nWatchdogSec=2\nTimeoutAbortSec=1\n"
+# Only the waits are shorter than in the shipped unit. Under cgroup v1, which containers may have, systemd is not told
+# that a group has become empty and waits for TimeoutStopSec=.
+SOONER = "[Service]\nRestartSec=0.1\nWatchdogSec=2\nTimeoutAbortSec=1\nTimeoutStopSec=1\n"
 
 
 def settings_text(level: str = "info") -> str:
@@ -322,3 +324,161 @@ def test_broken_settings_are_one_line_and_exit_78_without_a_restart(
     assert sum(complaint in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
     site.run("systemctl", "reset-failed", "edge-asr")
+
+
+# ---------------------------------------------------------------- what hangs or dies while a command is recognized
+
+ONE_ORDER = """
+device: box
+sources: [{type: files, paths: [/etc/edge-asr/order.wav]}, {type: microphone, device: pulse}]
+commands: {grammars: [factory.en], min_confidence: 0.3}
+mqtt: {host: 127.0.0.1}
+"""
+SOUND_SERVER = """
+[Service]
+Environment=HOME=/run/sound XDG_RUNTIME_DIR=/run/sound PULSE_RUNTIME_PATH=/run/sound
+RuntimeDirectory=sound speaker
+ExecStart=pulseaudio -n -F /etc/sound.pa --daemonize=no --exit-idle-time=-1 --use-pid-file=no --disable-shm=yes
+"""
+SOUND = """
+load-module module-native-protocol-unix auth-anonymous=1 socket=/run/speaker/native
+load-module module-null-sink sink_name=speaker rate=48000 norewinds=1
+load-module module-remap-source source_name=microphone master=speaker.monitor
+set-default-source microphone
+"""
+PULSE = "pcm.!default pulse\nctl.!default pulse\npcm.pulse { type pulse }\n"
+WATCHED = """
+[Service]
+RestartSec=0.1
+TimeoutAbortSec=1
+TimeoutStopSec=1
+Environment=PULSE_SERVER=unix:/run/speaker/native
+"""
+
+
+@pytest.fixture
+def order(site: Sysbox) -> Iterator[Sysbox]:
+    """The shipped watchdog of 10 s, a microphone, and one order to say; started by the test."""
+    site.write("/etc/asound.conf", PULSE)
+    site.write("/etc/sound.pa", SOUND)
+    site.start("sound.service", SOUND_SERVER)
+    site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", WATCHED)
+    site.write("/etc/edge-asr/settings.yaml", ONE_ORDER)
+    site.run("systemctl", "daemon-reload")
+    site.run("rm", "-rf", "/var/lib/private/edge-asr")
+    yield site
+    site.run("systemctl", "stop", "edge-asr")
+    site.run("systemctl", "reset-failed", "edge-asr", check=False)
+    site.run("systemctl", "stop", "sound")
+    site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
+    site.run("systemctl", "daemon-reload")
+
+
+def everything_logged(box: Sysbox) -> str:
+    box.run("journalctl", "--sync")
+    since = box.show("sound", "ActiveEnterTimestamp")
+    return box.run("journalctl", "--no-pager", "--output=cat", "--unit=edge-asr", f"--since={since}")
+
+
+def restarts(box: Sysbox) -> int:
+    return int(box.show("edge-asr", "NRestarts"))
+
+
+def children(box: Sysbox, pid: int) -> list[int]:
+    return [int(each) for each in box.run("cat", f"/proc/{pid}/task/{pid}/children").split()]
+
+
+def recognizer(box: Sysbox) -> int:
+    """Process id of the worker: the daemon's child is the zygote, whose child it is."""
+    (zygote,) = children(box, main_pid(box))
+    return children(box, zygote)[-1]
+
+
+def capturing(box: Sysbox) -> None:
+    box.run("systemctl", "start", "edge-asr")
+    box.wait_for("the microphone", lambda: "capturing from" in everything_logged(box))
+
+
+def recovers(box: Sysbox) -> None:
+    again = "recognizing 1 utterances again that a restart interrupted"
+    box.wait_for("what was interrupted", lambda: again in everything_logged(box))
+
+
+def the_command_arrives(box: Sysbox) -> None:
+    assert received(box, "evt/command")["intent"] == "StopMachine"
+
+
+def test_a_frozen_sound_server_ends_in_a_restart_that_names_it(order: Sysbox) -> None:
+    capturing(order)
+    began = time.monotonic()
+    order.run("systemctl", "kill", "--signal=STOP", "sound")
+    order.wait_for("a restart", lambda: restarts(order) == 1, 12)
+    assert time.monotonic() - began < 12  # 10 s, and what it takes to look
+    assert "microphone: the sound driver has not answered for" in everything_logged(order)
+    order.run("systemctl", "kill", "--signal=CONT", "sound")
+
+
+def test_a_blocked_disk_ends_in_a_restart_and_the_interrupted_order_is_obeyed(order: Sysbox) -> None:
+    capturing(order)
+    with standing_still(order, "fdatasync,fsync"):
+        order.wait_for("a restart", lambda: restarts(order) == 1, 25)
+    assert "the disk of the outbox has not answered for" in everything_logged(order)
+    recovers(order)
+    the_command_arrives(order)
+
+
+def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood(order: Sysbox) -> None:
+    capturing(order)
+    with standing_still(order, "epoll_wait"):
+        order.wait_for("the watchdog", lambda: "Watchdog timeout" in everything_logged(order), 12)
+        order.wait_for("a restart", lambda: restarts(order) == 1)
+    assert "asyncio/base_events.py" in everything_logged(order)  # the stack of the thread that stood still
+
+
+@pytest.mark.parametrize(("number", "cause"), [("STOP", "hung for more than 8 s"), ("SEGV", "ended by SIGSEGV")])
+def test_a_recognizer_that_hangs_or_dies_is_replaced_without_a_restart(order: Sysbox, number: str, cause: str) -> None:
+    order.run("systemctl", "start", "edge-asr")
+    order.run("kill", f"-{number}", str(recognizer(order)))
+    the_command_arrives(order)
+    assert f"the recognizer {cause}; a new one takes its place" in everything_logged(order)
+    assert restarts(order) == 0
+
+
+def test_a_daemon_killed_over_an_order_obeys_it_after_the_restart(order: Sysbox) -> None:
+    order.run("systemctl", "start", "edge-asr")
+    order.run("kill", "-STOP", str(recognizer(order)))
+    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
+    order.run("systemctl", "kill", "--signal=KILL", "edge-asr")
+    recovers(order)
+    the_command_arrives(order)
+    order.wait_for("nothing to be kept", lambda: order.show("edge-asr", "NFileDescriptorStore") == "0")
+
+
+@contextlib.contextmanager
+def standing_still(box: Sysbox, calls: str) -> Iterator[None]:
+    """Let every thread of the daemon that makes one of these system calls stay in it."""
+    for_ever = f"inject={calls}:delay_enter=3600000000"
+    pid = pid_outside(box, main_pid(box))
+    strace = subprocess.Popen(["strace", "-f", "-qq", "-o", "/dev/null", "-e", for_ever, "-p", str(pid)])
+    try:
+        yield
+    finally:
+        strace.kill()
+        strace.wait()
+
+
+def pid_outside(box: Sysbox, pid: int) -> int:
+    """What the host calls a process of the machine."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError):
+            continue
+        within = lines.get("NSpid", "").split()
+        if len(within) > 1 and within[-1] == str(pid) and same_machine(box, int(within[0])):
+            return int(within[0])
+    raise AssertionError(pid)
+
+
+def same_machine(box: Sysbox, pid: int) -> bool:
+    return Path(f"/proc/{pid}/ns/net").readlink() == Path(f"/proc/{box.pid_1}/ns/net").readlink()

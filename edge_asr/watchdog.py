@@ -1,0 +1,115 @@
+"""Decides whether the daemon really works; where it does not, the journal gets the cause and systemd a reason to act.
+
+Law: WATCHDOG=1 is sent only while
+
+- the event loop turns (it is the loop that sends it),
+- no capture thread hangs in its driver: a device that is away, muted or looked for is known trouble and no hang,
+- no commit to the outbox hangs: one that is refused, on a full disk, is known trouble and no hang,
+- the recognizer hears the golden recording as it did at first (``worker`` replaces one that hangs or dies by itself).
+
+A hang ends the process at once instead of waiting for systemd to notice: SIGABRT through WATCHDOG=trigger, or exit 70
+where no watchdog is set; both leave every thread's stack in the journal. What was being recognized is in the ``spool``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from edge_asr import clock, systemd
+from edge_asr.outbox import Outbox, OutboxError
+from edge_asr.pipeline import Pipeline
+from edge_asr.sources import Microphone
+from edge_asr.worker import Worker
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 1.0
+"""Between two looks, or half of WatchdogSec= where that is less."""
+
+CAPTURE_LIMIT_S: Final = 6.0
+"""Opening a suspended or Bluetooth source may take 5 s; with the 2 s after which silence of a device is noticed, a
+frozen driver costs 8 s."""
+
+COMMIT_LIMIT_S: Final = 8.0
+"""A commit that takes longer hangs; a tired SD card may need 2 s."""
+
+COMMIT_INTERVAL_S: Final = 60.0
+"""A blocked disk shows at the next utterance or after so long; each time costs one page of flash."""
+
+GOLDEN_INTERVAL_S: Final = 300.0
+"""Listening to two seconds of audio so often is less than 0.1 % of a core with the embedded model."""
+
+EXIT_HUNG: Final = 70
+
+
+class Watchdog:
+    """Looks at the parts of a running daemon."""
+
+    def __init__(self, microphones: Sequence[Microphone], pipeline: Pipeline, outbox: Outbox, worker: Worker) -> None:
+        self._microphones = microphones
+        self._pipeline = pipeline
+        self._outbox = outbox
+        self._worker = worker
+        self._probing_since_ns: int | None = None
+
+    async def run(self) -> None:
+        """Look for ever. Raises WorkerError when no recognizer hears rightly any more."""
+        await asyncio.gather(self._look(), self._probe_outbox(), self._probe_recognizer())
+
+    def hang(self) -> str:
+        """What hangs, as the beginning of a sentence; empty: nothing."""
+        for microphone in self._microphones:
+            stuck_s = _seconds_since(microphone.turned_ns)
+            if stuck_s > CAPTURE_LIMIT_S:
+                return f"{microphone.name}: the sound driver has not answered for {stuck_s:.0f} s"
+        stuck_s = max(_seconds_since(self._pipeline.busy_since_ns), _seconds_since(self._probing_since_ns))
+        if stuck_s > COMMIT_LIMIT_S:
+            return f"the disk of the outbox has not answered for {stuck_s:.0f} s"
+        return ""
+
+    async def _look(self) -> None:
+        pause_s = min(systemd.watchdog_interval_s() or LOOK_S, LOOK_S)
+        while True:
+            cause = self.hang()
+            if cause:
+                _give_up(cause)
+            systemd.alive()
+            await asyncio.sleep(pause_s)
+
+    async def _probe_outbox(self) -> None:
+        while True:
+            with self._probing(), contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
+                await self._outbox.prove()
+            await asyncio.sleep(COMMIT_INTERVAL_S)
+
+    async def _probe_recognizer(self) -> None:
+        while True:
+            await asyncio.sleep(GOLDEN_INTERVAL_S)
+            await asyncio.to_thread(self._worker.prove)
+
+    @contextlib.contextmanager
+    def _probing(self) -> Iterator[None]:
+        self._probing_since_ns = clock.boottime_ns()
+        try:
+            yield
+        finally:
+            self._probing_since_ns = None
+
+
+def _seconds_since(moment_ns: int | None) -> float:
+    return 0.0 if moment_ns is None else (clock.boottime_ns() - moment_ns) / clock.NS_PER_S
+
+
+def _give_up(cause: str) -> None:
+    """End the process in a way that starts it again; does not return unless systemd is about to end it."""
+    log.critical("%s; starting again", cause)
+    systemd.status(f"Starting again: {cause}")
+    if not systemd.trigger():
+        faulthandler.dump_traceback()
+        os._exit(EXIT_HUNG)  # an orderly exit would wait for the thread that hangs
