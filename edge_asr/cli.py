@@ -29,6 +29,7 @@ from edge_asr.audio import AudioFileError, measure, read_file, to_float
 from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
 from edge_asr.cli_outbox import outbox
+from edge_asr.cli_settings import settings_verbs
 from edge_asr.command_line import (
     EXIT_FOUND,
     EXIT_INTERRUPTED,
@@ -40,7 +41,7 @@ from edge_asr.command_line import (
     one_line_errors,
     with_settings,
 )
-from edge_asr.daemon import Daemon
+from edge_asr.daemon import Daemon, plan
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.link import destinations
@@ -78,8 +79,13 @@ def main() -> None:
 @main.command(epilog=example("edge-asr run --settings /etc/edge-asr/settings.yaml", "edge-asr run --watch"))
 @with_settings
 @click.option("--watch", is_flag=True, help="Show what a subscriber sees; starts a private broker where none is set.")
-def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Check and load everything, say what would be done, and do nothing.")
+def run(options: Settings, path: Path | None, changes: tuple[str, ...], *, watch: bool, dry_run: bool) -> None:
     """Listen and publish until stopped: the service."""
+    if dry_run:
+        for line in plan(options):
+            click.echo(line)
+        return
     if watch:
         _quiet_logs(options)
         if _has_no_microphone(options):
@@ -362,6 +368,7 @@ def grammar_parse(name: str, text: str) -> None:
 
 
 main.add_command(models)
+main.add_command(settings_verbs)
 main.add_command(outbox)
 
 

@@ -31,7 +31,7 @@ from edge_asr import (
 )
 from edge_asr.alarms import AlarmBoard, Condition, earlier, losses
 from edge_asr.contract import Meta, MicrophoneHealth, Renderer
-from edge_asr.engine import grammar_paths
+from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
 from edge_asr.health import ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
@@ -87,6 +87,25 @@ def open_gateway(options: Settings) -> Gateway | None:
         remedy = "install them with `pip install 'edge-asr[gateway]'`, or remove the section"
         raise settings.SettingsError(f"gateway: needs packages that are not here ({error.name}); {remedy}") from None
     return Gateway(options)
+
+
+def plan(options: Settings) -> Iterator[str]:
+    """What a daemon under these settings would do, a line each; everything is loaded, nothing opened.
+
+    Raises ModelError, HotwordError, GrammarError.
+    """
+    engine = Engine.build(options)
+    manifest = engine.files.manifest
+    yield f"listen to   {', '.join(f'{source.name} ({source.type})' for source in options.sources)}"
+    yield f"hear with   {manifest.name} {manifest.version} on {engine.recognizer.provider}"
+    yield f"understand  {', '.join(options.commands.grammars) or 'no commands, transcripts only'}"
+    yield f"keep in     {options.outbox_path}"
+    brokers = ", ".join(each.address for each in destinations(options.mqtt))
+    yield f"publish to  {brokers or 'no broker'}, below {options.topic_root}/"
+    if options.monitoring.port is not None:
+        yield f"answer on   http://{options.monitoring.host}:{options.monitoring.port}/metrics"
+    if options.gateway is not None:
+        yield f"let talk    through the gateway on {options.gateway.host}:{options.gateway.port}"
 
 
 class Daemon:

@@ -11,7 +11,7 @@ import datetime as dt
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -534,15 +534,15 @@ def explain(problem: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "value_error":
         reason = str(context.get("error", problem["msg"]))
         return f"{key}: {reason}" if isinstance(value, (dict, list, BaseModel)) else f"{key}: {_shown(value)} {reason}"
-    limits = _limits(location, root)
-    if limits and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
-        return f"{key}: {_shown(value)} is not {limits}"
+    bounds = limits(location, root)
+    if bounds and kind in {"less_than_equal", "greater_than_equal", "less_than", "greater_than"}:
+        return f"{key}: {_shown(value)} is not {bounds}"
     expected = _EXPECTED.get(kind) or problem["msg"][0].lower() + problem["msg"][1:]
     quotes = "; put it in quotes" if kind == "string_type" and isinstance(value, (int, float, dt.date)) else ""
     return f"{key}: {_shown(value)} is wrong: {expected}{quotes}"
 
 
-def _model_at(location: list[int | str], root: type[BaseModel]) -> type[BaseModel] | None:
+def _model_at(location: Sequence[int | str], root: type[BaseModel]) -> type[BaseModel] | None:
     """The section that holds the last key of a location; numbers and dictionary keys in between are stepped over."""
     model = root
     for part in location:
@@ -572,7 +572,7 @@ def _keys_beside(location: list[int | str], root: type[BaseModel]) -> list[str]:
     return list(model.model_fields) if model else []
 
 
-def _limits(location: list[int | str], root: type[BaseModel]) -> str | None:
+def limits(location: Sequence[int | str], root: type[BaseModel]) -> str | None:
     """``1..65535`` or ``above 0`` for a field that has bounds."""
     model = _model_at(location[:-1], root)
     field = model.model_fields.get(str(location[-1])) if model else None

@@ -30,7 +30,7 @@ ORDER = (
     *("requests", "mailbox", "link", "publisher", "systemd", "spool", "logs", "alarms", "hearing", "thermal"),
     *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "watchdog", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
-    *("command_line", "cli_gateway", "cli_models", "cli_outbox", "cli"),
+    *("command_line", "settings_reference", "cli_gateway", "cli_models", "cli_settings", "cli_outbox", "cli"),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))
