@@ -70,9 +70,11 @@ def command(ttl_s: float = 10.0, *, ended_s_ago: float = 0.1) -> Draft:
 
 
 @contextlib.asynccontextmanager
-async def publishing(mqtt: Mqtt, outbox: Outbox, renderer: Renderer = RENDERER) -> AsyncIterator[Publisher]:
+async def publishing(
+    mqtt: Mqtt, outbox: Outbox, renderer: Renderer = RENDERER, **more: Any
+) -> AsyncIterator[Publisher]:
     """A running publisher; whatever else than being cancelled ends it fails the test."""
-    running = Publisher(mqtt, renderer, outbox)
+    running = Publisher(mqtt, renderer, outbox, **more)
     task = asyncio.create_task(running.run(), name="publisher")
     try:
         yield running
