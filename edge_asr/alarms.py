@@ -6,7 +6,7 @@ soon ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -90,6 +90,13 @@ def losses(before: Statistics | None, now: Statistics, outbox: Path) -> list[Dra
     if now.damages > before.damages:
         found.append(("outbox-damaged", f"{outbox} was damaged; what was readable is kept", "check the disk"))
     return [contract.alarm_draft(kind, detail, severity="critical", remedy=todo) for kind, detail, todo in found]
+
+
+def missing_receipts(command_ids: Sequence[str], within_s: float) -> Draft:
+    """One alarm for the commands that the MES should have answered by now: an event, too."""
+    what = f"command {command_ids[0]}" + (f" and {len(command_ids) - 1} more" if len(command_ids) > 1 else "")
+    detail = f"no receipt for {what} within {within_s:g} s"
+    return contract.alarm_draft("receipt-missing", detail, severity="warning", remedy="see whether the MES is there")
 
 
 def _draft(condition: Condition, state: contract.AlarmState) -> Draft:

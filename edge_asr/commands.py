@@ -160,6 +160,7 @@ class Interpreter:
             words=words,
             answer=intent.answer,
             stations=intent.stations,
+            roles=intent.roles,
         )
 
 

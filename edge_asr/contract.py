@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from edge_asr import clock
 from edge_asr.confirmation import Pending
-from edge_asr.events import Command, Draft, Json, Message, Rejection, Transcript, Utterance, new_id
+from edge_asr.events import Command, Confirmer, Draft, Json, Message, Rejection, Transcript, Utterance, new_id
 
 TRANSCRIPT = "evt/transcript"
 COMMAND = "evt/command"
@@ -32,6 +32,7 @@ STATUS = "status"
 META = "meta"
 HEALTH = "health"
 PARTIAL = "live/partial"
+AGAIN = "live/again"
 
 REQUESTS = "req/"
 """Followed by the verb; what comes here is read by ``requests``, and what is answered goes where the sender said."""
@@ -47,6 +48,7 @@ TOPICS: Mapping[str, str] = {
     META: "meta",
     HEALTH: "health",
     PARTIAL: "partial",
+    AGAIN: "again",
 }
 """Topic below the device's root -> name of its schema."""
 
@@ -96,6 +98,12 @@ class Meta:
     grammars: Mapping[str, str]
     """SHA-256 of each grammar by name."""
     sources: Sequence[str]
+    hotwords: int
+    """How many words the site's list has."""
+    hotwords_sha256: str
+    """Of the list; see ``standing``."""
+    standing: Sequence[str]
+    """What requests have set and stands until they change it, e.g. ``grammar factory.en``."""
     broker: str | None = None
     """Host and port of the broker in use."""
 
@@ -132,12 +140,27 @@ class OutboxHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsHealth:
+    """What was asked of the device since it started."""
+
+    ok: int
+    refused: int
+    dropped: int
+    """More came at QoS 0 than could wait."""
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """How the device does; None: not measurable here."""
 
     uptime_s: float
+    muted: bool
+    """The ear was closed by request."""
     microphones: Mapping[str, MicrophoneHealth]
     outbox: OutboxHealth
+    receipts: Mapping[str, int]
+    """Commands the MES accepted and rejected, and receipts missing, since the outbox was made."""
+    requests: RequestsHealth
     real_time_factor: float | None
     cpu_load: float
     """Cores in use by the daemon."""
@@ -229,7 +252,13 @@ def transcript_draft(utterance: Utterance, transcript: Transcript, *, model: str
 
 
 def command_draft(
-    utterance: Utterance, transcript: Transcript, command: Command, *, model: str, confirmed_ns: int | None = None
+    utterance: Utterance,
+    transcript: Transcript,
+    command: Command,
+    *,
+    model: str,
+    confirmed_ns: int | None = None,
+    confirmed_by: Confirmer = "voice",
 ) -> Draft:
     """What is to be done, until its life is over; it begins at the end of speech or at the confirmation."""
     begins_ns = utterance.ended_ns if confirmed_ns is None else confirmed_ns
@@ -242,7 +271,7 @@ def command_draft(
         "expires_at": _wall_time(expires_ns),
     }
     if confirmed_ns is not None:
-        data[_ENDED] = confirmed_ns
+        data |= {"confirmed_by": confirmed_by, _ENDED: confirmed_ns}
     return Draft(COMMAND, "command", data, expires_ns)
 
 
@@ -252,12 +281,21 @@ def pending_draft(pending: Pending, *, model: str) -> Draft:
         **_heard(pending.utterance),
         **_said(pending.transcript, model),
         **_wanted(pending.command),
-        "pending_id": pending.id,
-        "read_back": f"{pending.command.words}?",
-        "confirmations_left": pending.steps_left,
-        "confirm_until": _wall_time(pending.until_ns),
+        **question_data(pending),
     }
     return Draft(PENDING, "rejection", data)
+
+
+def question_data(pending: Pending) -> Data:
+    """What an open question asks, of whom and until when."""
+    return {
+        "pending_id": pending.id,
+        "source": pending.utterance.source,
+        "read_back": _read_back(pending),
+        "confirmations_left": pending.steps_left,
+        "confirm_until": _wall_time(pending.until_ns),
+        "roles": list(pending.command.roles),
+    }
 
 
 def rejection_draft(
@@ -297,9 +335,29 @@ def partial_data(utterance: Utterance, transcript: Transcript) -> Data:
     return data
 
 
-def status_data(state: State, reason: str = "") -> Data:
+def again_data(said: Pending | Message) -> Data:
+    """An open question, or what was heard last, to be said again: a sentence and nothing to act upon."""
+    if isinstance(said, Pending):
+        source, utterance_id, ended_ns = said.utterance.source, said.utterance.id, said.utterance.ended_ns
+        kind, said_id, text = TOPICS[PENDING], said.id, _read_back(said)
+    else:
+        kind, said_id, data = TOPICS[said.topic], said.id, said.data
+        source, utterance_id, ended_ns = str(data["source"]), str(data["utterance_id"]), said.created_ns
+        text = str(data.get("words") or data.get("detail") or data.get("text", ""))
+    age_s = (clock.boottime_ns() - ended_ns) / clock.NS_PER_S
+    return {
+        "said": kind,
+        "said_id": said_id,
+        "utterance_id": utterance_id,
+        "source": source,
+        "text": text,
+        "age_s": round(age_s, 1),
+    }
+
+
+def status_data(state: State, reason: str = "", *, muted: bool = False) -> Data:
     """Whether the device works; ``reason`` is one sentence unless everything is well."""
-    return {"state": state, "reason": reason}
+    return {"state": state, "reason": reason, "muted": muted}
 
 
 def meta_data(meta: Meta) -> Data:
@@ -310,6 +368,14 @@ def meta_data(meta: Meta) -> Data:
 def health_data(health: Health) -> Data:
     """How the device does."""
     return dataclasses.asdict(health)
+
+
+def kind_of(topic: str) -> str:
+    """The part of a topic below its device's root, e.g. ``evt/command`` or ``req/receipt``; empty: none of ours."""
+    _, request, verb = topic.rpartition(f"/{REQUESTS}")
+    if request:
+        return f"{REQUESTS}{verb}"
+    return next((kind for kind in TOPICS if topic.endswith(f"/{kind}")), "")
 
 
 def schema_id(name: str) -> str:
@@ -358,6 +424,10 @@ def _wanted(command: Command) -> Data:
         "confidence": _share(command.confidence),
         "risk": command.risk,
     }
+
+
+def _read_back(pending: Pending) -> str:
+    return f"{pending.command.words}?"
 
 
 def _share(value: float) -> float:

@@ -22,6 +22,7 @@ from edge_asr import (
     contract,
     grammar,
     hearing,
+    hotwords,
     logs,
     metrics,
     model_store,
@@ -29,8 +30,9 @@ from edge_asr import (
     systemd,
     thermal,
 )
-from edge_asr.alarms import AlarmBoard, Condition, earlier, losses
-from edge_asr.contract import Meta, MicrophoneHealth, Renderer
+from edge_asr.alarms import AlarmBoard, Condition, earlier, losses, missing_receipts
+from edge_asr.attendant import Attendant
+from edge_asr.contract import Meta, MicrophoneHealth, Renderer, RequestsHealth
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
 from edge_asr.health import ProcessMeter, resident_bytes
@@ -39,15 +41,16 @@ from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
 from edge_asr.link import destinations
 from edge_asr.metrics import Metrics, Snapshot
-from edge_asr.model_store import ModelError
+from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.monitor import Monitor, Page, verdict
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
+from edge_asr.standing import StandingOrders
 from edge_asr.watchdog import Watchdog
-from edge_asr.worker import Worker
+from edge_asr.worker import Worker, WorkerError
 
 if TYPE_CHECKING:
     from edge_asr.gateway.server import Gateway
@@ -112,11 +115,13 @@ class Daemon:
     """One running box. Construction checks everything that can be wrong; :meth:`run` does the work."""
 
     def __init__(self, options: Settings, reload: Callable[[], Settings] | None = None) -> None:
-        self._options = options
-        self._reload = reload
-        self._worker = Worker(options)
+        self.options = options
+        self._read_settings = reload
+        self.standing = StandingOrders(options.state_directory)
+        self._effective = self.standing.over(options)
+        self._worker = Worker(self._effective)
         self._vad = model_store.locate_vad()
-        self._reloading = asyncio.Lock()
+        self._fitting = asyncio.Lock()
         self._before = earlier(options.outbox_path)
         self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
         self._meter = ProcessMeter()
@@ -129,36 +134,49 @@ class Daemon:
 
     async def run(self, sources: Sequence[Source] | None = None) -> None:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
-        chosen = [build_source(each) for each in self._options.sources] if sources is None else sources
-        renderer = Renderer(self._options.topic_root, self._options.device, self._options.mqtt.payload)
-        self._publisher = Publisher(self._options.mqtt, renderer, self.outbox, on_change=self._on_broker)
-        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        options = self.options
+        chosen = [build_source(each) for each in options.sources] if sources is None else sources
+        renderer = Renderer(options.topic_root, options.device, options.mqtt.payload)
+        self._attendant = Attendant(self)
+        self._publisher = Publisher(
+            options.mqtt,
+            renderer,
+            self.outbox,
+            on_change=self._on_broker,
+            on_request=self._attendant.take if options.requests.allow else None,
+        )
         self._microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
-        self._pipeline = Pipeline(
-            self._options,
+        self.pipeline = Pipeline(
+            options,
             sources=chosen,
             new_detector=lambda: SileroDetector(self._vad),
             engine=self._worker,
             outbox=self.outbox,
-            live=self._live,
+            live=self.live,
         )
-        self._watchdog = Watchdog([*self._microphones.values()], self._pipeline, self.outbox, self._worker)
+        self.pipeline.muted = self.standing.muted
+        self.show()
+        self._watchdog = Watchdog([*self._microphones.values()], self.pipeline, self.outbox, self._worker)
         background = [
             asyncio.create_task(self._publisher.run(), name="publish"),
             asyncio.create_task(self._report_health(), name="health"),
             asyncio.create_task(self._attend(), name="attend"),
             asyncio.create_task(self._tell_state(), name="status"),
             asyncio.create_task(self._watchdog.run(), name="watchdog"),
+            asyncio.create_task(self._attendant.run(), name="requests"),
         ]
-        if self._options.monitoring.port is not None:
+        if options.monitoring.port is not None:
             self._metrics = Metrics()
-            self._pipeline.noted = self._metrics.count
+            self.pipeline.noted = self._metrics.count
             pages = {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}
-            monitor = Monitor(self._options.monitoring.host, self._options.monitoring.port, pages)
+            monitor = Monitor(options.monitoring.host, options.monitoring.port, pages)
             background.append(asyncio.create_task(monitor.run(), name="monitor"))
+        if options.requests.receipt_within_s is not None:
+            receipts = self._await_receipts(options.requests.receipt_within_s)
+            background.append(asyncio.create_task(receipts, name="receipts"))
         if self._gateway is not None:
-            self._pipeline.told, self._pipeline.awaits_guests = self._gateway.told, True
-            background.append(asyncio.create_task(self._gateway.run(self._pipeline), name="gateway"))
+            self.pipeline.told, self.pipeline.awaits_guests = self._gateway.told, True
+            background.append(asyncio.create_task(self._gateway.run(self.pipeline), name="gateway"))
         with self._signals():
             systemd.ready(self._status())
             await self._tell_of_model()
@@ -170,7 +188,7 @@ class Daemon:
                 self._worker.close()
                 self.outbox.close()
 
-    def _live(self, topic: str, data: Mapping[str, Json]) -> None:
+    def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Partials go to the broker, and to the session that speaks."""
         self._publisher.publish_live(topic, data)
         if self._gateway is not None:
@@ -178,7 +196,7 @@ class Daemon:
 
     async def _hear(self) -> None:
         try:
-            await self._pipeline.run()
+            await self.pipeline.run()
             await self._drain(GOODBYE_LIMIT_S if self.stopped else DRAIN_LIMIT_S)
         finally:
             systemd.stopping("saying goodbye to the broker")
@@ -188,7 +206,7 @@ class Daemon:
         log.info("stopping")
         systemd.stopping("committing what was heard")
         self.stopped = True
-        await self._pipeline.close()
+        await self.pipeline.close()
 
     async def _drain(self, limit_s: float) -> None:
         """Give the broker a moment for the rest; the outbox keeps what it does not take."""
@@ -213,8 +231,8 @@ class Daemon:
             begin(self.stop(), "stop")
 
         handlers: dict[signal.Signals, Callable[[], None]] = {signal.SIGTERM: stop, signal.SIGINT: stop}
-        if self._reload is not None:
-            handlers[signal.SIGHUP] = lambda: begin(self._take_over(), "reload")
+        if self._read_settings is not None:
+            handlers[signal.SIGHUP] = lambda: begin(self._reload_for_systemd(), "reload")
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -223,31 +241,56 @@ class Daemon:
             for number in handlers:
                 loop.remove_signal_handler(number)
 
-    async def _take_over(self) -> None:
+    async def _reload_for_systemd(self) -> None:
+        """Answer SIGHUP."""
+        systemd.reloading()
+        with contextlib.suppress(settings.SettingsError, ModelError, HotwordError, grammar.GrammarError):
+            await self.reload()  # which has logged what is wrong
+        systemd.ready(self._status())
+
+    async def reload(self) -> list[str]:
         """Read the settings again and take over what may change while running: :data:`RELOADED`, and another model.
 
-        Bad settings change nothing. A new model is loaded beside the old one, which goes on working until then.
+        Bad settings change nothing. A new model is loaded beside the old one, which goes on working until then. The
+        result: what needs a restart. Raises SettingsError, ModelError, HotwordError, GrammarError.
         """
-        async with self._reloading:
-            systemd.reloading()
+        if self._read_settings is None:
+            raise settings.SettingsError("this edge-asr runs without a settings file; there is nothing to reload")
+        async with self._fitting:
             try:
-                await self._apply_settings()
+                fresh = await asyncio.to_thread(self._read_settings)
+                updated = self.options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
+                await self._fit(updated)
             except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError) as error:
                 log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
-            await self._tell_of_model()
-            systemd.ready(self._status())
-
-    async def _apply_settings(self) -> None:
-        assert self._reload is not None  # noqa: S101 - the handler is installed only then
-        fresh = self._reload()
-        updated = self._options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
-        await asyncio.to_thread(self._worker.reload, updated)
+                raise
+            finally:
+                await self._tell_of_model()
         logs.configure(fresh.log)
         later = sorted(name for name in Settings.model_fields if getattr(updated, name) != getattr(fresh, name))
-        self._options = updated
-        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
         restart = f"; a restart is needed for: {', '.join(later)}" if later else ""
         log.info("reloaded, listening with %s%s", self._worker.name, restart)
+        return later
+
+    async def refit(self, order: Callable[[], Callable[[], None]]) -> None:
+        """Give a standing order and hear under it; ``order`` writes it and returns how to take it back.
+
+        Raises HotwordError, GrammarError, OSError; then nothing has changed.
+        """
+        async with self._fitting:
+            take_back = await asyncio.to_thread(order)
+            try:
+                await self._fit(self.options)
+            except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError, WorkerError):
+                await asyncio.to_thread(take_back)
+                raise
+
+    async def _fit(self, options: Settings) -> None:
+        """Hear with the model, words and grammars of settings, standing orders over them."""
+        effective = self.standing.over(options)
+        await asyncio.to_thread(self._worker.reload, effective)
+        self.options, self._effective = options, effective
+        self.show()
 
     async def _tell_of_model(self) -> None:
         """Let people know that a newly activated model had to make way, or that an accelerator is not in use."""
@@ -256,7 +299,7 @@ class Daemon:
         if trouble:
             remedy = "import another release; see docs/models.md"
             alarms.append(contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy))
-        wanted, in_use = self._options.model.provider, self._worker.facts.provider
+        wanted, in_use = self.options.model.provider, self._worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"
             remedy = "install a matching wheel; see docs/jetson.md"
@@ -266,26 +309,53 @@ class Daemon:
         with contextlib.suppress(OutboxError):  # the disk is full: the log has it
             await self.outbox.append(*alarms)
 
+    @property
+    def model(self) -> ModelFiles:
+        """The model in use."""
+        return self._worker.facts.files
+
+    def show(self) -> None:
+        """Publish status and meta, for something has changed."""
+        self._publisher.publish_retained(contract.STATUS, self.status())
+        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+
+    def status(self) -> contract.Data:
+        """What ``status`` says of the device."""
+        trouble, muted = self._trouble, self.pipeline.muted
+        reason = trouble or ("muted by request" if muted else "")
+        return contract.status_data("degraded" if trouble else "online", reason, muted=muted)
+
+    @property
+    def _trouble(self) -> str:
+        """The worst that is wrong; empty: nothing much."""
+        worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
+        return self.pipeline.trouble or worst
+
     def _meta(self) -> Meta:
         facts = self._worker.facts
         manifest = facts.files.manifest
-        paths = grammar_paths(self._options.commands)
+        effective = self._effective
+        paths = dict(zip(self.options.commands.grammars, grammar_paths(effective.commands).values(), strict=True))
+        listed = hotwords.load(effective.hotwords)
         return Meta(
             version=edge_asr.__version__,
             model=f"{manifest.name} {manifest.version}",
             model_sha256=facts.files.sha256,
             languages=list(manifest.languages),
-            engine=self._options.model.engine,
+            engine=self.options.model.engine,
             provider=facts.provider,
-            provider_wanted=self._options.model.provider,
+            provider_wanted=self.options.model.provider,
             grammars={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()},
-            sources=[source.name for source in self._options.sources],
+            sources=[source.name for source in self.options.sources],
+            hotwords=len(listed),
+            hotwords_sha256=hotwords.digest(listed),
+            standing=self.standing.names(self.options),
             broker=self._publisher.broker or None,
         )
 
     def _status(self) -> str:
         """One line for `systemctl status`."""
-        if not destinations(self._options.mqtt):
+        if not destinations(self.options.mqtt):
             broker = "no broker set"
         elif self._publisher.connected:
             broker = f"connected to {self._publisher.broker}"
@@ -293,8 +363,9 @@ class Daemon:
             broker = self._publisher.trouble or "connecting"
         microphones = self._microphones.values()
         away = [f"{each.name} is {each.state}" for each in microphones if each.state in {"opening", "lost"}]
-        parts = [f"Listening with {self._worker.name}", f"{self._pipeline.utterances} utterances", broker]
-        return "; ".join([*parts, *away, *filter(None, [self._pipeline.trouble])])
+        doing = "Muted by request" if self.pipeline.muted else f"Listening with {self._worker.name}"
+        parts = [doing, f"{self.pipeline.utterances} utterances", broker]
+        return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble])])
 
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""
@@ -309,11 +380,9 @@ class Daemon:
         trouble = ""
         while True:
             self._show_status()
-            worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
-            if (self._pipeline.trouble or worst) != trouble:
-                trouble = self._pipeline.trouble or worst
-                state = contract.status_data("degraded" if trouble else "online", trouble)
-                self._publisher.publish_retained(contract.STATUS, state)
+            if self._trouble != trouble:
+                trouble = self._trouble
+                self._publisher.publish_retained(contract.STATUS, self.status())
             await asyncio.sleep(STATUS_INTERVAL_S)
 
     async def _report_health(self) -> None:
@@ -325,15 +394,27 @@ class Daemon:
             except OutboxError as error:
                 log.warning("no health: %s", error)
             else:
+                asked = RequestsHealth(self._attendant.ok, self._attendant.refused, self._attendant.dropped)
                 health = self._meter.read(
-                    self._microphone_health(), statistics, self._pipeline.real_time_factor, self._thermals.hottest_c
+                    *(self._microphone_health(), statistics, self.pipeline.real_time_factor, self._thermals.hottest_c),
+                    muted=self.pipeline.muted,
+                    requests=asked,
                 )
                 self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
-                lost = losses(self._before, statistics, self._options.outbox_path)
+                lost = losses(self._before, statistics, self.options.outbox_path)
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
                     await self.outbox.append(*lost)
                 self._before = statistics
             await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _await_receipts(self, within_s: float) -> None:
+        """Raise an alarm for the commands that the MES should have answered by now."""
+        while True:
+            await asyncio.sleep(min(within_s / 4, HEALTH_INTERVAL_S))
+            with contextlib.suppress(OutboxError):  # the pipeline says so
+                missing = await self.outbox.miss_receipts(within_s)
+                if missing:
+                    await self.outbox.append(missing_receipts(missing, within_s))
 
     def _microphone_health(self) -> dict[str, MicrophoneHealth]:
         troubles: dict[str, list[str]] = {}
@@ -341,7 +422,7 @@ class Daemon:
             if condition.source is not None:
                 troubles.setdefault(condition.source, []).append(condition.kind)
         found = {}
-        for name, ear in self._pipeline.ears.items():
+        for name, ear in self.pipeline.ears.items():
             microphone = self._microphones.get(name)
             error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
             found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
@@ -358,7 +439,7 @@ class Daemon:
     async def _show_readiness(self) -> Page:
         """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
         critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
-        return verdict([*critical, *([self._pipeline.trouble] if self._pipeline.trouble else [])])
+        return verdict([*critical, *([self.pipeline.trouble] if self.pipeline.trouble else [])])
 
     async def _snapshot(self) -> Snapshot:
         try:
@@ -374,9 +455,9 @@ class Daemon:
             outbox=statistics,
             alarms=self._alarms.raised,
             thermals=self._thermals,
-            broker_connected=self._publisher.connected if destinations(self._options.mqtt) else None,
-            finals_waiting=self._pipeline.finals_waiting,
-            partials_dropped=self._pipeline.partials_dropped,
+            broker_connected=self._publisher.connected if destinations(self.options.mqtt) else None,
+            finals_waiting=self.pipeline.finals_waiting,
+            partials_dropped=self.pipeline.partials_dropped,
             recognizers_replaced=self._worker.replaced,
             recognizer_bytes=worker_bytes,
             clock_synchronized=clock.time_quality() == "synchronized",
@@ -386,7 +467,7 @@ class Daemon:
         """Look after everything that hears, and tell people when a trouble begins and when it is over."""
         while True:
             conditions = list(self._conditions())
-            self._pipeline.distrusted = {
+            self.pipeline.distrusted = {
                 each.source: f"{each.detail}; {each.remedy}"
                 for each in conditions
                 if each.kind == hearing.TOO_NOISY and each.source is not None
@@ -400,16 +481,16 @@ class Daemon:
 
     def _conditions(self) -> Iterator[Condition]:
         """Everything that is wrong at this moment."""
-        ears = self._pipeline.ears
+        ears = self.pipeline.ears
         self._judges = {name: self._judges.get(name) or HearingJudge(name) for name in ears}  # guests come and go
         for name, ear in ears.items():
             microphone = self._microphones.get(name)
             capture = None
             if microphone is not None:
                 capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
-            yield from self._judges[name].look(ear.meter, capture, self._options.commands.max_noise_dbfs)
+            yield from self._judges[name].look(ear.meter, capture, self.options.commands.max_noise_dbfs)
         yield from thermal.conditions(self._thermals)
-        wanted, in_use = self._options.model.provider, self._worker.facts.provider
+        wanted, in_use = self.options.model.provider, self._worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"
             remedy = "install the matching onnxruntime wheel, or set model.provider; see docs/models.md"

@@ -30,6 +30,9 @@ Risk = Literal["normal", "confirm", "two-step"]
 Answer = Literal["confirm", "cancel"]
 """What an intent may say to a command that waits for confirmation."""
 
+Confirmer = Literal["voice", "request"]
+"""Where a yes came from."""
+
 Category = Literal["command", "transcript", "rejection", "alarm"]
 """Message classes of the outbox; when space runs out transcripts go first and commands last."""
 
@@ -151,6 +154,8 @@ class Command:
     """Set where the intent answers a pending command."""
     stations: tuple[str, ...] = ()
     """Sources that may give this command; empty: all."""
+    roles: tuple[str, ...] = ()
+    """Who must confirm it by request; empty: nobody."""
 
 
 @dataclass(frozen=True, slots=True)

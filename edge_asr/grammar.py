@@ -60,6 +60,8 @@ class Intent(_Part):
     """What this intent says to a command that waits for confirmation; alone it is a command like any other."""
     stations: tuple[str, ...] = ()
     """Names of the sources from which it may be commanded; empty: all."""
+    roles: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ...] = ()
+    """Who must say yes to it by `req/confirm-ROLE`, whatever the risk; a voice has no role. Empty: nobody."""
 
 
 class Enumeration(_Part):

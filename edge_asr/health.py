@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth
+from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth, RequestsHealth
 from edge_asr.outbox import Statistics
 
 
@@ -27,6 +27,9 @@ class ProcessMeter:
         outbox: Statistics,
         real_time_factor: float | None,
         temperature_c: float | None,
+        *,
+        muted: bool,
+        requests: RequestsHealth,
     ) -> Health:
         """The state of this moment; the CPU load is the mean since the last call."""
         now = (time.monotonic(), time.process_time())
@@ -34,6 +37,7 @@ class ProcessMeter:
         self._last = now
         return Health(
             uptime_s=round(now[0] - self._started, 1),
+            muted=muted,
             microphones=microphones,
             outbox=OutboxHealth(
                 waiting=sum(outbox.waiting.values()),
@@ -41,6 +45,8 @@ class ProcessMeter:
                 dead_letters=outbox.dead_letters,
                 oldest_age_s=outbox.oldest_age_s,
             ),
+            receipts=outbox.receipts,
+            requests=requests,
             real_time_factor=None if real_time_factor is None else round(real_time_factor, 4),
             cpu_load=round(cpu_load, 4),
             broker=outbox.broker or None,

@@ -8,6 +8,8 @@ breaks off or the audio ends. A text without a hotword is the greedy one, to the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import unicodedata
@@ -77,6 +79,12 @@ def load(options: settings.Hotwords) -> tuple[Hotword, ...]:
     if silent:
         raise HotwordError(f"hotwords: {silent[0]!r} holds no letter or digit; remove it")
     return tuple(found.values())
+
+
+def digest(listed: Iterable[Hotword]) -> str:
+    """SHA-256 by which two lists can be told apart."""
+    rows = [[each.written, each.weight, list(each.spoken)] for each in listed]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def _read(path: Path, weight: float) -> dict[str, Hotword]:

@@ -98,6 +98,7 @@ class Mailbox:
                 response_topic=response_topic,
                 correlation=correlation,
                 retained=message.retain,
+                is_sure=message.qos > 0,
                 waited=self._identifier not in of_subscription,
                 expires_ns=None if life_s is None else clock.boottime_ns() + life_s * clock.NS_PER_S,
                 answer=lambda answer: self._answer(answer, response_topic, correlation),

@@ -60,6 +60,9 @@ FINALS = 8
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
 
+REMEMBERED = 32
+"""Sources whose last words can be said again."""
+
 CANCEL_AGAIN_S = 4.0
 """Longer than any task takes to say goodbye."""
 
@@ -201,6 +204,12 @@ class Ear:
     def flush(self) -> list[Utterance]:
         """Close what is open: no frame will follow."""
         return self._gate.flush()
+
+    def ignore(self, frame: AudioFrame) -> None:
+        """Take a frame while nobody may listen: only its level counts, and what was being said is forgotten."""
+        self._gate.flush()
+        self._expected = None
+        self.meter.feed(frame, measure(frame.pcm))
 
     def growing(self) -> Utterance | None:
         """The open utterance so far; None while nobody speaks."""
@@ -364,6 +373,10 @@ class Pipeline:
         self._began_ns: dict[object, int] = {}
         """CLOCK_BOOTTIME at which each decode or commit now under way began."""
         self._closed_ns: int | None = None
+        self._last: dict[str, Message] = {}
+        """Source -> what it said last, the newest last; of the last :data:`REMEMBERED` sources."""
+        self.muted = False
+        """Whether the ears are closed; see :meth:`mute`."""
         self.trouble = ""
         """Why nothing can be committed; empty when all is well."""
         self.utterances = 0
@@ -380,7 +393,7 @@ class Pipeline:
             )
         finally:
             self._executor.shutdown(wait=False)
-        await self._commit(self._desk.close())
+        await self._commit(self._desk.close("the device stopped"))
 
     @property
     def busy_since_ns(self) -> int | None:
@@ -403,6 +416,43 @@ class Pipeline:
     def partials_dropped(self) -> int:
         """How many partials gave way to something newer."""
         return self._work.partials_dropped
+
+    @property
+    def pending(self) -> tuple[confirmation.Pending, ...]:
+        """The questions that are open now, the oldest first."""
+        now_ns = clock.boottime_ns()
+        return tuple(pending for pending in self._desk.pending if now_ns < pending.until_ns)
+
+    async def confirm(self, pending_id: str, confirmations_left: int, role: str) -> confirmation.Pending | None:
+        """Say yes to a question; the question that is left, None: it is a command now. Raises ConfirmationError."""
+        outcome = self._desk.confirm(pending_id, confirmations_left, role, clock.boottime_ns())
+        self._confirming.set()
+        await self._commit([outcome])
+        return outcome if isinstance(outcome, confirmation.Pending) else None
+
+    async def cancel(self, pending_id: str) -> None:
+        """Say no to a question. Raises ConfirmationError."""
+        outcome = self._desk.cancel(pending_id, clock.boottime_ns())
+        self._confirming.set()
+        await self._commit([outcome])
+
+    async def mute(self) -> None:
+        """Close the ears: what is being said is forgotten, what was said is still understood, open questions end."""
+        self.muted = True
+        self._growing.clear()
+        await self._commit(self._desk.close("the ear was closed"))
+        self._confirming.set()
+
+    def unmute(self) -> None:
+        """Open the ears."""
+        self.muted = False
+
+    def last(self, source: str | None) -> confirmation.Pending | Message | None:
+        """The open question of a source, else what it said last; None as the source: the one that spoke last."""
+        pending = [each for each in self.pending if source in {None, each.utterance.source}]
+        if pending:
+            return pending[-1]
+        return self._last.get(source or next(reversed(self._last), ""))
 
     async def hear(self, guest: Source) -> None:
         """Listen to one more source until it ends and everything it said is committed; close it to end this early.
@@ -440,6 +490,9 @@ class Pipeline:
         interval = round(self._options.partials.interval_s * SAMPLE_RATE)
         next_partial = 0
         async for frame in source.frames():
+            if self.muted:
+                ear.ignore(frame)
+                continue
             for utterance in ear.feed(frame):
                 await self._close(utterance)
             if not ear.speaking:
@@ -450,7 +503,7 @@ class Pipeline:
                 if growing is not None:
                     self._growing[source.name] = growing.id
                     await self._work.partial(growing)
-        for utterance in ear.flush():
+        for utterance in [] if self.muted else ear.flush():
             await self._close(utterance)
 
     async def _close(self, utterance: Utterance) -> None:
@@ -527,8 +580,17 @@ class Pipeline:
                     log.info("committing again")
                     self.trouble = ""
                 for message in messages:
+                    self._remember(message)
                     self.told(message)
                 return
+
+    def _remember(self, message: Message) -> None:
+        """Keep what a source said last."""
+        source = str(message.data["source"])
+        self._last.pop(source, None)
+        self._last[source] = message
+        if len(self._last) > REMEMBERED:
+            del self._last[next(iter(self._last))]
 
     def _drafts(self, outcome: confirmation.Outcome) -> list[Draft]:
         model = self._engine.name
@@ -536,7 +598,10 @@ class Pipeline:
             held = outcome.pending
             return [
                 contract.command_draft(
-                    held.utterance, held.transcript, held.command, model=model, confirmed_ns=outcome.at_ns
+                    *(held.utterance, held.transcript, held.command),
+                    model=model,
+                    confirmed_ns=outcome.at_ns,
+                    confirmed_by=outcome.by,
                 )
             ]
         if isinstance(outcome, confirmation.Cancelled):

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_asr.clock import NS_PER_S
 from edge_asr.events import Json, Verdict
@@ -60,6 +61,9 @@ LONGEST_RESPONSE_TOPIC = 512
 REMEMBERED = 256
 REMEMBERED_S = 120.0
 """How many answers are kept, and how long: longer than any broker takes to deliver a duplicate."""
+
+_AS_ROLE = "confirm-"
+"""What the role's name follows: access rules of brokers know topics, not payloads."""
 
 _LINK_BYTES = 2048
 """What an MQTT packet may add to the body: topic, properties, CloudEvents envelope."""
@@ -132,6 +136,8 @@ class Letter:
     """Empty: no answer is wanted."""
     correlation: bytes | None = None
     retained: bool = False
+    is_sure: bool = False
+    """It came at QoS 1, of which the broker sends only so many before one was :attr:`taken`."""
     waited: bool = False
     """It was in the broker before the present connection."""
     expires_ns: int | None = None
@@ -148,14 +154,24 @@ class Letter:
 class Body(BaseModel):
     """What a request carries beyond its verb."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, regex_engine="python-re")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-_ONE_LINE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*\Z"
-_UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z"
-Id = Annotated[str, Field(pattern=_UUID)]
-Line = Annotated[str, Field(max_length=200, pattern=_ONE_LINE)]
-Phrase = Annotated[str, Field(min_length=1, max_length=100, pattern=_ONE_LINE)]
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError(expected)
+        return text
+
+    return AfterValidator(check)
+
+
+_ONE_LINE = _matching(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "holds a line break or a control character")
+Id = Annotated[str, _matching(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "is not the id of a message or question")]
+Line = Annotated[str, Field(max_length=200), _ONE_LINE]
+Phrase = Annotated[str, Field(min_length=1, max_length=100), _ONE_LINE]
 
 
 class Nothing(Body):
@@ -193,6 +209,8 @@ class Hotword(Body):
     @model_validator(mode="before")
     @classmethod
     def _phrase_alone(cls, given: object) -> object:
+        if not isinstance(given, (str, dict)):
+            raise ValueError("is neither a text nor an object with a `phrase`")  # noqa: TRY004 - for pydantic
         return {"phrase": given} if isinstance(given, str) else given
 
 
@@ -251,17 +269,23 @@ BODIES: Mapping[Verb, type[Body]] = {
 }
 
 
+B = TypeVar("B", bound=Body)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A letter that was read and may act."""
 
     verb: Verb
     body: Body
+    role: str = ""
+    """As whom its sender may confirm: the broker let a letter to ``confirm-ROLE`` through."""
 
 
 def read(letter: Letter, allowed: Sequence[Verb], now_ns: int) -> Request:
     """What a letter asks for. Raises RequestError."""
-    verb = next((verb for verb in VERBS if verb == letter.verb), None)
+    named, _, role = letter.verb.partition("-") if letter.verb.startswith(_AS_ROLE) else (letter.verb, "", "")
+    verb = next((verb for verb in VERBS if verb == named), None)
     if verb is None:
         raise RequestError("unknown-verb", f"there is no request {_shown(letter.verb)}", f"use {', '.join(VERBS)}")
     if verb not in allowed:
@@ -274,7 +298,7 @@ def read(letter: Letter, allowed: Sequence[Verb], now_ns: int) -> Request:
     if len(letter.body) > LARGEST_BYTES:
         limit = f"{LARGEST_BYTES} bytes is the limit"
         raise RequestError("too-large", f"{len(letter.body)} bytes are too many", limit)
-    return Request(verb, _body(letter.body, BODIES[verb]))
+    return Request(verb, _body(letter.body, BODIES[verb]), role)
 
 
 def _body(written: bytes, kind: type[Body]) -> Body:
@@ -344,19 +368,18 @@ class Register:
     def __init__(self) -> None:
         self._answers: OrderedDict[tuple[str, bytes], tuple[int, bytes, Answer | None]] = OrderedDict()
 
-    def enter(self, letter: Letter, now_ns: int) -> Answer | Literal["new", "under way"]:
-        """The answer that was given before, or that there is none. Raises RequestError for a number used twice."""
+    def enter(self, letter: Letter, now_ns: int) -> Answer | Literal["new", "under way", "conflict"]:
+        """The answer that was given before, or why there is none; conflict: it was another request before."""
         if letter.correlation is None or letter.verb in READING:
             return "new"
-        self._forget(now_ns)
+        self._forget_old(now_ns)
         key, content = (letter.response_topic, letter.correlation), _content(letter)
         if key not in self._answers:
             self._answers[key] = now_ns, content, None
             return "new"
         _, before, answer = self._answers[key]
         if before != content:
-            remedy = "use new correlation data for each request"
-            raise RequestError("conflict", "its correlation data came with another request before", remedy)
+            return "conflict"
         return answer or "under way"
 
     def answered(self, letter: Letter, answer: Answer, now_ns: int) -> None:
@@ -364,7 +387,12 @@ class Register:
         if letter.correlation is not None and letter.verb not in READING:
             self._answers[letter.response_topic, letter.correlation] = now_ns, _content(letter), answer
 
-    def _forget(self, now_ns: int) -> None:
+    def forget(self, letter: Letter) -> None:
+        """It did not act: it may come again."""
+        if letter.correlation is not None:
+            self._answers.pop((letter.response_topic, letter.correlation), None)
+
+    def _forget_old(self, now_ns: int) -> None:
         while self._answers:
             key, (at_ns, _, _) = next(iter(self._answers.items()))
             if len(self._answers) < REMEMBERED and now_ns - at_ns < REMEMBERED_S * NS_PER_S:

@@ -187,7 +187,7 @@ class Subscriber:
     @property
     def messages(self) -> list[Received]:
         with self._changed:
-            assert not self._invalid
+            assert self._invalid == [], self._invalid
             return list(self._messages)
 
     def on(self, suffix: str) -> list[Received]:
@@ -198,7 +198,7 @@ class Subscriber:
         """Return once the condition holds for the messages so far; fail with ``what`` after the limit."""
         with self._changed:
             fulfilled = self._changed.wait_for(lambda: self._invalid or condition(self._messages), limit_s)
-            assert not self._invalid
+            assert self._invalid == [], self._invalid
             if not fulfilled:
                 pytest.fail(f"waited {limit_s} s in vain: {what}; {len(self._messages)} messages came")
 
@@ -234,6 +234,8 @@ class Requester:
 
     def __init__(self, broker: Broker, root: str, *, client_id: str = "mes", answers: str = "mes/answers") -> None:
         self._root, self._answers = root, answers
+        self.sent = 0
+        """Requests so far."""
         self._received: list[tuple[bytes | None, dict[str, Any]]] = []
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
@@ -278,17 +280,18 @@ class Requester:
         payload = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = self._client.publish(f"{self._root}/req/{verb}", payload, qos, retain, properties)
         sent.wait_for_publish(PATIENCE_S)
+        self.sent += 1
         return mark
 
-    def answers(self, correlation: bytes, count: int = 1) -> list[dict[str, Any]]:
+    def answers(self, correlation: bytes, count: int = 1, limit_s: float = PATIENCE_S) -> list[dict[str, Any]]:
         """The data of the answers to one request, once there are ``count``."""
 
         def found() -> list[dict[str, Any]]:
             return [data for mark, data in self._received if mark == correlation]
 
         with self._changed:
-            if not self._changed.wait_for(lambda: len(found()) >= count, PATIENCE_S):
-                pytest.fail(f"no answer came within {PATIENCE_S} s")
+            if not self._changed.wait_for(lambda: len(found()) >= count, limit_s):
+                pytest.fail(f"no answer came within {limit_s} s")
             answers = found()
         assert not [answer["invalid"] for answer in answers if "invalid" in answer]
         return answers

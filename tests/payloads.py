@@ -25,7 +25,7 @@ def validator(name: str) -> Draft202012Validator:
 
 def check(topic: str, payload: Mapping[str, Any]) -> Mapping[str, Any]:
     """Validate one received payload, CloudEvents or plain, and return its data."""
-    suffix = next(suffix for suffix in contract.TOPICS if topic.endswith(f"/{suffix}"))
+    suffix = contract.kind_of(topic)
     name = contract.TOPICS[suffix]
     data: Mapping[str, Any] = payload
     if "specversion" in payload:
@@ -52,8 +52,11 @@ def check_answer(payload: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def complaint(topic: str, payload: Mapping[str, Any]) -> str:
     """What is wrong with a payload of ours; empty: nothing, or it is not ours (a request may be rubbish)."""
+    kind = contract.kind_of(topic)
+    if kind.startswith(contract.REQUESTS):
+        return ""
     try:
-        if any(topic.endswith(f"/{suffix}") for suffix in contract.TOPICS):
+        if kind:
             check(topic, payload)
         elif "outcome" in payload.get("data", payload):
             check_answer(payload)

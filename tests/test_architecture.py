@@ -28,7 +28,8 @@ ORDER = (
         "contract",
     ),
     *("requests", "mailbox", "link", "publisher", "systemd", "spool", "logs", "alarms", "hearing", "thermal"),
-    *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "watchdog", "daemon"),
+    *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "watchdog"),
+    *("standing", "attendant", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *("command_line", "settings_reference", "cli_gateway", "cli_models", "cli_settings", "cli_outbox", "cli"),
 )

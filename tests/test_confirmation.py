@@ -47,7 +47,7 @@ def test_a_risky_command_becomes_one_when_confirmed_and_lives_from_then() -> Non
     assert pending.until_ns == 11 * NS_PER_S
     said, confirmed = desk.judge(utterance(5), SAID, YES)
     assert said == Immediate(utterance(5), SAID, None)
-    assert confirmed == Confirmed(pending, 5 * NS_PER_S)
+    assert confirmed == Confirmed(pending, 5 * NS_PER_S, "voice")
     assert kinds(desk.judge(utterance(6), SAID, YES)) == [Immediate]
 
 
@@ -90,8 +90,8 @@ def test_a_yes_that_comes_too_late_or_from_elsewhere_confirms_nothing() -> None:
 def test_stopping_cancels_what_is_pending() -> None:
     desk = ConfirmationDesk(WINDOW_S)
     desk.judge(utterance(1), SAID, command("confirm"))
-    assert kinds(desk.close()) == [Cancelled]
-    assert desk.close() == []
+    assert kinds(desk.close("the device stopped")) == [Cancelled]
+    assert desk.close("the device stopped") == []
 
 
 @given(

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from edge_asr import clock, contract
 from edge_asr.confirmation import Pending
-from edge_asr.contract import Data, Health, Meta, MicrophoneHealth, OutboxHealth, Payload, Renderer
+from edge_asr.contract import Data, Health, Meta, MicrophoneHealth, OutboxHealth, Payload, Renderer, RequestsHealth
 from edge_asr.events import Command, Draft, Message, Rejection, Token, Transcript, Utterance, new_id
 from tests.payloads import check, validator
 
@@ -120,10 +120,26 @@ def test_every_state_validates_against_its_schema(mode: contract.PayloadMode) ->
     states = {
         contract.STATUS: contract.status_data("degraded", "microphone: no audio for 5 s; check its cable"),
         contract.META: contract.meta_data(
-            Meta("0.1.0", MODEL, "0" * 64, ("en",), "onnxruntime", "cpu", "cuda", {"factory.en": "f" * 64}, ("mic",))
+            Meta(
+                *("0.1.0", MODEL, "0" * 64, ("en",), "onnxruntime", "cpu", "cuda", {"factory.en": "f" * 64}, ("mic",)),
+                hotwords=2,
+                hotwords_sha256="a" * 64,
+                standing=("grammar factory.en", "hotwords"),
+            )
         ),
         contract.HEALTH: contract.health_data(
-            Health(12.5, {"a": microphone, "b": unmeasured}, OutboxHealth(3, 1, 0, 2.5), None, 0.2, 80_000_000, None)
+            Health(
+                uptime_s=12.5,
+                muted=True,
+                microphones={"a": microphone, "b": unmeasured},
+                outbox=OutboxHealth(3, 1, 0, 2.5),
+                receipts={"accepted": 2, "rejected": 1, "missing": 0},
+                requests=RequestsHealth(5, 1, 0),
+                real_time_factor=None,
+                cpu_load=0.2,
+                memory_bytes=80_000_000,
+                temperature_c=None,
+            )
         ),
         contract.PARTIAL: contract.partial_data(utterance(), TRANSCRIPT),
     }

@@ -242,7 +242,7 @@ def test_names_of_guests_cannot_fill_the_memory() -> None:
 
 
 SNAPSHOT = Snapshot(
-    meta=Meta("1", "m 1", "", [], "onnxruntime", "cpu", "cpu", {}, []),
+    meta=Meta("1", "m 1", "", [], "onnxruntime", "cpu", "cpu", {}, [], 0, "", ()),
     microphones={},
     outbox=None,
     alarms=(),

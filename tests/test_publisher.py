@@ -634,7 +634,8 @@ def states(subscriber: Subscriber) -> list[str]:
 
 
 def test_birth_and_farewell_are_retained_and_every_connection_brings_them_again(broker: Broker, outbox: Outbox) -> None:
-    meta = contract.Meta("0.1.0", "micro-en", "0" * 64, ("en",), "onnxruntime", "cpu", "cpu", {}, ("microphone",))
+    model = ("micro-en", "0" * 64, ("en",), "onnxruntime", "cpu", "cpu")
+    meta = contract.Meta("0.1.0", *model, {}, ("microphone",), 0, "a" * 64, ())
 
     async def main() -> None:
         with Subscriber(broker) as subscriber:
