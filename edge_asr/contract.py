@@ -36,6 +36,7 @@ AGAIN = "live/again"
 
 REQUESTS = "req/"
 """Followed by the verb; what comes here is read by ``requests``, and what is answered goes where the sender said."""
+RECEIPT = "req/receipt"
 
 TOPICS: Mapping[str, str] = {
     TRANSCRIPT: "transcript",

@@ -24,8 +24,9 @@ from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
-from edge_asr.settings import MicrophoneSource, Settings, Tls
+from edge_asr.settings import MicrophoneSource, Settings, SettingsError, Tls
 from edge_asr.sources import SourceError, record
+from edge_asr.standing import StandingOrders
 from edge_asr.subscriber import Subscriber, SubscriberError
 
 State = Literal["ok", "warning", "failed"]
@@ -48,6 +49,8 @@ def examine(options: Settings, path: Path | None = None, ask: Callable[[str], No
     """Look at everything the settings of ``path`` name, one by one; with ``ask`` a person is asked to speak."""
     yield Finding("settings", "ok", str(path or "none given: the defaults"))
     yield _permissions(options)
+    options, standing = _under_orders(options)
+    yield standing
     recognizer: list[OnnxRecognizer | SherpaRecognizer] = []
     yield _model(options, recognizer.append)
     if recognizer:
@@ -63,6 +66,19 @@ def examine(options: Settings, path: Path | None = None, ask: Callable[[str], No
     yield _state_directory(options.outbox_path.parent)
     if options.outbox_path.exists():
         yield _outbox(options.outbox_path)
+
+
+def _under_orders(options: Settings) -> tuple[Settings, Finding]:
+    """What requests have set counts, not the settings; and a closed ear is easily forgotten."""
+    orders = StandingOrders(options.state_directory)
+    try:
+        effective = orders.over(options)
+    except (SettingsError, OSError) as error:
+        return options, Finding("requests", "failed", str(error), "run this as the service's user, or delete the file")
+    names = orders.names(options)
+    if orders.muted:
+        return effective, Finding("requests", "warning", f"the ear is closed ({', '.join(names)})", "send req/unmute")
+    return effective, Finding("requests", "ok", f"set by request: {', '.join(names) or 'nothing'}")
 
 
 def _permissions(options: Settings) -> Finding:

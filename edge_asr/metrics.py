@@ -197,6 +197,11 @@ def _of_source(name: str, about: str) -> GaugeMetricFamily:
 def _of_the_outbox(outbox: Statistics | None) -> Iterator[Metric]:
     if outbox is None:
         return
+    about = "Commands that the MES accepted or rejected, and receipts that were missing."
+    receipts = CounterMetricFamily("edge_asr_receipts", about, labels=("verdict",))
+    for verdict, count in outbox.receipts.items():
+        receipts.add_metric([verdict], count)
+    yield receipts
     waiting = GaugeMetricFamily("edge_asr_outbox_messages", "Messages that wait.", labels=("category",))
     for category, count in outbox.waiting.items():
         waiting.add_metric([category], count)

@@ -25,6 +25,9 @@ from edge_asr.link import Destination, LinkError, dial
 
 ANSWER_LIMIT_S = 10.0
 
+REMEMBERED = 100
+"""Commands of which a receipt can be told in words."""
+
 
 class SubscriberError(Exception):
     """The broker cannot be reached or refuses; the message says what to check."""
@@ -128,18 +131,36 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._partial_shown = False
+        self._commands: dict[str, str] = {}
+        """The last commands by id, to show what a receipt is about."""
 
     def show(self, delivery: Delivery) -> None:
         """Print one delivery."""
         if delivery.kind == contract.PARTIAL:
             self._show_partial(str(delivery.data.get("text", "")))
             return
-        describe = _LINES.get(delivery.kind)
+        describe = self._receipt if delivery.kind == contract.RECEIPT else _LINES.get(delivery.kind)
         if describe is None:
             return
+        if delivery.kind == contract.COMMAND:
+            self._remember(delivery.data)
         self._wipe_partial()
         moment = str(delivery.data.get("time", ""))[11:23]
         self._console.print(Text.assemble((f"{moment:12}  ", "dim"), describe(delivery.data)), soft_wrap=True)
+
+    def _remember(self, command: Mapping[str, Any]) -> None:
+        self._commands[command["id"]] = _call(command)
+        if len(self._commands) > REMEMBERED:
+            del self._commands[next(iter(self._commands))]
+
+    def _receipt(self, data: Mapping[str, Any]) -> Text:
+        """Somebody else's message: nothing in it is sure to be there."""
+        command_id, verdict, reason = (str(data.get(key, "")) for key in ("command_id", "verdict", "reason"))
+        mark, colour = ("✓", "green") if verdict == "accepted" else ("✗", "yellow")
+        about = self._commands.get(command_id, f"command {command_id}")
+        return Text.assemble(
+            (f"{mark} {verdict} by the MES: {about}", colour), (f"   {reason}" if reason else "", "dim")
+        )
 
     def _show_partial(self, text: str) -> None:
         if self._console.is_terminal:
@@ -183,6 +204,10 @@ def _alarm(data: Mapping[str, Any]) -> Text:
     return Text.assemble((f"! {data['kind']}", "bold red"), f"   {data['detail']}")
 
 
+def _again(data: Mapping[str, Any]) -> Text:
+    return Text.assemble((f"↻ “{data['text']}”", "cyan"), (f"   the {data['said']} again", "dim"))
+
+
 def _status(data: Mapping[str, Any]) -> Text:
     colour = {"online": "green", "degraded": "yellow"}.get(data["state"], "red")
     return Text.assemble((f"● {data['state']}", colour), (f"   {data['device']} {data['reason']}", "dim"))
@@ -214,6 +239,7 @@ _LINES: Mapping[str, Callable[[Mapping[str, Any]], Text]] = {
     contract.PENDING: _pending,
     contract.EXPIRED: _expired,
     contract.REJECTED: _rejected,
+    contract.AGAIN: _again,
     contract.ALARM: _alarm,
     contract.STATUS: _status,
     contract.META: _meta,
