@@ -90,14 +90,28 @@ class Sysbox:
 
 
 @contextlib.contextmanager
-def booted(folder: Path) -> Iterator[Sysbox]:
-    """Boot a machine in ``folder`` (empty) and power it off in the end."""
+def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
+    """Boot a machine in ``folder`` (empty) and power it off in the end.
+
+    A ``bare`` one has no program; it has a /usr of its own to write to and knows the host's packages.
+    """
     _skip_where_containers_are_forbidden()
     root = folder / "root"
     _furnish(root)
+    if bare:
+        (folder / "usr").mkdir(mode=0o755)
+        (root / "var/lib").mkdir(mode=0o755)
+        shutil.copytree("/var/lib/dpkg", root / "var/lib/dpkg", symlinks=True)
+        (root / "var/lib/dpkg/statoverride").write_text("", encoding="ascii")  # names groups that are not here
+        mounts = [f"--overlay=/usr:{folder}/usr:/usr"]
+    else:
+        _install_program(root / INSTALLED.lstrip("/"))
+        mounts = [f"--bind-ro={bind}" for bind in ("/usr", *_program())]
     console = folder / "console.log"
     with console.open("wb") as output:
-        nspawn = subprocess.Popen(_nspawn(root), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        nspawn = subprocess.Popen(
+            _nspawn(root, mounts), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         machine = Sysbox(root, _wait_until_running(nspawn, console))
         machine.run("ldconfig")  # how Python is found by its programs, and PortAudio by Python
@@ -134,7 +148,6 @@ def _furnish(root: Path) -> None:
     (root / "etc/systemd/system").mkdir(parents=True)
     (root / "etc/systemd/system/default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     (root / "var/log/journal").mkdir(parents=True)
-    _install_program(root / INSTALLED.lstrip("/"))
 
 
 def _install_program(folder: Path) -> None:
@@ -156,18 +169,23 @@ def _base_prefix_inside() -> str:
     return sys.base_prefix if Path(sys.base_prefix).is_relative_to("/usr") else "/opt/python"
 
 
-def _nspawn(root: Path) -> list[str]:
-    binds = ["/usr", f"{sysconfig.get_path('purelib')}:{INSTALLED}/packages"]
+def _program() -> list[str]:
+    """What of the host a machine's program consists of."""
+    binds = [f"{sysconfig.get_path('purelib')}:{INSTALLED}/packages"]
     binds += [f"{CHECKOUT / part}:{INSTALLED}/checkout/{part}" for part in ("edge_asr", "models", "examples", "tools")]
     if _base_prefix_inside() != sys.base_prefix:
         binds.append(f"{sys.base_prefix}:{_base_prefix_inside()}")
+    return binds
+
+
+def _nspawn(root: Path, mounts: list[str]) -> list[str]:
     return [
         # The kernel ends the machine with the test run, even when that is killed.
         *("setpriv", "--pdeathsig", "KILL"),
         *("systemd-nspawn", "--quiet", f"--directory={root}", f"--machine=sysbox-{uuid.uuid4().hex[:8]}", "--boot"),
         *("--private-network", "--register=no", "--keep-unit", "--console=pipe", "--link-journal=no"),
         *("--resolv-conf=off", "--timezone=off"),
-        *(f"--bind-ro={bind}" for bind in binds),
+        *mounts,
     ]
 
 
