@@ -66,6 +66,8 @@ Severity = Literal["warning", "critical"]
 AlarmState = Literal["raised", "over"]
 Data = dict[str, Json]
 
+_UNSAFE = str.maketrans(dict.fromkeys(".&%=", "_"))
+
 _ENDED = "ended_ns"
 """Kept with the stored data only: CLOCK_BOOTTIME of the end of speech, which becomes ``latency_ms``."""
 
@@ -80,6 +82,8 @@ class Payload:
     user_properties: tuple[tuple[str, str], ...] = ()
     expires_s: int | None = None
     """MQTT message expiry interval: the broker drops it for subscribers that come later; see :data:`MIN_LIFE_S`."""
+    is_text: bool = True
+    """UTF-8, and MQTT says so."""
     correlation: bytes | None = None
     """MQTT correlation data of the request that this answers."""
 
@@ -230,8 +234,7 @@ class Renderer:
 
     def _envelope(self, name: str, data: Mapping[str, Json]) -> tuple[str, bytes]:
         """Content type and body."""
-        content: Mapping[str, object] = data
-        content_type = "application/json"
+        content_type, content = "application/json", _tag_safe(dict(data))
         if self.mode == "cloudevents":
             content_type = "application/cloudevents+json"
             content = {
@@ -242,9 +245,16 @@ class Renderer:
                 "time": data["time"],
                 "datacontenttype": "application/json",
                 "dataschema": schema_id(name),
-                "data": data,
+                "data": dict(data),
             }
         return content_type, json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _tag_safe(value: Json) -> Json:
+    """The same with no name that breaks a SCADA tag: names of grammars, sources and slots are the site's own."""
+    if isinstance(value, dict):
+        return {name.translate(_UNSAFE): _tag_safe(inner) for name, inner in value.items()}
+    return [_tag_safe(inner) for inner in value] if isinstance(value, list) else value
 
 
 def transcript_draft(utterance: Utterance, transcript: Transcript, *, model: str) -> Draft:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
 from edge_asr.health import ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
+from edge_asr.home_assistant import discovery
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
 from edge_asr.link import destinations
@@ -48,6 +50,7 @@ from edge_asr.pipeline import Pipeline, Source, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
+from edge_asr.sparkplug import Mirror, Node, group_of
 from edge_asr.standing import StandingOrders
 from edge_asr.watchdog import Watchdog
 from edge_asr.worker import Worker, WorkerError
@@ -90,6 +93,17 @@ def open_gateway(options: Settings) -> Gateway | None:
         remedy = "install them with `pip install 'edge-asr[gateway]'`, or remove the section"
         raise settings.SettingsError(f"gateway: needs packages that are not here ({error.name}); {remedy}") from None
     return Gateway(options)
+
+
+def open_mirror(options: Settings, model: str) -> Mirror | None:
+    """The Sparkplug mirror that the settings ask for. Raises SettingsError."""
+    if not options.sparkplug.enabled:
+        return None
+    if importlib.util.find_spec("google.protobuf") is None:
+        remedy = "install it with `pip install 'edge-asr[sparkplug]'`, or leave it disabled"
+        raise settings.SettingsError(f"sparkplug: needs protobuf, which is not here; {remedy}")
+    node = Node(group_of(options), options.device, {"Version": edge_asr.__version__, "Model": model})
+    return Mirror(node, f"{options.mqtt.client_id or f'edge-asr-{options.device}'}-sparkplug")
 
 
 def plan(options: Settings) -> Iterator[str]:
@@ -136,15 +150,9 @@ class Daemon:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
         options = self.options
         chosen = [build_source(each) for each in options.sources] if sources is None else sources
-        renderer = Renderer(options.topic_root, options.device, options.mqtt.payload)
         self._attendant = Attendant(self)
-        self._publisher = Publisher(
-            options.mqtt,
-            renderer,
-            self.outbox,
-            on_change=self._on_broker,
-            on_request=self._attendant.take if options.requests.allow else None,
-        )
+        self._mirror = open_mirror(options, self._worker.name)
+        self._publisher = self._open_publisher()
         self._microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
         self.pipeline = Pipeline(
             options,
@@ -165,6 +173,8 @@ class Daemon:
             asyncio.create_task(self._watchdog.run(), name="watchdog"),
             asyncio.create_task(self._attendant.run(), name="requests"),
         ]
+        if self._mirror is not None:
+            background.append(asyncio.create_task(self._mirror.run(), name="sparkplug"))
         if options.monitoring.port is not None:
             self._metrics = Metrics()
             self.pipeline.noted = self._metrics.count
@@ -187,6 +197,21 @@ class Daemon:
             finally:
                 self._worker.close()
                 self.outbox.close()
+
+    def _open_publisher(self) -> Publisher:
+        options = self.options
+        renderer = Renderer(options.topic_root, options.device, options.mqtt.payload)
+        assistant = options.home_assistant
+        found_by = discovery(renderer, assistant.prefix, version=edge_asr.__version__, model=self._worker.name)
+        return Publisher(
+            options.mqtt,
+            renderer,
+            self.outbox,
+            on_change=self._on_broker,
+            on_request=self._attendant.take if options.requests.allow else None,
+            on_delivered=self._mirror.show if self._mirror is not None else lambda *_: None,
+            announcements=[found_by] if assistant.enabled else [],
+        )
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Partials go to the broker, and to the session that speaks."""
@@ -370,6 +395,8 @@ class Daemon:
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""
         self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        if self._mirror is not None:
+            self._mirror.follow(self._publisher.to)
         self._show_status()
 
     def _show_status(self) -> None:

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode, MQTTProtocolVersion
@@ -32,7 +32,6 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.contract import Payload
 from edge_asr.events import Message
-from edge_asr.mailbox import Mailbox
 from edge_asr.settings import Broker, Mqtt, Tls
 
 T = TypeVar("T")
@@ -88,6 +87,23 @@ class Flight:
     deadline: asyncio.TimerHandle | None = None
 
 
+class Inbox(Protocol):
+    """What takes the messages that the broker sends on one connection."""
+
+    @property
+    def session(self) -> Properties:
+        """What CONNECT tells the broker; with a SessionExpiryInterval the session is kept."""
+
+    def attach(self, client: Client, send: Callable[[Payload], None]) -> None:
+        """Be there before the client connects."""
+
+    def open(self, connack: Properties) -> None:
+        """Subscribe."""
+
+    def close(self) -> None:
+        """The connection has ended."""
+
+
 class Link:
     """One connection, from CONNECT to its end; nothing of it is used again."""
 
@@ -111,21 +127,22 @@ class Link:
         """The other side closed it, neither we nor the network on the way."""
         self.on_puback: Callable[[Message | None, ReasonCode], None] = lambda _message, _reason: None
         self.on_end: Callable[[], object] = lambda: None
-        self._mailbox: Mailbox | None = None
+        self._inbox: Inbox | None = None
 
     @classmethod
-    async def open(cls, to: Destination, client_id: str, will: Payload, mailbox: Mailbox | None = None) -> Link:
-        """Dial and wait for the broker's consent; ``mailbox`` takes the requests. Raises LinkError."""
+    async def open(
+        cls, to: Destination, client_id: str, will: Payload, inbox: Inbox | None = None, *, retain_will: bool = True
+    ) -> Link:
+        """Dial and wait for the broker's consent; ``inbox`` takes what it sends. Raises LinkError."""
         client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5)
-        client.will_set(
-            will.topic, will.body, qos=1, retain=True, properties=_content_properties(PacketTypes.WILLMESSAGE, will)
-        )
+        about_will = _content_properties(PacketTypes.WILLMESSAGE, will)
+        client.will_set(will.topic, will.body, qos=1, retain=retain_will, properties=about_will)
         client.max_inflight_messages = 0  # the window is kept here, so that paho never queues
         link = cls(client, to)
-        if mailbox is not None:
-            link._mailbox = mailbox
-            mailbox.attach(client, lambda payload: link.publish(payload, qos=0))
-        session = mailbox.session if mailbox is not None else None
+        if inbox is not None:
+            link._inbox = inbox
+            inbox.attach(client, lambda payload: link.publish(payload, qos=0))
+        session = inbox.session if inbox is not None else None
         try:
             await _in_disposable_thread(lambda: dial(client, to, session), "mqtt-dial")
             link._attach(to.keepalive_s)
@@ -140,8 +157,8 @@ class Link:
             raise LinkError(f"{to.address}: {connack}")
         link.window = min(WINDOW, getattr(connack, "ReceiveMaximum", WINDOW))
         link._maximum_packet_bytes = getattr(connack, "MaximumPacketSize", link._maximum_packet_bytes)
-        if mailbox is not None and not link.ended:
-            mailbox.open(connack)
+        if inbox is not None and not link.ended:
+            inbox.open(connack)
         return link
 
     @property
@@ -245,8 +262,8 @@ class Link:
         if self.ended:
             return
         self.ended = reason
-        if self._mailbox is not None:
-            self._mailbox.close()
+        if self._inbox is not None:
+            self._inbox.close()
         for flight in self.in_flight.values():
             if flight.deadline is not None:
                 flight.deadline.cancel()
@@ -416,6 +433,6 @@ def _publish_properties(payload: Payload) -> Properties:
 
 def _content_properties(packet_type: int, payload: Payload) -> Properties:
     properties = Properties(packet_type)  # type: ignore[no-untyped-call]
-    properties.PayloadFormatIndicator = 1  # UTF-8
+    properties.PayloadFormatIndicator = int(payload.is_text)
     properties.ContentType = payload.content_type
     return properties

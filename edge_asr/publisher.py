@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr import contract
-from edge_asr.contract import Renderer
+from edge_asr.contract import Payload, Renderer
 from edge_asr.events import Json, Message
 from edge_asr.link import WINDOW, Destination, Link, LinkError, destinations
 from edge_asr.mailbox import Mailbox
@@ -79,11 +79,16 @@ class Publisher:
         *,
         on_change: Callable[[], None] = lambda: None,
         on_request: Callable[[Letter], None] | None = None,
+        on_delivered: Callable[[str, Message, bool], None] = lambda _topic, _message, _replayed: None,
+        announcements: Sequence[Payload] = (),
     ) -> None:
         """``on_change`` is called whenever ``connected`` or ``trouble`` has changed, ``on_request`` with every request.
 
-        None: the device listens to no requests.
+        Without ``on_request`` the device listens to no requests. ``on_delivered`` is called with every message that the
+        broker has taken: the topic that it left as, itself, whether replayed. ``announcements`` are retained.
         """
+        self._on_delivered = on_delivered
+        self._announcements = announcements
         self._mqtt = mqtt
         self._destinations = destinations(mqtt)
         self._renderer = renderer
@@ -100,6 +105,8 @@ class Publisher:
         """Why there is no connection; empty when there is one, or none was tried."""
         self.broker = ""
         """Host and port of the broker in use; empty: none is."""
+        self.to: Destination | None = None
+        """The same, with how to speak to it."""
 
     @property
     def connected(self) -> bool:
@@ -181,12 +188,15 @@ class Publisher:
             link, self._outbox, self._renderer, _Pace(self._mqtt.replay_per_s), cautious=self._cautious
         )
         search = asyncio.create_task(self._find_better(link, delivery), name="publisher-better-broker")
-        self.broker = link.to.address
+        self.to, self.broker = link.to, link.to.address
+        delivery.on_delivered = self._on_delivered
         self._tell("")  # before the link is in use: what is set on hearing it goes out with the rest
         self._link = link
         try:
             for topic in self._retained:
                 self._send_retained(link, topic)
+            for announcement in self._announcements:
+                link.publish(announcement, qos=1, retain=True)
             await self._outbox.note_broker(self.broker)
             await delivery.run()
             if self._better is None:
@@ -199,7 +209,7 @@ class Publisher:
         finally:
             search.cancel()
             await asyncio.gather(search, return_exceptions=True)
-            self._link, self.broker = None, ""
+            self._link, self.to, self.broker = None, None, ""
             self._cautious = delivery.cautious
             link.abort("the connection is no longer wanted")
             self._on_change()
@@ -272,6 +282,9 @@ class _Delivery:
         self._overtaking_cursor = self._backlog_end
         self._overtook: set[int] = set()
         """Sent ahead of the cursor."""
+        self.on_delivered: Callable[[str, Message, bool], None] = lambda _topic, _message, _replayed: None
+        self._left_as: dict[int, str] = {}
+        """Sequence number -> topic, of what is in flight."""
         self._taken: list[int] = []
         """Acknowledged by the broker, not yet removed from the outbox."""
         self._refused: list[tuple[int, str]] = []
@@ -364,6 +377,7 @@ class _Delivery:
             if replayed:
                 self._pace.count(self._loop.time())
             if self._link.fits(payload):
+                self._left_as[message.seq] = payload.topic.removeprefix(f"{self._renderer.root}/")
                 deadline_s = life_s if payload.expires_s is not None else None
                 self._link.publish(payload, qos=1, message=message, deadline_s=deadline_s)
             else:
@@ -434,6 +448,8 @@ class _Delivery:
             self._taken.append(message.seq)
             self._wanted.discard(message.seq)
             self.cautious = bool(self._wanted)
+            topic = self._left_as.pop(message.seq, message.topic)
+            self.on_delivered(topic, message, message.seq <= self._backlog_end)
 
 
 def pause_s(failures: int, longest_s: float) -> float:

@@ -329,6 +329,22 @@ class Monitoring(_Section):
     """Of /metrics, /livez and /readyz. None: nobody may ask."""
 
 
+class Sparkplug(_Section):
+    """A mirror as Sparkplug B 3.0 for SCADA; needs the extra ``sparkplug``. See docs/scada.md."""
+
+    enabled: bool = False
+    group: TopicSegment | None = None
+    """Group id; None: the site's levels, joined by ``-``. The edge node id is the device's name."""
+
+
+class HomeAssistant(_Section):
+    """Discovery, so that Home Assistant shows the device by itself. See docs/scada.md."""
+
+    enabled: bool = False
+    prefix: TopicSegment = "homeassistant"
+    """Home Assistant's own setting of that name."""
+
+
 class Log(_Section):
     """What the daemon says about itself."""
 
@@ -353,6 +369,8 @@ class Settings(_Section):
     hotwords: Hotwords = Hotwords()
     outbox: Outbox = Outbox()
     mqtt: Mqtt = Mqtt()
+    sparkplug: Sparkplug = Sparkplug()
+    home_assistant: HomeAssistant = HomeAssistant()
     requests: Requests = Requests()
     gateway: Gateway | None = None
     """None: no gateway."""

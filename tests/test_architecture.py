@@ -33,6 +33,8 @@ ORDER = (
         "mailbox",
         "link",
         "publisher",
+        "sparkplug",
+        "home_assistant",
         "systemd",
         "spool",
         "logs",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cloudevents.core.formats.json import JSONFormat
@@ -14,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, ValidationError
 
-from edge_asr import clock, contract
+from edge_asr import clock, contract, settings
 from edge_asr.confirmation import Pending
 from edge_asr.contract import Data, Health, Meta, MicrophoneHealth, OutboxHealth, Payload, Renderer, RequestsHealth
 from edge_asr.events import Command, Draft, Message, Rejection, Token, Transcript, Utterance, new_id
@@ -165,6 +168,34 @@ def test_a_payload_that_lacks_a_required_field_or_has_an_undescribed_one_does_no
             validator("transcript").validate({key: value for key, value in data.items() if key != name})
     with pytest.raises(ValidationError):
         validator("transcript").validate({**data, "ended_ns": 5})
+
+
+def names_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from names_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from names_in(inner)
+
+
+def test_with_the_ignition_example_every_name_at_every_depth_is_a_tag() -> None:
+    shipped = Path(__file__).parent.parent / "examples" / "ignition" / "settings.yaml"
+    options = settings.load(shipped)
+    renderer = Renderer(options.topic_root, options.device, options.mqtt.payload)
+    grammars = {"factory.en": "f" * 64, "a & b = 5 %": "0" * 64}
+    about = contract.meta_data(
+        Meta("0.1.0", MODEL, "0" * 64, ("en",), "onnxruntime", "cpu", "cpu", grammars, (), 0, "0" * 64, ())
+    )
+    payloads = [renderer.state(contract.META, about)]
+    odd = replace(COMMAND, slots={"speed=max": 3, "a.b": "c"}, units={"a.b": "rpm"})
+    payloads.append(rendered(contract.command_draft(utterance(), TRANSCRIPT, odd, model=MODEL), 10.0, renderer))
+    for payload in payloads:
+        found = list(names_in(json.loads(payload.body)))
+        assert not [name for name in found if set(".&%=") & set(name)]
+        assert payload.topic.startswith("acme/hall-2/voice/press-07/")
+    assert "factory_en" in json.loads(payloads[0].body)["grammars"]
 
 
 def test_no_topic_is_the_parent_of_another_and_no_field_name_breaks_a_scada_tag() -> None:

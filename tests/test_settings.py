@@ -17,7 +17,16 @@ from edge_asr.settings import FilesSource, MicrophoneSource, Settings, SettingsE
 
 SECTIONS: tuple[type[BaseModel], ...] = (
     *(Settings, settings.Site, settings.Model, settings.Vad, settings.Partials, settings.Commands, settings.Outbox),
-    *(settings.Mqtt, settings.Tls, settings.Log, MicrophoneSource, FilesSource, StdinSource),
+    *(
+        settings.Mqtt,
+        settings.Sparkplug,
+        settings.HomeAssistant,
+        settings.Tls,
+        settings.Log,
+        MicrophoneSource,
+        FilesSource,
+        StdinSource,
+    ),
 )
 KEYS = sorted({key for section in SECTIONS for key in section.model_fields})
 
