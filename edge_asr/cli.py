@@ -29,6 +29,7 @@ from edge_asr.audio import AudioFileError, measure, read_file, to_float
 from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
 from edge_asr.cli_outbox import outbox
+from edge_asr.cli_privacy import audit, recordings
 from edge_asr.cli_settings import settings_verbs
 from edge_asr.command_line import (
     EXIT_FOUND,
@@ -369,6 +370,8 @@ def grammar_parse(name: str, text: str) -> None:
 
 main.add_command(models)
 main.add_command(settings_verbs)
+main.add_command(recordings)
+main.add_command(audit)
 main.add_command(outbox)
 
 

@@ -16,6 +16,7 @@ import click
 
 from edge_asr import settings
 from edge_asr.audio import AudioFileError
+from edge_asr.audit import AuditError
 from edge_asr.broker import BrokerError
 from edge_asr.download import DownloadError
 from edge_asr.evaluation import ManifestError
@@ -25,6 +26,7 @@ from edge_asr.hotwords import HotwordError
 from edge_asr.link import LinkError
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError
+from edge_asr.recorder import RecorderError
 from edge_asr.settings import Settings
 from edge_asr.sources import SourceError
 from edge_asr.subscriber import SubscriberError
@@ -69,7 +71,9 @@ def one_line_errors() -> Iterator[None]:
         LinkError: EXIT_UNAVAILABLE,
         WorkerError: EXIT_SOFTWARE,
         GatewayError: EXIT_UNAVAILABLE,
+        AuditError: EXIT_IO,
         OutboxError: EXIT_IO,
+        RecorderError: EXIT_NO_INPUT,
     }
     try:
         yield

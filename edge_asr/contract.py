@@ -15,7 +15,7 @@ import functools
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edge_asr import clock
@@ -173,6 +173,8 @@ class Health:
     temperature_c: float | None
     broker: str | None = None
     """Host and port of the broker in use."""
+    audit_newest: str | None = None
+    """``number:hash`` of the newest record of the audit log: whoever keeps it can prove what came before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +339,16 @@ def alarm_draft(
     about: Data = {} if source is None else {"source": source}
     data: Data = {"kind": kind, "severity": severity, "state": state, "detail": detail, "remedy": remedy, **about}
     return Draft(ALARM, "alarm", data)
+
+
+def discreet(draft: Draft) -> Draft | None:
+    """What is left of a message where only commands may be known: no free text; None: nothing."""
+    if draft.category == "transcript":
+        return None
+    withheld: Data = {"text": "", "tokens": [], "candidates": [], "detail": "the site keeps texts to itself"}
+    if draft.topic == ALARM:
+        return draft
+    return replace(draft, data={key: withheld.get(key, value) for key, value in draft.data.items()})
 
 
 def partial_data(utterance: Utterance, transcript: Transcript) -> Data:

@@ -33,6 +33,7 @@ from edge_asr import (
 )
 from edge_asr.alarms import AlarmBoard, Condition, earlier, losses, missing_receipts
 from edge_asr.attendant import Attendant
+from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.contract import Meta, MicrophoneHealth, Renderer, RequestsHealth
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
@@ -46,8 +47,9 @@ from edge_asr.metrics import Metrics, Snapshot
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.monitor import Monitor, Page, verdict
 from edge_asr.outbox import Outbox, OutboxError
-from edge_asr.pipeline import Pipeline, Source, with_company
+from edge_asr.pipeline import Pipeline, Source, Timing, Understanding, with_company
 from edge_asr.publisher import Publisher
+from edge_asr.recorder import Recorder
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
 from edge_asr.sparkplug import Mirror, Node, group_of
@@ -125,6 +127,20 @@ def plan(options: Settings) -> Iterator[str]:
         yield f"let talk    through the gateway on {options.gateway.host}:{options.gateway.port}"
 
 
+def open_outbox(options: Settings) -> Outbox:
+    """The outbox; with an audit log where the settings ask for one. Raises OutboxError, AuditError."""
+    if not options.audit.enabled:
+        return Outbox(options.outbox_path, options.outbox.max_bytes)
+    texts = options.audit.texts and options.privacy.publish == "everything"
+    audit = AuditLog(options.audit_directory, texts=texts, days=options.audit.days)
+    return AuditedOutbox(options.outbox_path, options.outbox.max_bytes, audit)
+
+
+def open_recorder(options: Settings) -> Recorder | None:
+    """What keeps doubtful utterances; None where the settings do not ask for it. Raises SettingsError."""
+    return None if options.recorder.public_key is None else Recorder(options.recorder, options.recordings_directory)
+
+
 class Daemon:
     """One running box. Construction checks everything that can be wrong; :meth:`run` does the work."""
 
@@ -137,8 +153,10 @@ class Daemon:
         self._vad = model_store.locate_vad()
         self._fitting = asyncio.Lock()
         self._before = earlier(options.outbox_path)
-        self.outbox = Outbox(options.outbox_path, options.outbox.max_bytes)
+        self.outbox = open_outbox(options)
+        self._recorder = open_recorder(options)
         self._meter = ProcessMeter()
+        self._metrics = Metrics()
         self._alarms = AlarmBoard()
         self._thermals = thermal.read()
         self._judges: dict[str, HearingJudge] = {}
@@ -175,9 +193,8 @@ class Daemon:
         ]
         if self._mirror is not None:
             background.append(asyncio.create_task(self._mirror.run(), name="sparkplug"))
+        self.pipeline.noted = self._note
         if options.monitoring.port is not None:
-            self._metrics = Metrics()
-            self.pipeline.noted = self._metrics.count
             pages = {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}
             monitor = Monitor(options.monitoring.host, options.monitoring.port, pages)
             background.append(asyncio.create_task(monitor.run(), name="monitor"))
@@ -197,6 +214,13 @@ class Daemon:
             finally:
                 self._worker.close()
                 self.outbox.close()
+                if self._recorder is not None:
+                    self._recorder.close()
+
+    def _note(self, heard: Understanding, timing: Timing) -> None:
+        self._metrics.count(heard, timing)
+        if self._recorder is not None:
+            self._recorder.offer(heard)
 
     def _open_publisher(self) -> Publisher:
         options = self.options
@@ -318,17 +342,12 @@ class Daemon:
         self.show()
 
     async def _tell_of_model(self) -> None:
-        """Let people know that a newly activated model had to make way, or that an accelerator is not in use."""
+        """Let people know that a newly activated model had to make way."""
         alarms = []
         trouble, self._worker.trouble = self._worker.trouble, ""
         if trouble:
             remedy = "import another release; see docs/models.md"
             alarms.append(contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy))
-        wanted, in_use = self.options.model.provider, self._worker.facts.provider
-        if in_use != wanted:
-            detail = f"the model runs on {in_use} instead of {wanted}"
-            remedy = "install a matching wheel; see docs/jetson.md"
-            alarms.append(contract.alarm_draft("provider-fallback", detail, severity="warning", remedy=remedy))
         for alarm in alarms:
             log.error(alarm.data["detail"])
         with contextlib.suppress(OutboxError):  # the disk is full: the log has it
@@ -427,7 +446,10 @@ class Daemon:
                     muted=self.pipeline.muted,
                     requests=asked,
                 )
+                if isinstance(self.outbox, AuditedOutbox):
+                    health = replace(health, audit_newest=self.outbox.audit.newest)
                 self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
+                await self._forget_transcripts()
                 lost = losses(self._before, statistics, self.options.outbox_path)
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
                     await self.outbox.append(*lost)
@@ -442,6 +464,13 @@ class Daemon:
                 missing = await self.outbox.miss_receipts(within_s)
                 if missing:
                     await self.outbox.append(missing_receipts(missing, within_s))
+
+    async def _forget_transcripts(self) -> None:
+        """Keep to `privacy.transcript_days`, unless the clock may be wrong by years."""
+        days = self.options.privacy.transcript_days
+        if days is not None and clock.time_quality() == "synchronized":
+            with contextlib.suppress(OutboxError):  # the next look does it
+                await self.outbox.forget_transcripts(clock.wall_ns() - round(days * 86_400 * clock.NS_PER_S))
 
     def _microphone_health(self) -> dict[str, MicrophoneHealth]:
         troubles: dict[str, list[str]] = {}
@@ -520,5 +549,5 @@ class Daemon:
         wanted, in_use = self.options.model.provider, self._worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"
-            remedy = "install the matching onnxruntime wheel, or set model.provider; see docs/models.md"
+            remedy = "install a matching wheel; see docs/jetson.md"
             yield Condition("provider-fallback", None, "warning", detail, remedy)

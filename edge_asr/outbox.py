@@ -5,6 +5,7 @@ Law:
 - ``append`` returns after the disk commit (WAL, synchronous=FULL); the drafts of one call are committed together.
 - ``seq`` grows by one per message and is never used twice, not even after the file was damaged or deleted.
 - Only a broker's acknowledgement, its final refusal or the quota removes a message; every drop is counted durably.
+  Beyond that a site may limit the age of transcripts (``privacy.transcript_days``).
 - A command's age is a difference of CLOCK_BOOTTIME readings of one boot; after a reboot its life is over.
 
 One thread owns the one connection. SQLite 3.7.0 to 3.51.2 can lose committed writes when two connections write or
@@ -179,6 +180,10 @@ class Outbox:
     async def miss_receipts(self, within_s: float) -> list[str]:
         """The ids of commands delivered so long ago without a receipt, each once. Raises OutboxError."""
         return await self._submit(lambda database: database.miss_receipts(within_s))
+
+    async def forget_transcripts(self, before_wall_ns: int) -> int:
+        """Delete transcripts committed before a moment, waiting or refused; how many. Raises OutboxError."""
+        return await self._submit(lambda database: database.forget_transcripts(before_wall_ns))
 
     async def note_broker(self, address: str) -> None:
         """Remember which broker takes the messages, for whoever asks; empty: none. Raises OutboxError."""
@@ -445,6 +450,13 @@ class _Database:
     def discard(self, seqs: Sequence[int]) -> list[int]:
         forget = "DELETE FROM dead_letter WHERE seq = ?"
         return [seq for seq in seqs if self.connection.execute(forget, (seq,)).rowcount]
+
+    def forget_transcripts(self, before_wall_ns: int) -> int:
+        forget = "WHERE category = 'transcript' AND created_wall_ns < ?"
+        return sum(
+            self.connection.execute(f"DELETE FROM {table} {forget}", (before_wall_ns,)).rowcount  # noqa: S608 - ours
+            for table in ("message", "dead_letter")
+        )
 
     def note_broker(self, address: str) -> None:
         change = "UPDATE broker SET address = ?, since_wall_ns = ? WHERE address != ?"

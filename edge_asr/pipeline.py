@@ -488,6 +488,7 @@ class Pipeline:
         """Gate one source's frames into finals, and offer partials while somebody speaks."""
         ear = self.ears[source.name]
         interval = round(self._options.partials.interval_s * SAMPLE_RATE)
+        partials = self._options.partials.enabled and self._options.privacy.publish == "everything"
         next_partial = 0
         async for frame in source.frames():
             if self.muted:
@@ -497,7 +498,7 @@ class Pipeline:
                 await self._close(utterance)
             if not ear.speaking:
                 next_partial = frame.end + interval
-            elif self._options.partials.enabled and frame.end >= next_partial:
+            elif partials and frame.end >= next_partial:
                 next_partial = frame.end + interval
                 growing = ear.growing()
                 if growing is not None:
@@ -553,7 +554,7 @@ class Pipeline:
         await self._commit(outcomes, heard.utterance.id)
         self._confirming.set()
         self.utterances += 1
-        _tell(heard)
+        _tell(heard, texts=self._options.privacy.publish == "everything")
         return heard
 
     async def _commit(self, outcomes: Sequence[confirmation.Outcome], utterance_id: str | None = None) -> None:
@@ -562,6 +563,8 @@ class Pipeline:
         What comes of an utterance gets ids from its id, so that a restart in the wrong moment makes no other messages.
         """
         drafts = [draft for outcome in outcomes for draft in self._drafts(outcome)]
+        if self._options.privacy.publish == "commands":
+            drafts = [left for draft in drafts if (left := contract.discreet(draft)) is not None]
         if utterance_id is not None:
             drafts = [replace(draft, id=derived_id(utterance_id, index)) for index, draft in enumerate(drafts)]
         while drafts:
@@ -645,7 +648,7 @@ def _timing(ended_ns: int, taken_ns: int, understood_ns: int, committed_ns: int)
     )
 
 
-def _tell(heard: Understanding) -> None:
+def _tell(heard: Understanding, *, texts: bool) -> None:
     """One log line per utterance, findable by its id in the journal. Texts are personal: debug level only."""
     decision = heard.decision
     if isinstance(decision, Command):
@@ -661,5 +664,5 @@ def _tell(heard: Understanding) -> None:
         outcome,
         extra={"utterance_id": heard.utterance.id, "source": heard.utterance.source},
     )
-    if heard.transcript is not None:
+    if texts and heard.transcript is not None:
         log.debug("heard %r", heard.transcript.text, extra={"utterance_id": heard.utterance.id})

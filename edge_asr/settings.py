@@ -320,6 +320,39 @@ class Gateway(_Section):
         return self
 
 
+class Recorder(_Section):
+    """Doubtful utterances, kept for people to label; off unless a key is set. See docs/privacy.md."""
+
+    public_key: Path | None = None
+    """X25519 public key (PEM) to which every recording is sealed; only its private key, kept elsewhere, opens them.
+    None: nothing is recorded."""
+    below: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Commands with less confidence are kept, and everything that was rejected for what was heard."""
+    max_bytes: Annotated[int, Field(ge=1_000_000)] = 512 * 1024 * 1024
+    """When it is reached the oldest go first."""
+    days: Annotated[float, Field(gt=0, le=3650)] = 30.0
+    """Older recordings are deleted."""
+
+
+class Privacy(_Section):
+    """What may leave the box or stay on it."""
+
+    publish: Literal["everything", "commands"] = "everything"
+    """commands: no transcript and no partial is kept or sent, and commands and rejections carry no free text."""
+    transcript_days: Annotated[float, Field(gt=0, le=3650)] | None = None
+    """Transcripts that have waited longer for a broker are deleted. None: they wait until the outbox is full."""
+
+
+class Audit(_Section):
+    """A hash-chained record of what was said, understood, sent and done; see docs/privacy.md."""
+
+    enabled: bool = False
+    texts: bool = True
+    """With the words that were heard; they are never there where privacy.publish is commands."""
+    days: Annotated[float, Field(gt=0, le=36_500)] = 365.0
+    """Older files of the log are deleted."""
+
+
 class Monitoring(_Section):
     """Numbers for Prometheus and answers for whoever asks whether the box works; no text of anybody's."""
 
@@ -374,6 +407,9 @@ class Settings(_Section):
     requests: Requests = Requests()
     gateway: Gateway | None = None
     """None: no gateway."""
+    recorder: Recorder = Recorder()
+    privacy: Privacy = Privacy()
+    audit: Audit = Audit()
     monitoring: Monitoring = Monitoring()
     log: Log = Log()
 
@@ -383,6 +419,12 @@ class Settings(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"sources: the name {twice[0]!r} is used twice; give each source its own `name`")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_kept_in_private(self) -> Settings:
+        if self.privacy.publish == "commands" and self.recorder.public_key is not None:
+            raise ValueError("recorder.public_key: with privacy.publish: commands nothing may be recorded; unset one")
         return self
 
     @property
@@ -401,6 +443,16 @@ class Settings(_Section):
             return Path(of_systemd.split(":")[0])
         home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(home) / "edge-asr"
+
+    @property
+    def recordings_directory(self) -> Path:
+        """Where the recorder keeps doubtful utterances."""
+        return self.state_directory / "recordings"
+
+    @property
+    def audit_directory(self) -> Path:
+        """Where the audit log is."""
+        return self.state_directory / "audit"
 
     @property
     def models_directory(self) -> Path:

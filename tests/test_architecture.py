@@ -18,6 +18,7 @@ ORDER = (
         "confirmation",
         "outbox_file",
         "outbox",
+        "audit",
         "model_store",
         "archive",
         "download",
@@ -42,10 +43,20 @@ ORDER = (
         "hearing",
         "thermal",
     ),
-    *("health", "pipeline", "metrics", "monitor", "gateway", "engine", "worker", "watchdog"),
+    *("health", "pipeline", "metrics", "monitor", "recorder", "gateway", "engine", "worker", "watchdog"),
     *("standing", "attendant", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
-    *("command_line", "settings_reference", "cli_gateway", "cli_models", "cli_settings", "cli_outbox", "cli"),
+    *(
+        "command_line",
+        "settings_reference",
+        "cli_gateway",
+        "cli_models",
+        "cli_settings",
+        "labelling",
+        "cli_privacy",
+        "cli_outbox",
+        "cli",
+    ),
 )
 PACKAGE = Path(edge_asr.__file__).parent
 ROOMS = sorted(PACKAGE.glob("[!_]*.py"))

@@ -1,0 +1,245 @@
+"""The audit log finds every change of what was written, with a real outbox, a real daemon and real crashes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_asr import audit, cli
+from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
+from edge_asr.events import Draft, Json
+from edge_asr.outbox import OutboxError
+from tests.broker import Broker, Subscriber
+from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
+
+
+def edge_asr(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments)
+
+
+TALK = RECORDINGS / "04-talk-about-the-game.flac"
+
+
+def written(folder: Path, count: int = 5, **options: object) -> AuditLog:
+    log = AuditLog(folder, **{"texts": True, "days": 365.0, **options})  # type: ignore[arg-type]
+    for number in range(count):
+        log.append({"what": "test", "value": number})
+    return log
+
+
+def segment(folder: Path) -> Path:
+    (path,) = folder.glob("audit-*.jsonl")
+    return path
+
+
+def complaint(folder: Path, known: str | None = None) -> str:
+    with pytest.raises(AuditError) as caught:
+        verify(folder, known)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_log_that_nobody_touched_is_whole_over_openings(tmp_path: Path) -> None:
+    first = written(tmp_path)
+    second = written(tmp_path)
+    verdict = verify(tmp_path, first.newest)
+    assert (verdict.records, verdict.first, verdict.newest) == (12, 1, second.newest)
+
+
+def change(line: int, old: str, new: str) -> Callable[[list[str]], None]:
+    def tamper(lines: list[str]) -> None:
+        assert old in lines[line]
+        lines[line] = lines[line].replace(old, new)
+
+    return tamper
+
+
+def rewrite(lines: list[str]) -> None:
+    """Change a record and put its hash right."""
+    record = json.loads(lines[2])
+    record["value"] = 99
+    del record["hash"]
+    content = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    lines[2] = json.dumps({**record, "hash": digest}, sort_keys=True, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "words"),
+    [
+        (change(2, '"value":1', '"value":7'), "line 3: was changed after it was written"),
+        (change(2, "T", "t"), "was changed after it was written"),
+        (lambda lines: lines.pop(2), "record 3 is missing"),
+        (lambda lines: lines.insert(2, lines[2]), "record 4 is missing"),
+        (rewrite, "line 4: does not follow the record before it"),
+        (lambda lines: lines.insert(0, "nonsense"), "is no record"),
+        (lambda lines: lines.clear(), "holds no audit log"),
+    ],
+)
+def test_whatever_is_changed_left_out_or_put_in_between_is_found(
+    tmp_path: Path, tamper: Callable[[list[str]], None], words: str
+) -> None:
+    written(tmp_path)
+    lines = segment(tmp_path).read_text(encoding="utf-8").splitlines()
+    tamper(lines)
+    segment(tmp_path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    assert words in complaint(tmp_path)
+
+
+@given(at=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_no_changed_byte_goes_unnoticed(tmp_path_factory: pytest.TempPathFactory, at: int, flip: int) -> None:
+    folder = tmp_path_factory.mktemp("audit")
+    newest = written(folder).newest
+    content = bytearray(segment(folder).read_bytes())
+    content[at % len(content)] ^= flip
+    segment(folder).write_bytes(content)
+    complaint(folder, newest)
+
+
+def test_a_log_cut_off_or_written_anew_is_found_with_a_hash_from_outside(tmp_path: Path) -> None:
+    newest = written(tmp_path).newest
+    path = segment(tmp_path)
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-2]), encoding="utf-8")
+    verify(tmp_path)  # by itself a shorter log is whole
+    assert f"has no record {newest}" in complaint(tmp_path, newest)
+    path.unlink()
+    written(tmp_path)
+    assert f"has no record {newest}" in complaint(tmp_path, newest)
+
+
+def test_half_a_line_of_a_crash_is_cut_off_and_told(tmp_path: Path) -> None:
+    written(tmp_path)
+    with segment(tmp_path).open("ab") as file:
+        file.write(b'{"n":7,"half')
+    assert "is no record" in complaint(tmp_path)
+    written(tmp_path, 0)
+    assert verify(tmp_path).records == 7
+    assert json.loads(segment(tmp_path).read_text(encoding="utf-8").splitlines()[-1])["cut_bytes"] == 12
+
+
+def test_old_files_go_whole_and_the_rest_is_still_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "SEGMENT_RECORDS", 4)
+    log = written(tmp_path, 9)  # and one: opened
+    oldest = min(tmp_path.glob("audit-*"))
+    os.utime(oldest, (time.time() - 400 * 86_400,) * 2)
+    for number in range(4):
+        log.append({"what": "test", "value": number})
+    verdict = verify(tmp_path, log.newest)
+    assert (verdict.first, verdict.records) == (5, 10)
+
+
+def test_what_the_outbox_commits_delivers_and_is_told_is_in_the_log(tmp_path: Path) -> None:
+    heard: dict[str, Json] = {"utterance_id": "u1", "source": "m", "text": "stop the press", "tokens": []}
+    drafts = [
+        Draft("evt/transcript", "transcript", heard),
+        Draft("evt/command", "command", {**heard, "intent": "Stop", "slots": {"machine": "press"}}),
+    ]
+
+    async def main() -> str:
+        log = AuditLog(tmp_path / "audit", texts=True, days=1)
+        with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, log)) as outbox:
+            messages = await outbox.append(*drafts)
+            await outbox.acknowledge(message.seq for message in messages)
+            await outbox.receive_receipt(messages[1].id, "accepted", "done")
+            await outbox.acknowledge([])
+        with pytest.raises(OutboxError):
+            await outbox.append(*drafts)
+        return messages[1].id
+
+    command_id = asyncio.run(main())
+    records = [json.loads(line) for line in segment(tmp_path / "audit").read_text(encoding="utf-8").splitlines()]
+    assert [record["what"] for record in records] == ["opened", "transcript", "command", "delivered", "receipt"]
+    assert (records[2]["intent"], records[2]["text"], records[2]["utterance_id"]) == ("Stop", "stop the press", "u1")
+    assert records[3]["seqs"] == [1, 2]
+    assert (records[4]["id"], records[4]["verdict"]) == (command_id, "accepted")
+    assert verify(tmp_path / "audit").missing == ()
+
+
+def test_without_texts_only_what_was_done_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        log = AuditLog(tmp_path / "audit", texts=False, days=1)
+        with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, log)) as outbox:
+            await outbox.append(
+                Draft("evt/command", "command", {"text": "secret", "words": "secret", "intent": "Stop"})
+            )
+
+    asyncio.run(main())
+    content = segment(tmp_path / "audit").read_text(encoding="utf-8")
+    assert "Stop" in content
+    assert "secret" not in content
+
+
+def test_messages_without_a_record_are_told(tmp_path: Path) -> None:
+    log = written(tmp_path, 0)
+    for seq in (3, 4, 7):
+        log.append({"what": "command", "seq": seq})
+    assert verify(tmp_path).missing == (5, 6)
+
+
+def test_a_daemon_keeps_a_log_that_its_health_vouches_for(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        path = write_settings(tmp_path, broker.port, audit={"enabled": True})
+        for _ in range(2):
+            with running(path) as box:
+                box.say(COMMAND)
+                subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
+                assert box.hang_up() == 0
+        subscriber.wait_for(lambda m: any(x.data.get("audit_newest") for x in m), "a hash in health")
+    known = [x.data["audit_newest"] for x in subscriber.on("health")]
+    done = edge_asr("audit", "verify", "--settings", str(path), "--known", known[-1])
+    assert done.exit_code == 0, done.output
+    assert "records from number 1 on are whole" in done.stdout
+    content = segment(tmp_path / "state/audit").read_text(encoding="utf-8")
+    command = subscriber.on("evt/command")[0].data
+    assert all(word in content for word in (command["id"], command["utterance_id"], '"what":"delivered"'))
+    segment(tmp_path / "state/audit").write_text(content.replace("EmergencyStop", "StartMachine"), encoding="utf-8")
+    assert edge_asr("audit", "verify", "--settings", str(path)).exit_code == 74
+
+
+def test_in_private_only_commands_leave_the_box_and_no_word_is_kept(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        more = {"privacy": {"publish": "commands"}, "audit": {"enabled": True}, "log": {"level": "debug"}}
+        with running(write_settings(tmp_path, broker.port, **more)) as box:
+            box.say(COMMAND)
+            box.say(TALK)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/rejected") for x in m), "a rejection")
+            assert box.hang_up() == 0
+            log = box.log
+    assert {m.topic.rpartition("/")[2] for m in subscriber.messages} == {
+        "status",
+        "meta",
+        "health",
+        "command",
+        "rejected",
+    }
+    (command,), (rejected,) = subscriber.on("evt/command"), subscriber.on("evt/rejected")
+    assert (command.data["text"], command.data["tokens"]) == ("", [])
+    assert (rejected.data["text"], rejected.data["candidates"], rejected.data["reason"]) == ("", [], "not-understood")
+    everything = log + "".join(
+        path.read_bytes().decode("latin-1") for path in (tmp_path / "state").rglob("*") if path.is_file()
+    )
+    assert "game" not in everything
+
+
+def test_transcripts_that_waited_too_long_are_forgotten_and_commands_are_not(tmp_path: Path) -> None:
+    async def main() -> list[str]:
+        log = AuditLog(tmp_path / "audit", texts=True, days=1)
+        with closing(AuditedOutbox(tmp_path / "o.db", 2**20, log)) as outbox:
+            old = await outbox.append(Draft("evt/transcript", "transcript", {}), Draft("evt/command", "command", {}))
+            assert await outbox.forget_transcripts(old[0].created_wall_ns) == 0
+            new = await outbox.append(Draft("evt/transcript", "transcript", {"text": "new"}))
+            assert await outbox.forget_transcripts(new[0].created_wall_ns) == 1
+            return [message.topic for message in await outbox.oldest(10)]
+
+    assert asyncio.run(main()) == ["evt/command", "evt/transcript"]
