@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from edge_asr import systemd
+from tests.broker import Pki
 from tests.sysbox import CHECKOUT, PYTHON, Sysbox, booted
 
 UNIT = CHECKOUT / "systemd/edge-asr.service"
@@ -236,6 +238,54 @@ def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(servi
     assert "connected to 127.0.0.1" in status
     assert service.run("stat", "-c", "%u", f"/proc/{main_pid(service)}").strip() not in {"0", ""}
     assert service.run("stat", "-c", "%a %F", "/var/lib/private/edge-asr/outbox.db").strip() == "600 regular file"
+
+
+SECRETS = """
+[Service]
+LoadCredential=mqtt-password:/etc/edge-asr/mqtt-password
+LoadCredential=client.key:/etc/edge-asr/client.key
+"""
+
+GUARDED = """
+mqtt:
+  host: 127.0.0.1
+  username: box
+  password_file: /run/credentials/edge-asr.service/mqtt-password
+  tls:
+    ca_file: /etc/edge-asr/ca.crt
+    cert_file: /etc/edge-asr/client.crt
+    key_file: /run/credentials/edge-asr.service/client.key
+"""
+
+
+def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: Sysbox, tmp_path: Path) -> None:
+    Pki(tmp_path, "client")
+    folder = site.root / "etc/edge-asr"
+    for name in ("ca.crt", "client.crt", "client.key", "server.crt", "server.key"):
+        shutil.copy(tmp_path / name, folder / name)
+    (folder / "mqtt-password").write_text("only root knows\n", encoding="ascii")
+    subprocess.run(["mosquitto_passwd", "-b", "-c", folder / "users", "box", "only root knows"], check=True)
+    for name in ("client.key", "mqtt-password"):
+        (folder / name).chmod(0o600)
+    site.write(
+        "/etc/guarded.conf",
+        "listener 8883 127.0.0.1\nallow_anonymous false\npassword_file /etc/edge-asr/users\nrequire_certificate true\n"
+        "cafile /etc/edge-asr/ca.crt\ncertfile /etc/edge-asr/server.crt\nkeyfile /etc/edge-asr/server.key\nuser root\n",
+    )
+    site.start("guarded.service", MOSQUITTO.replace("mosquitto.conf", "guarded.conf"))
+    site.write("/etc/systemd/system/edge-asr.service.d/secrets.conf", SECRETS)
+    site.write("/etc/edge-asr/settings.yaml", settings_text().replace("mqtt: {host: 127.0.0.1}", GUARDED))
+    site.run("systemctl", "daemon-reload")
+    try:
+        site.run("systemctl", "start", "edge-asr")
+        site.wait_for("the broker", lambda: "connected to 127.0.0.1:8883" in site.show("edge-asr", "StatusText"))
+        user = site.run("stat", "-c", "%u", f"/proc/{main_pid(site)}").strip()
+        peek = ("setpriv", "--reuid", user, "--clear-groups", "cat", "/etc/edge-asr/mqtt-password")
+        assert "only root knows" not in site.run(*peek, check=False)
+    finally:
+        site.run("rm", "/etc/systemd/system/edge-asr.service.d/secrets.conf")
+        site.run("systemctl", "daemon-reload")
+        site.run("systemctl", "stop", "edge-asr", "guarded")
 
 
 # A microphone made of a file, by ALSA itself.
