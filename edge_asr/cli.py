@@ -30,6 +30,7 @@ from edge_asr.cli_gateway import gateway
 from edge_asr.cli_models import models
 from edge_asr.cli_outbox import outbox
 from edge_asr.cli_privacy import audit, recordings
+from edge_asr.cli_service import service
 from edge_asr.cli_settings import settings_verbs
 from edge_asr.command_line import (
     EXIT_FOUND,
@@ -373,6 +374,7 @@ main.add_command(settings_verbs)
 main.add_command(recordings)
 main.add_command(audit)
 main.add_command(outbox)
+main.add_command(service)
 
 
 def _has_no_microphone(options: Settings) -> bool:

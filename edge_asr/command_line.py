@@ -27,6 +27,7 @@ from edge_asr.link import LinkError
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError
 from edge_asr.recorder import RecorderError
+from edge_asr.service import ServiceError
 from edge_asr.settings import Settings
 from edge_asr.sources import SourceError
 from edge_asr.subscriber import SubscriberError
@@ -69,6 +70,7 @@ def one_line_errors() -> Iterator[None]:
         DownloadError: EXIT_UNAVAILABLE,
         SubscriberError: EXIT_UNAVAILABLE,
         LinkError: EXIT_UNAVAILABLE,
+        ServiceError: EXIT_UNAVAILABLE,
         WorkerError: EXIT_SOFTWARE,
         GatewayError: EXIT_UNAVAILABLE,
         AuditError: EXIT_IO,

@@ -172,7 +172,10 @@ def _base_prefix_inside() -> str:
 def _program() -> list[str]:
     """What of the host a machine's program consists of."""
     binds = [f"{sysconfig.get_path('purelib')}:{INSTALLED}/packages"]
-    binds += [f"{CHECKOUT / part}:{INSTALLED}/checkout/{part}" for part in ("edge_asr", "models", "examples", "tools")]
+    binds += [
+        f"{CHECKOUT / part}:{INSTALLED}/checkout/{part}"
+        for part in ("edge_asr", "models", "systemd", "examples", "tools")
+    ]
     if _base_prefix_inside() != sys.base_prefix:
         binds.append(f"{sys.base_prefix}:{_base_prefix_inside()}")
     return binds

@@ -47,6 +47,7 @@ ORDER = (
     *("standing", "attendant", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *(
+        "service",
         "command_line",
         "settings_reference",
         "cli_gateway",
@@ -55,6 +56,7 @@ ORDER = (
         "labelling",
         "cli_privacy",
         "cli_outbox",
+        "cli_service",
         "cli",
     ),
 )

@@ -532,3 +532,34 @@ def pid_outside(box: Sysbox, pid: int) -> int:
 
 def same_machine(box: Sysbox, pid: int) -> bool:
     return Path(f"/proc/{pid}/ns/net").readlink() == Path(f"/proc/{box.pid_1}/ns/net").readlink()
+
+
+# ---------------------------------------------------------------- edge-asr service
+
+
+def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people_wrote(box: Sysbox) -> None:
+    program = "/opt/edge-asr/.venv/bin/edge-asr"
+    box.run("rm", "-rf", "/etc/systemd/system/edge-asr.service", "/etc/systemd/system/edge-asr.service.d")
+    box.write("/etc/edge-asr/settings.yaml", "device: mine\n")
+    assert "not installed" in box.run("sh", "-c", f"{program} service status 2>&1 || echo exit $?")
+    box.run(program, "service", "install", "--with", "sound-server")
+    assert box.show("edge-asr", "ActiveState") == "active"
+    assert box.show("edge-asr", "UnitFileState") == "enabled"
+    shown = json.loads(box.run(program, "service", "status", "--json"))
+    assert shown["StatusText"].startswith("Listening with micro-en")
+    assert float(shown["Exposure"]) <= 1.5
+    assert shown["DropInPaths"].endswith("edge-asr.service.d/sound-server.conf")
+    assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
+    box.run(program, "service", "uninstall")
+    assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
+    assert box.show("edge-asr", "LoadState") == "not-found"
+    box.run(program, "service", "uninstall", "--purge")
+    assert not box.run("sh", "-c", "ls -d /etc/edge-asr /var/lib/private/edge-asr 2>/dev/null || true").strip()
+
+
+def test_a_service_that_could_not_see_its_own_program_is_refused(box: Sysbox) -> None:
+    box.run("sh", "-c", "mkdir -p /root/.venv/bin && cp -P /opt/edge-asr/.venv/bin/* /root/.venv/bin/")
+    box.run("cp", "/opt/edge-asr/.venv/pyvenv.cfg", "/root/.venv/")
+    box.run("cp", "-r", "/opt/edge-asr/.venv/lib", "/root/.venv/")
+    complaint = box.run("sh", "-c", "/root/.venv/bin/python -m edge_asr.cli service install 2>&1 || echo exit $?")
+    assert "install edge-asr under /opt\nexit 69" in complaint

@@ -1,0 +1,133 @@
+"""Decides what makes a systemd service of this installation: the unit, the drop-ins that fit the machine, the settings.
+
+Law: what an administrator has written stays. Settings are copied only where there are none, a drop-in is only added,
+and state (the outbox, imported models) is deleted only when that is asked for. Nothing here runs in the daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+UNIT: Final = "edge-asr.service"
+UNITS: Final = Path("/etc/systemd/system")
+SETTINGS: Final = Path("/etc/edge-asr/settings.yaml")
+STATE: Final = (Path("/var/lib/private/edge-asr"), Path("/var/lib/edge-asr"), SETTINGS.parent)
+PACKAGED: Final = Path("/lib/systemd/system") / UNIT
+"""Where the Debian package puts it."""
+
+_EXAMPLE: Final = ".conf.example"
+_HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp")  # noqa: S108 - ProtectHome= and PrivateTmp=
+
+_SHOWN: Final = (
+    *("ActiveState", "SubState", "StatusText", "Result", "NRestarts", "ActiveEnterTimestamp", "UnitFileState"),
+    *("MemoryCurrent", "NFileDescriptorStore", "WatchdogUSec", "FragmentPath", "DropInPaths"),
+)
+
+
+class ServiceError(Exception):
+    """The service cannot be set up; the message says why and what to do. Exit code 69."""
+
+
+def shipped() -> Path:
+    """The folder of the unit and its drop-ins: inside an installed wheel, else in the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "bundled" / "systemd"
+    return installed if installed.is_dir() else package.parent / "systemd"
+
+
+def drop_ins() -> tuple[str, ...]:
+    """Names of the drop-ins that may be asked for."""
+    return tuple(sorted(path.name.removesuffix(_EXAMPLE) for path in (shipped() / f"{UNIT}.d").glob(f"*{_EXAMPLE}")))
+
+
+def install(wanted: Sequence[str]) -> list[Path]:
+    """Write unit, drop-ins and settings, enable and start; the files that were written. Raises ServiceError."""
+    command = Path(sys.executable).absolute().with_name("edge-asr")
+    _refuse(command)
+    unit = (shipped() / UNIT).read_text(encoding="utf-8")
+    unit = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={command}", unit)
+    files = {UNITS / UNIT: unit}
+    for name in sorted({*wanted, *_fitting()}):
+        text = (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
+        files[UNITS / f"{UNIT}.d" / f"{name}.conf"] = text
+    if not SETTINGS.exists():
+        files[SETTINGS] = (
+            "# Defaults; every key is in examples/settings.yaml. `edge-asr check --settings` looks through it.\n{}\n"
+        )
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    systemctl("daemon-reload")
+    systemctl("enable", "--quiet", UNIT)
+    systemctl("restart", UNIT)
+    return list(files)
+
+
+def uninstall(*, purge: bool) -> list[Path]:
+    """Stop and remove what :func:`install` wrote; with ``purge`` settings and state too. Raises ServiceError."""
+    _refuse_packaged()
+    with contextlib.suppress(ServiceError):  # it may be half there
+        systemctl("disable", "--quiet", "--now", UNIT)
+    gone = [path for path in (UNITS / UNIT, UNITS / f"{UNIT}.d", *(STATE if purge else ())) if path.exists()]
+    for path in gone:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    systemctl("daemon-reload")
+    return gone
+
+
+def status() -> dict[str, str]:
+    """What systemd knows of the service, and how exposed it is. Raises ServiceError."""
+    lines = systemctl("show", UNIT, f"--property=LoadState,{','.join(_SHOWN)}").splitlines()
+    found = dict(line.partition("=")[::2] for line in lines)
+    if found.get("LoadState") == "not-found" or not found.get("FragmentPath"):
+        raise ServiceError(f"{UNIT} is not installed; `edge-asr service install` does it")
+    exposure = subprocess.run(
+        ["systemd-analyze", "security", "--no-pager", UNIT], check=False, capture_output=True, text=True
+    ).stdout
+    score = re.search(r"exposure level for .*?: ([0-9.]+)", exposure)
+    return {**{name: found.get(name, "") for name in _SHOWN}, "Exposure": score[1] if score else ""}
+
+
+def systemctl(*arguments: str) -> str:
+    """What systemctl prints. Raises ServiceError with what it complains of."""
+    if not Path("/run/systemd/system").is_dir():
+        raise ServiceError("this machine was not started by systemd; see docs/operations.md for containers")
+    done = subprocess.run(["systemctl", *arguments], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ServiceError(f"systemctl {arguments[0]}: {reason[0]}; see `journalctl -u {UNIT}`")
+    return done.stdout
+
+
+def _refuse(command: Path) -> None:
+    """Whatever would make a service that cannot start."""
+    if os.geteuid() != 0:
+        raise ServiceError("only root may install a service; type `sudo edge-asr service install`")
+    _refuse_packaged()
+    for folder in _HIDDEN:
+        if command.is_relative_to(folder) or command.resolve().is_relative_to(folder):
+            raise ServiceError(f"{command}: the service's user cannot see {folder}; install edge-asr under /opt")
+    if not command.exists():
+        raise ServiceError(f"{command}: is not there; install edge-asr with pip or the Debian package")
+
+
+def _refuse_packaged() -> None:
+    if PACKAGED.exists():
+        raise ServiceError("the Debian package has made the service; use apt and `systemctl edit edge-asr`")
+
+
+def _fitting() -> list[str]:
+    """Drop-ins that this machine wants by itself."""
+    version = re.match(r"systemd (\d+)", systemctl("--version"))
+    return ["notify-reload"] if version and int(version[1]) >= 253 else []
