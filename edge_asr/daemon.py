@@ -161,6 +161,7 @@ class Daemon:
         self._thermals = thermal.read()
         self._judges: dict[str, HearingJudge] = {}
         self._gateway = open_gateway(options)
+        self._health_is_due = asyncio.Event()
         self.stopped = False
         """Whether somebody asked it to stop."""
 
@@ -416,6 +417,7 @@ class Daemon:
         self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
         if self._mirror is not None:
             self._mirror.follow(self._publisher.to)
+        self._health_is_due.set()  # the broker that is new to us has none, or an old one
         self._show_status()
 
     def _show_status(self) -> None:
@@ -454,7 +456,9 @@ class Daemon:
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
                     await self.outbox.append(*lost)
                 self._before = statistics
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._health_is_due.wait(), HEALTH_INTERVAL_S)
+            self._health_is_due.clear()
 
     async def _await_receipts(self, within_s: float) -> None:
         """Raise an alarm for the commands that the MES should have answered by now."""

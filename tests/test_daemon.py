@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -25,6 +26,7 @@ from edge_asr.events import SAMPLE_RATE
 from edge_asr.outbox import read_statistics
 from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
 from tests.soundcard import sound_card
+from tests.test_sparkplug import Host
 
 RECORDINGS = model_store.bundled("recordings")
 COMMAND = RECORDINGS / "20-emergency-stop.flac"
@@ -296,3 +298,32 @@ def test_two_daemons_on_one_outbox_are_told_apart(tmp_path: Path) -> None:
         with running(path) as second:
             assert second.process.wait(PATIENCE_S) == 74
             assert "outbox.db" in second.log
+
+
+def test_the_mirrors_speak_when_they_are_switched_on_and_the_broker_in_use_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    with Broker(folder) as broker, Host(broker) as host, Subscriber(broker, "acme/#") as subscriber:
+        brokers = [{"host": HOST, "port": free_port()}, {"host": HOST, "port": broker.port}]
+        mirrors = {"sparkplug": {"enabled": True}, "home_assistant": {"enabled": True}}
+        settings = write_settings(tmp_path, 0, mqtt={"brokers": brokers, "max_retry_s": 1}, **mirrors)
+        with running(settings) as box:
+            birth = asyncio.run(host.next("NBIRTH"))
+            assert birth.topic == "spBv1.0/acme-voice/NBIRTH/press-07"
+            assert "micro-en" in birth.value("Properties/Model")
+            box.say(COMMAND)
+            subscriber.wait_for(lambda got: any(m.topic.endswith("evt/command") for m in got), "the command")
+            data = asyncio.run(host.next("DDATA"))
+            while data.payload.metrics[0].name != "Command/intent":
+                data = asyncio.run(host.next("DDATA"))
+            assert data.value("Command/intent") == "EmergencyStop"
+            in_use = f"{HOST}:{broker.port}"
+            assert subscriber.on("/meta")[-1].data["broker"] == in_use
+            subscriber.wait_for(lambda _: [m for m in subscriber.on("/health") if m.data["broker"] == in_use], "health")
+            assert read_statistics(tmp_path / "state" / "outbox.db").broker == in_use
+            with Subscriber(broker, "homeassistant/#", client_id="assistant") as assistant:
+                assistant.wait_for(lambda got: len(got) == 1, "the discovery")
+                (config,) = assistant.messages
+            assert config.topic == "homeassistant/device/acme-voice-press-07/config"
+            assert config.retained
+            assert box.hang_up() == 0
