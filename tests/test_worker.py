@@ -50,7 +50,8 @@ def test_it_understands_what_an_engine_in_this_process_understands(walled: Worke
     for recording in ("20-emergency-stop.flac", "07-log-scrap.flac", "16-nobody-speaks.flac"):
         utterance = said(recording)
         for final in (True, False):
-            assert walled.understand(utterance, final=final) == direct.understand(utterance, final=final)
+            there, here = walled.understand(utterance, final=final), direct.understand(utterance, final=final)
+            assert (there.utterance, there.transcript, there.decision) == (utterance, here.transcript, here.decision)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
