@@ -1,6 +1,7 @@
-"""Describes everything that goes over the broker as one AsyncAPI 3 document, from the topics and schemas in use.
+"""Describes everything that goes over the broker, from the topics and schemas in use: as AsyncAPI 3, and as tables.
 
-`tools/make-asyncapi` writes it to docs/asyncapi.yaml; a test holds the file to this room, so it cannot drift.
+`tools/make-asyncapi` writes docs/asyncapi.yaml and the tables of docs/mes.md; a test holds both to this room, so they
+cannot drift.
 """
 
 from __future__ import annotations
@@ -166,3 +167,73 @@ def _local(value: Any) -> Any:  # noqa: ANN401 - walks any JSON
     if isinstance(value, str) and value.startswith(_PREFIX):
         return f"#/components/schemas/{value.removeprefix(_PREFIX).removesuffix(_SUFFIX)}"
     return value
+
+
+# ---------------------------------------------------------------- tables for people
+
+SHARED: Mapping[str, str] = {
+    "common": "every message",
+    "message": "every `evt/*`",
+    "utterance": "everything that was heard: `evt/*` but alarms, `live/partial`",
+    "speech": "what was understood: `evt/transcript`, `evt/command`, `evt/expired`, `evt/pending`",
+}
+"""Schemas that others build on, and where their fields stand."""
+
+_BEGIN = "<!-- tables: tools/make-asyncapi -->"
+_END = "<!-- end -->"
+
+_TYPES = {"string": "text", "array": "list", "null": "null"}
+_FORMATS = {"uuid": "UUID", "date-time": "ISO 8601"}
+
+
+def tables() -> str:
+    """Every field of every message, request and answer, in Markdown."""
+    parts = [_table(f"In {where}", name) for name, where in SHARED.items()]
+    parts += [_table(f"`{topic}`", name) for topic, name in contract.TOPICS.items()]
+    parts += [_table(f"Request `req/{verb}`", f"request-{verb}") for verb in requests.VERBS]
+    parts += [_table(f"Answer to `req/{verb}`", f"answer-{verb}") for verb in requests.VERBS]
+    parts.append(_table("Every answer", "answer"))
+    parts.append(_table("Every refusal", "refusal"))
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def with_tables(page: str) -> str:
+    """A page with the tables between its two marks."""
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    return f"{before}{begin}\n{tables()}{end}{after}"
+
+
+def _table(title: str, name: str) -> str:
+    rows = list(_rows(_of(name), ""))
+    if not rows:
+        return ""
+    return "\n".join([f"\n**{title}**", "", "| field | type | what |", "|---|---|---|", *rows])
+
+
+def _rows(schema: Mapping[str, Any], above: str) -> Iterator[str]:
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        if name in {"verb", "outcome"} and "const" in field:
+            continue
+        may_be_absent = "" if name in required else " May be absent."
+        yield f"| `{above}{name}` | {_type(field)} | {field.get('description', '')}{may_be_absent} |"
+        of_each = field.get("additionalProperties")
+        if isinstance(of_each, Mapping):
+            yield from _rows(of_each, f"{above}{name}.NAME.")
+        yield from _rows(field.get("items", {}), f"{above}{name}[].")
+        for choice in field.get("items", {}).get("anyOf", ()):
+            yield from _rows(choice, f"{above}{name}[].")
+        yield from _rows(field, f"{above}{name}.")
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    """In words for people."""
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "format" in field:
+        return _FORMATS[field["format"]]
+    if "const" in field:
+        return f"`{str(field['const']).lower()}`"
+    kinds: list[str] = field["type"] if isinstance(field["type"], list) else [field["type"]]
+    return " or ".join([_TYPES.get(kind, kind) for kind in kinds])

@@ -54,8 +54,8 @@ BALLAST_BYTES = 4 * 1024 * 1024
 _WAL_PAGES = 256
 """Checkpoint every 1 MiB: small beside the ballast, which must hold what a checkpoint adds to the file."""
 
-_LEAST_LIFE_NS = clock.NS_PER_S
-"""A command acknowledged with less life left than this may have gone out as expired already."""
+_LEAST_LIFE_NS = 2 * clock.NS_PER_S
+"""A command acknowledged with less life left than this may have gone out as expired already (contract.MIN_LIFE_S)."""
 
 _BATCH = 256
 """Most jobs in one transaction; more would make the first caller wait for the last."""

@@ -490,7 +490,7 @@ def test_a_missing_receipt_is_told_once_and_only_of_a_command_that_was_delivered
     async def main() -> None:
         with opened(path) as outbox:
             missed, answered = [await delivered(outbox) for _ in range(2)]
-            await delivered(outbox, life_s=0.9)  # went out as evt/expired
+            await delivered(outbox, life_s=1.9)  # went out as evt/expired
             await outbox.append(draft("still waiting", "command", 10.0), draft("a transcript"))
             await outbox.receive_receipt(answered.id, "accepted", "")
             assert await outbox.miss_receipts(60) == []
