@@ -37,6 +37,7 @@ from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.contract import Meta, MicrophoneHealth, Renderer, RequestsHealth
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
+from edge_asr.gateway.box import Box, Broker
 from edge_asr.health import ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.home_assistant import discovery
@@ -204,7 +205,7 @@ class Daemon:
             background.append(asyncio.create_task(receipts, name="receipts"))
         if self._gateway is not None:
             self.pipeline.told, self.pipeline.awaits_guests = self._gateway.told, True
-            background.append(asyncio.create_task(self._gateway.run(self.pipeline), name="gateway"))
+            background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
         with self._signals():
             systemd.ready(self._status())
             await self._tell_of_model()
@@ -237,6 +238,16 @@ class Daemon:
             on_delivered=self._mirror.show if self._mirror is not None else lambda *_: None,
             announcements=[found_by] if assistant.enabled else [],
         )
+
+    def _box(self) -> Box:
+        """What the gateway sees of us."""
+
+        def broker() -> Broker:
+            if not destinations(self.options.mqtt):
+                return "none"
+            return "connected" if self._publisher.connected else "offline"
+
+        return Box(self.pipeline, broker, self._snapshot)
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Partials go to the broker, and to the session that speaks."""

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import ssl
@@ -49,6 +50,8 @@ class Box:
     tokens: Tokens
     token: str
     """Of the station `tablet`."""
+    watch: str
+    """Of somebody who watches."""
     tls: ssl.SSLContext
 
     @property
@@ -59,6 +62,14 @@ class Box:
     def log(self) -> str:
         return (self.folder / "log").read_text(encoding="utf-8")
 
+    def board(self) -> dict[str, Any]:
+        """What the dashboard shows."""
+        connection = http.client.HTTPSConnection("localhost", self.port, context=self.tls, timeout=PATIENCE_S)
+        with contextlib.closing(connection):
+            connection.request("GET", "/board", headers={"Authorization": f"Bearer {self.watch}"})
+            found: dict[str, Any] = json.load(connection.getresponse())
+        return found
+
     def http(self) -> aiohttp.ClientSession:
         """An HTTP client that trusts the box's authority."""
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self.tls))
@@ -67,8 +78,8 @@ class Box:
     async def client(self, **hello: Any) -> AsyncIterator[Client]:
         """A session of the WebSocket."""
         async with (
-            self.http() as http,
-            http.ws_connect(f"{self.url}/ws") as socket,
+            self.http() as session,
+            session.ws_connect(f"{self.url}/ws") as socket,
         ):
             client = Client(socket)
             await client.send(type="hello", **{"token": self.token, **hello})
@@ -101,6 +112,12 @@ class Client:
         for offset in range(0, len(pcm), piece):
             await self.socket.send_bytes((position + offset // 2).to_bytes(4, "little") + pcm[offset : offset + piece])
 
+    def abort(self) -> None:
+        """Lose the connection without a goodbye."""
+        transport = self.socket._response.connection and self.socket._response.connection.transport  # noqa: SLF001
+        assert transport
+        transport.abort()
+
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == kind]
 
@@ -122,11 +139,11 @@ def box(folder: Path, broker: Broker | None = None, **section: Any) -> Iterator[
     program = [sys.executable, "-m", "edge_asr.cli"]
     subprocess.run([*program, "gateway", "cert", "-s", str(settings)], check=True, capture_output=True)
     tokens = Tokens(folder / "state/gateway/tokens.json")
-    token = tokens.add("tablet", "talk")
+    token, watch = tokens.add("tablet", "talk"), tokens.add("office", "watch")
     tls = ssl.create_default_context(cafile=folder / "state/gateway/ca.crt")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*program, "run", "-s", str(settings)], stderr=log, stdin=subprocess.DEVNULL)
-    running = Box(folder, port, process, tokens, token, tls)
+    running = Box(folder, port, process, tokens, token, watch, tls)
     try:
         wait_until(lambda: "gateway: http" in running.log or process.poll() is not None, "the gateway opens")
         assert process.poll() is None, running.log
@@ -165,14 +182,17 @@ def microphone_file(folder: Path, *names: str) -> Path:
 
 
 @contextlib.contextmanager
-def chromium(running: Box, microphone: Path | None, **context: Any) -> Iterator[BrowserContext]:
-    """A real browser that trusts the box's certificate; its microphone plays a file once."""
+def chromium(running: Box, microphone: Path | None, *, asks: bool = False, **context: Any) -> Iterator[BrowserContext]:
+    """A real browser that trusts the box's certificate; its microphone plays a file once, and nobody is asked.
+
+    Where it asks, nobody is there to say yes.
+    """
     certificate = x509.load_pem_x509_certificate((running.folder / "state/gateway/server.crt").read_bytes())
     key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     trusted = base64.b64encode(hashlib.sha256(key).digest()).decode()
     arguments = [
         f"--ignore-certificate-errors-spki-list={trusted}",
-        "--use-fake-ui-for-media-stream",
+        *(["--deny-permission-prompts"] if asks else ["--use-fake-ui-for-media-stream"]),
         "--use-fake-device-for-media-stream",
         *([f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []),
         "--disable-background-networking",
@@ -195,8 +215,10 @@ def chromium(running: Box, microphone: Path | None, **context: Any) -> Iterator[
             browser.close()
 
 
-def open_page(browser: BrowserContext, running: Box) -> tuple[Page, list[str]]:
+def open_page(browser: BrowserContext, running: Box, **options: str) -> tuple[Page, list[str]]:
     """The station's page by its link, and what its console complains of."""
+    for name, value in options.items():
+        browser.add_init_script(f"localStorage.setItem('{name}', '{value}')")
     page = browser.pages[0] if browser.pages else browser.new_page()
     complaints: list[str] = []
     page.on(

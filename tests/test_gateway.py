@@ -18,11 +18,12 @@ import websockets
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.contrib.media import MediaPlayer
 
-from edge_asr.audio import read_file
+from edge_asr.audio import quiet, read_file
 from tests.broker import Broker, Subscriber
 from tests.gateway import Box, box, chromium, microphone_file, open_page, recording, run, transcribed
 
 STOP = recording("20-emergency-stop")
+PRESS = recording("11-stop-press-two")
 SPEED = recording("03-set-mixer-speed")
 """Its text survives Opus: the micro model hears the other's last syllable or not by the last bit of a sample."""
 
@@ -58,21 +59,73 @@ def test_a_recording_over_the_websocket_becomes_what_transcribe_makes_of_it(site
     subscriber.wait_for(lambda m: any(x.data["id"] == ident for x in m if x.topic.endswith("command")), "the command")
 
 
-def test_someone_speaks_into_a_browser_and_the_command_reaches_page_and_broker(
-    site: tuple[Box, Subscriber], tmp_path: Path
+@pytest.mark.parametrize(("way", "format_"), [("auto", "rtp"), ("pcm", "pcm16"), ("opus", "webm")])
+def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_makes_of_it(
+    site: tuple[Box, Subscriber], tmp_path: Path, way: str, format_: str
 ) -> None:
     running, subscriber = site
-    before = len(subscriber.on("evt/command"))
-    with chromium(running, microphone_file(tmp_path, "20-emergency-stop")) as browser:
-        page, complaints = open_page(browser, running)
+    (expected,) = transcribed(PRESS)
+    with chromium(running, microphone_file(tmp_path, "11-stop-press-two")) as browser:
+        page, complaints = open_page(browser, running, way=way)
+        if way == "auto":  # the first press asks for the microphone, and calls
+            page.keyboard.press("Space")
+            page.wait_for_selector("#talk[data-call=connected][data-state=idle]")
         page.keyboard.down("Space")
         page.wait_for_selector("#talk[data-state=talking]")
+        page.wait_for_selector("#live.partial")
+        (session,) = [each for each in running.board()["sessions"] if each["talking"] and each["attached"]]
         page.wait_for_selector("#history li[data-kind=command]")
         page.keyboard.up("Space")
-        assert "EmergencyStop" in page.inner_text("#history")
-        assert transcribed(STOP)[0]["text"] in page.inner_text("#history")
-        assert complaints == []
-    subscriber.wait_for(lambda _: len(subscriber.on("evt/command")) > before, "the command of the page")
+        page.wait_for_selector("#talk[data-state=idle]")
+        said, command = page.inner_text("#history .said"), page.inner_text("#history .intent")
+    assert session["format"] == format_
+    assert said == expected["text"]
+    assert command == expected["command"]["intent"]
+    assert complaints == []
+    arrived = [message for message in subscriber.on("evt/command") if message.data["source"] == session["source"]]
+    subscriber.wait_for(
+        lambda _: any(m.data["intent"] == command for m in subscriber.on("evt/command")), f"not only {arrived}"
+    )
+
+
+def test_the_page_asks_back_and_a_tap_on_yes_makes_it_a_command(site: tuple[Box, Subscriber], tmp_path: Path) -> None:
+    running, subscriber = site
+    phone: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with chromium(running, microphone_file(tmp_path, "01-start-line-three"), locale="zh-CN", **phone) as browser:
+        page, complaints = open_page(browser, running, way="pcm", mode="toggle")
+        assert page.inner_text("#talk-text") == "按下说话"
+        page.tap("#talk")
+        page.wait_for_selector("#question")
+        page.tap("#talk")
+        shown = "[...document.querySelectorAll('button')].filter(button => button.offsetParent)"
+        targets = page.evaluate(f"{shown}.map(button => button.offsetHeight)")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        page.tap("#confirm")
+        page.wait_for_selector("#history li[data-kind=command]")
+        assert page.is_hidden("#question")
+        names = page.evaluate(f"{shown}.map(button => button.ariaLabel || button.innerText)")
+    assert min(targets) >= 56  # gloves
+    assert width <= 360
+    assert complaints == []
+    assert all(names)
+    subscriber.wait_for(lambda m: any(x.data.get("confirmed") for x in m if x.topic.endswith("command")), "the yes")
+
+
+def test_a_page_without_permission_or_token_says_what_to_do(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    with chromium(running, None, asks=True) as browser:
+        page = browser.pages[0]
+        page.goto(f"{running.url}/#token=wrong")
+        page.wait_for_selector("#notice")
+        assert "no valid token" in page.inner_text("#notice-text")
+        page.click("#notice-action")
+        page.fill("#token", running.token)
+        page.click("#options .go")
+        page.wait_for_selector("#gateway-state[data-state=on]")
+        page.click("#talk")
+        page.wait_for_selector("#notice")
+        assert "may not use the microphone" in page.inner_text("#notice-text")
+        assert "site settings" in page.inner_text("#notice-help")
 
 
 class WhipClient:
@@ -201,3 +254,212 @@ def test_a_client_of_openais_interface_works_with_another_base_address(
     curl += ["-H", f"Authorization: Bearer {running.token}", "-F", f"file=@{path}", "-F", "model=whisper-1"]
     done = subprocess.run([*curl, f"{running.url}/v1/audio/transcriptions"], check=True, capture_output=True)
     assert json.loads(done.stdout) == {"text": transcribed(SPEED)[0]["text"]}
+
+
+def test_a_question_is_answered_with_a_button_and_once_only(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+
+    async def talk() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+        async with running.client() as client:
+            await client.say(read_file(recording("01-start-line-three")))
+            await client.send(type="end")
+            asked = await client.until("pending")
+            question = {"pending_id": asked["pending_id"], "confirmations_left": asked["confirmations_left"]}
+            async with running.client() as other:  # a question is its own session's
+                await other.until("ready")
+                await other.send(type="answer", answer="confirm", **question)
+                foreign = await other.until("error")
+            await client.send(type="answer", answer="confirm", **question)
+            command = await client.until("command")
+            await client.send(type="answer", answer="cancel", **question)
+            return asked, foreign, command, await client.until("error")
+
+    asked, foreign, command, late = run(talk)
+    assert asked["read_back"] == "start line three?"
+    assert foreign["detail"] == late["detail"] == "that question is not open any more"
+    assert command["confirmed"] is True
+    assert command["utterance_id"] == asked["utterance_id"]
+
+
+async def first_half(running: Box, pcm: bytes) -> tuple[str, int, int]:
+    """Speak half of a recording and lose the connection: session, last event, how far the gateway has heard."""
+    async with running.client() as client:
+        ready = await client.until("ready")
+        await client.say(pcm[: len(pcm) // 2])
+        ack = await client.until("ack")
+        client.abort()
+    return ready["session"], max(event.get("n", 0) for event in client.events), ack["position"]
+
+
+def test_a_talk_goes_on_after_the_link_was_cut_with_nothing_lost_and_nothing_twice(
+    site: tuple[Box, Subscriber],
+) -> None:
+    running, _ = site
+    pcm = read_file(SPEED)
+
+    async def talk() -> tuple[dict[str, Any], list[str], list[int]]:
+        session, have, acked = await first_half(running, pcm)
+        async with running.client(session=session, have=have) as client:
+            ready = await client.until("ready")
+            assert ready["position"] >= acked
+            await client.say(pcm[2 * acked :], talk=1, position=acked)  # some of it is there already
+            await client.send(type="end")
+            await client.until("ended")
+            return (
+                ready,
+                [event["text"] for event in client.of("transcript")],
+                [e["n"] for e in client.events if "n" in e],
+            )
+
+    ready, texts, numbers = run(talk)
+    assert ready["resumed"] is True
+    assert texts == [row["text"] for row in transcribed(SPEED)]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_what_was_said_reaches_a_client_that_was_away_when_it_was_understood(site: tuple[Box, Subscriber]) -> None:
+    running, subscriber = site
+    before = len(subscriber.on("evt/transcript"))
+
+    async def talk() -> list[dict[str, Any]]:
+        async with running.client() as client:
+            session = (await client.until("ready"))["session"]
+            pcm = read_file(STOP) + quiet(16_000)
+            await client.say(pcm)
+            while (await client.until("ack"))["position"] < len(pcm) // 2 - 10_000:
+                pass
+            client.abort()
+        subscriber.wait_for(lambda _: len(subscriber.on("evt/transcript")) > before, "the transcript")
+        async with running.client(session=session) as client:
+            await client.until("command")
+            return client.events
+
+    events = run(talk)
+    assert [event["text"] for event in events if event["type"] == "transcript"] == ["emergency stop"]
+
+
+def test_a_command_that_waited_in_a_tablets_memory_comes_as_expired_not_as_live(site: tuple[Box, Subscriber]) -> None:
+    running, subscriber = site
+
+    async def talk() -> dict[str, Any]:
+        async with running.client() as client:
+            await client.say(read_file(STOP), age_ms=25_000)
+            await client.send(type="end")
+            await client.until("ended")
+            return {event["type"]: event for event in client.events}
+
+    events = run(talk)
+    assert "command" not in events
+    ident = events["expired"]["id"]
+    subscriber.wait_for(lambda m: any(x.data["id"] == ident for x in m), "it")
+    (arrived,) = [message for message in subscriber.messages if message.data["id"] == ident]
+    assert arrived.topic.endswith("evt/expired")
+
+
+def test_a_session_of_another_token_cannot_be_taken_over(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    other = running.tokens.add("thief", "talk")
+
+    async def talk() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with running.client() as client:
+            own = await client.until("ready")
+            async with running.client(token=other, session=own["session"]) as thief:
+                return own, await thief.until("ready")
+
+    own, stolen = run(talk)
+    assert (stolen["resumed"], stolen["source"]) == (False, "thief")
+    assert stolen["session"] != own["session"]
+
+
+def test_a_revoked_token_ends_its_session(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    token = running.tokens.add("retired", "talk")
+
+    async def talk() -> tuple[dict[str, Any], int | None]:
+        async with running.client(token=token) as client:
+            await client.until("ready")
+            running.tokens.revoke("retired")
+            error = await client.until("error")
+            await client.socket.receive(20)
+            return error, client.socket.close_code
+
+    error, _ = run(talk)
+    assert error["detail"] == "its token was revoked"
+
+
+def test_the_dashboard_shows_those_who_may_watch_what_is_said_and_nobody_else(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    watch = running.tokens.add("wall", "watch")
+
+    async def look() -> tuple[list[int], dict[str, Any]]:
+        async with running.client() as client, running.http() as http:
+            await client.say(read_file(STOP))
+            await client.send(type="end")
+            await client.until("ended")
+            statuses = []
+            for token in ("", running.token, watch):
+                response = await http.get(f"{running.url}/board", headers={"Authorization": f"Bearer {token}"})
+                statuses.append(response.status)
+            return statuses, await response.json()
+
+    statuses, board = run(look)
+    assert statuses == [401, 403, 200]
+    assert board["broker"] == "connected"
+    assert board["said"][-1]["intent"] == "EmergencyStop"
+    assert any(session["source"].startswith("tablet") for session in board["sessions"])
+    assert board["meta"]["model"].startswith("micro-en")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Basic !"}, 401),
+        ({}, 400),
+    ],
+)
+def test_an_offer_that_is_not_one_is_refused_as_the_rfc_says(
+    site: tuple[Box, Subscriber], headers: dict[str, str], status: int
+) -> None:
+    running, _ = site
+    usual = {"Content-Type": "application/sdp", "Authorization": f"Bearer {running.token}"}
+
+    async def ask() -> tuple[int, dict[str, Any], str]:
+        async with running.http() as http:
+            response = await http.post(f"{running.url}/whip", data=b"v=0\r\n", headers={**usual, **headers})
+            return response.status, await response.json(), response.headers["Content-Security-Policy"]
+
+    answered, body, policy = run(ask)
+    assert answered == status
+    assert body["error"]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_candidates_are_trickled_under_their_etag_only(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    bearer = {"Authorization": f"Bearer {running.token}"}
+    fragment = "a=mid:0\r\na=candidate:1 1 udp 2130706431 127.0.0.1 9 typ host\r\na=end-of-candidates\r\n"
+
+    async def ask() -> list[int]:
+        client = WhipClient(running, STOP, channel=False)
+        async with running.http() as http:
+            response = await client.call(http)
+            location, etag = running.url + response.headers["Location"], response.headers["ETag"]
+            statuses = []
+            for headers, body in (
+                ({}, fragment),
+                ({"If-Match": '"other"'}, fragment),
+                ({"If-Match": "*"}, fragment),
+                ({"If-Match": etag}, "a=candidate:nonsense\r\n"),
+                ({"If-Match": etag}, fragment),
+            ):
+                sent = {"Content-Type": "application/trickle-ice-sdpfrag", **bearer, **headers}
+                statuses.append((await http.patch(location, data=body, headers=sent)).status)
+            statuses.append((await http.get(location, headers=bearer)).status)
+            statuses.append((await http.delete(location, headers=bearer)).status)
+        await client.peer.close()
+        return statuses
+
+    assert run(ask) == [428, 412, 422, 400, 204, 405, 200]

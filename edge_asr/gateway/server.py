@@ -6,25 +6,27 @@ import asyncio
 import contextlib
 import logging
 import ssl
+from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
 
-from edge_asr import contract, settings
+from edge_asr import clock, contract, settings
 from edge_asr.events import Json, Message
 from edge_asr.gateway import GatewayError
+from edge_asr.gateway.box import Box
 from edge_asr.gateway.certificates import Files
+from edge_asr.gateway.dashboard import KEPT, Dashboard, shortened
 from edge_asr.gateway.door import Door
 from edge_asr.gateway.pages import Pages
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import Sessions
+from edge_asr.gateway.session import Event, Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.gateway.transcriptions import Transcriptions
 from edge_asr.gateway.vosk import Vosk
 from edge_asr.gateway.websocket import WebSockets
 from edge_asr.gateway.whip import Whip
-from edge_asr.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ GOODBYE_S: Final = 2.0
 CERTIFICATE_S: Final = 60.0
 """Between two looks whether the certificate was renewed."""
 
-OVERLOAD_FINALS: Final = 8
-"""So many utterances before the recognizer, and nobody new is let in."""
+
+Room = WebSockets | Whip | Vosk | Transcriptions | Dashboard | Pages
 
 
 class Gateway:
@@ -59,25 +61,27 @@ class Gateway:
             self._tls.set_alpn_protocols(["http/1.1"])
             self._load_certificate(self._tls)
         self._sessions: Sessions | None = None
+        self._said: deque[Event] = deque(maxlen=KEPT)
 
     def told(self, message: Message) -> None:
         """A message was committed."""
+        expires_ns = message.expires_ns
+        left_s = None if expires_ns is None else (expires_ns - clock.boottime_ns()) / clock.NS_PER_S
+        topic, data = self._renderer.flat(message, replayed=False, life_left_s=left_s)
+        kind = contract.TOPICS[topic]
+        self._said.append(shortened(kind, data))
         if self._sessions is not None:
-            self._sessions.told(message)
+            self._sessions.told(kind, data)
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Somebody speaks."""
         if self._sessions is not None:
             self._sessions.live(topic, data)
 
-    async def run(self, pipeline: Pipeline) -> None:
+    async def run(self, box: Box) -> None:
         """Let stations in until cancelled. Raises GatewayError."""
-
-        def overloaded() -> bool:
-            return pipeline.finals_waiting >= OVERLOAD_FINALS
-
         door = self._open_door()
-        sessions = Sessions(self._options, self._tokens, self._renderer, pipeline.hear, overloaded)
+        sessions = Sessions(self._options, self._tokens, box.pipeline)
         rules = Rules(self._options, self._tokens, door.admit)
         whip = Whip(self._options, sessions, rules)
         vosk = Vosk(sessions, rules)
@@ -88,6 +92,7 @@ class Gateway:
                 whip,
                 vosk,
                 Transcriptions(sessions, rules, self._model),
+                Dashboard(box, sessions, rules, self._said),
                 Pages(self._authority, vosk.serve),
             ),
             access_log=None,
@@ -102,7 +107,7 @@ class Gateway:
         log.info("gateway: %s://%s:%d/", "https" if self._tls else "http", self._options.host, door.port)
         self._sessions = sessions
         try:
-            await asyncio.gather(door.run(runner.server), sessions.sweep(), self._renew())
+            await asyncio.gather(door.run(runner.server), sessions.sweep(), sessions.report(box.broker), self._renew())
         finally:
             door.close()
             await whip.close()
@@ -146,7 +151,9 @@ class Gateway:
                 log.warning("gateway: the old certificate stays: %s", error)
 
 
-def _application(rules: Rules, *rooms: WebSockets | Whip | Vosk | Transcriptions | Pages) -> web.Application:
+def _application(
+    rules: Rules, *rooms: WebSockets | Whip | Vosk | Transcriptions | Dashboard | Pages
+) -> web.Application:
     application = web.Application(middlewares=[rules.guard], client_max_size=MAX_BODY_BYTES)
     application.on_response_prepare.append(rules.secure)
     for room in rooms:

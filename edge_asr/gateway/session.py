@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_asr import clock, contract, settings
-from edge_asr.events import Json, Message
+from edge_asr.confirmation import ConfirmationError
+from edge_asr.events import Json
 from edge_asr.gateway import wire
 from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
+from edge_asr.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,13 @@ MAX_TALKS = 8
 """Talks of one session that may wait for the one before them to be committed."""
 
 ACK_S = 0.5
+OVERLOAD_FINALS = 8
+"""So many utterances before the recognizer, and nobody new is let in."""
+
+TAIL_S = 0.2
+"""So much later audio by WebRTC may arrive than a message that was sent with it."""
 SWEEP_S = 1.0
+REPORT_S = 0.5
 
 Event = dict[str, Json]
 Hear = Callable[[Talk], Awaitable[None]]
@@ -162,6 +170,16 @@ class Session:
         self.talk.offer(self.talk.position, samples)
         self._acknowledge()
 
+    def finish_soon(self) -> None:
+        """The talk under way is over as soon as the audio has come that this message has overtaken."""
+        talk = self.talk
+
+        def finish() -> None:
+            if self.talk is talk:
+                self.finish()
+
+        asyncio.get_running_loop().call_later(TAIL_S if self.format == "rtp" else 0.0, finish)
+
     def finish(self) -> None:
         """The talk under way is over."""
         if self.container is not None:
@@ -218,10 +236,9 @@ class Sessions:
 
     options: settings.Gateway
     tokens: Tokens
-    renderer: contract.Renderer
-    hear: Hear
-    overloaded: Callable[[], bool]
-    """Whether the recognizer is so far behind that nobody new should come."""
+    pipeline: Pipeline
+    status: Event = field(default_factory=dict)
+    """What every session is told when it begins, and when it changes."""
     _running: dict[str, tuple[Session, asyncio.Task[None]]] = field(default_factory=dict)
     """Source -> its session."""
 
@@ -231,7 +248,7 @@ class Sessions:
 
     def check_room(self, address: str) -> None:
         """Raise BusyError where nobody from this address can be let in now."""
-        if self.overloaded():
+        if self.overloaded:
             raise BusyError("the recognizer is behind; try again in a moment")
         if len(self._running) >= self.options.max_sessions:
             raise BusyError(f"all {self.options.max_sessions} sessions are taken; try again later")
@@ -260,20 +277,50 @@ class Sessions:
         found = (each for each in self if secrets.compare_digest(each.id.encode(), session_id.encode()))
         return next((each for each in found if each.station == station and not each.over.is_set()), None)
 
-    def told(self, message: Message) -> None:
-        """Pass a committed message on to the session that said it."""
-        session = self._of(message.data)
+    @property
+    def overloaded(self) -> bool:
+        """Whether the recognizer is so far behind that nobody new should come."""
+        return self.pipeline.finals_waiting >= OVERLOAD_FINALS
+
+    async def answer(self, session: Session, answer: wire.Answer) -> None:
+        """A button says yes or no to a question of its own session."""
+        asked = {each.id for each in self.pipeline.pending if each.utterance.source == session.source}
+        try:
+            if answer.pending_id not in asked:
+                session.tell("error", {"detail": "that question is not open any more"}, keep=False)
+            elif answer.answer == "confirm":
+                await self.pipeline.confirm(answer.pending_id, answer.confirmations_left, "")
+            else:
+                await self.pipeline.cancel(answer.pending_id)
+        except ConfirmationError as error:
+            session.tell("error", {"detail": str(error)}, keep=False)
+
+    def told(self, kind: str, data: Mapping[str, Json]) -> None:
+        """Pass what was committed on to the session that said it."""
+        session = self._of(data)
         if session is not None:
-            expires_ns = message.expires_ns
-            left_s = None if expires_ns is None else (expires_ns - clock.boottime_ns()) / clock.NS_PER_S
-            topic, data = self.renderer.flat(message, replayed=False, life_left_s=left_s)
-            session.tell(contract.TOPICS[topic], data)
+            session.tell(kind, data)
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Pass a partial on to the session that speaks."""
         session = self._of(data)
         if session is not None and topic == contract.PARTIAL:
             session.tell("transcribing", data, keep=False)
+
+    async def report(self, broker: Callable[[], str]) -> None:
+        """Tell every session how the broker and the recognizer stand, whenever that changes; never returns."""
+        busy = False
+        while True:
+            if self.status.get("broker") != broker():
+                self.status = {"broker": broker()}
+                for session in self:
+                    session.tell("status", self.status, keep=False)
+            if busy != self.overloaded:
+                busy = not busy
+                for session in self:
+                    if busy:
+                        session.tell("overloaded", {}, keep=False)
+            await asyncio.sleep(REPORT_S)
 
     async def sweep(self) -> None:
         """End what has been silent, or open, for too long, and what belongs to a revoked token; never returns."""
@@ -309,7 +356,7 @@ class Sessions:
 
     async def _run(self, session: Session) -> None:
         try:
-            await session.run(self.hear)
+            await session.run(self.pipeline.hear)
         except Exception:
             log.exception("%s: the session failed", session.source)
             session.tell("error", {"detail": "the session failed; the log knows more"}, keep=False)

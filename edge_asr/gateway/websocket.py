@@ -117,6 +117,7 @@ class Connection:
                 "resume_s": self._sessions.options.resume_s,
             }
         )
+        self.send({"type": "status", **self._sessions.status})
         session.attach(self, hello.have if resumed else 0)
         return session
 
@@ -143,7 +144,7 @@ class Connection:
             if message.type is WSMsgType.BINARY:
                 await self._hear(session, message.data)
             elif message.type is WSMsgType.TEXT:
-                self._obey(session, wire.read(message.data))
+                await self._obey(session, wire.read(message.data))
             else:
                 if message.data == WSCloseCode.OK:
                     session.close()  # goodbye; any other end may be a cut link
@@ -154,11 +155,13 @@ class Connection:
         await asyncio.sleep(max(0.0, ahead_s))
         self._heard_s += await session.take(*wire.audio(data))
 
-    def _obey(self, session: Session, order: wire.Message) -> None:
+    async def _obey(self, session: Session, order: wire.Message) -> None:
         if isinstance(order, wire.Start):
             session.begin(order)
         elif isinstance(order, wire.End):
-            session.finish()
+            session.finish_soon()
+        elif isinstance(order, wire.Answer):
+            await self._sessions.answer(session, order)
         elif isinstance(order, wire.Ping):
             self.send({"type": "pong"})
         else:

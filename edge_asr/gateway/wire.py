@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from edge_asr.events import Answer as Kind
 from edge_asr.settings import problems
 
 MAX_MESSAGE_BYTES = 64 * 1024
@@ -64,17 +65,27 @@ class End(_Message):
     type: Literal["end"]
 
 
+class Answer(_Message):
+    """A button instead of a spoken yes or no."""
+
+    type: Literal["answer"]
+    answer: Kind
+    pending_id: Annotated[str, Field(max_length=64)]
+    confirmations_left: Annotated[int, Field(ge=0, le=10)] = 1
+    """As the question said it: a late or doubled yes confirms nothing that was not asked."""
+
+
 class Ping(_Message):
     """Answered by `pong`: whether the connection lives."""
 
     type: Literal["ping"]
 
 
-Message = Annotated[Hello | Start | End | Ping, Field(discriminator="type")]
-_ADAPTER: TypeAdapter[Hello | Start | End | Ping] = TypeAdapter(Message)
+Message = Annotated[Hello | Start | End | Answer | Ping, Field(discriminator="type")]
+_ADAPTER: TypeAdapter[Hello | Start | End | Answer | Ping] = TypeAdapter(Message)
 
 
-def read(text: str) -> Hello | Start | End | Ping:
+def read(text: str) -> Hello | Start | End | Answer | Ping:
     """One JSON message. Raises WireError."""
     try:
         return _ADAPTER.validate_json(text)

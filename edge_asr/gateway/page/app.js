@@ -1,8 +1,10 @@
 // The page of one station: the talk button, what was understood, what waits for a yes.
 
-import { Microphone, MicrophoneError } from "./microphone.js";
+import { draw, slots } from "./history.js";
+import { Microphone, MicrophoneError, PIECE_MS } from "./microphone.js";
 import { Socket } from "./socket.js";
 import { choose, fill, text } from "./texts.js";
+import { RATE, Voice } from "./voice.js";
 
 const TAIL_MS = 250; // people let go of the button before they have finished the word
 const HISTORY = 100;
@@ -23,15 +25,21 @@ const options = {
 };
 
 const microphone = new Microphone();
+const voice = new Voice();
+voice.addEventListener("lost", () => link.takeOver());
+voice.addEventListener("state", () => (by("talk").dataset.call = voice.peer?.connectionState ?? "none"));
+let recording = null; // of MediaRecorder, while it runs
 let link = newLink();
 let talking = false;
 let wanted = false;
 let broker = "unknown";
+let final = ""; // what was understood last in this talk
 let question = null;
 const items = new Map(); // utterance id -> its line of the history
 
 function newLink() {
   const fresh = new Socket(stored("token", ""));
+  fresh.byRtp = () => voice.connected && voice.session === fresh.session;
   fresh.addEventListener("state", showState);
   fresh.addEventListener("event", ({ detail }) => handle(detail));
   fresh.addEventListener("refused", () => notice("token-needed", "enter-token", () => openOptions("token")));
@@ -53,12 +61,20 @@ async function begin() {
   }
   clearNotice();
   link.connect();
+  call();
   if (!wanted) return; // let go while the browser asked for permission
-  const before = microphone.before();
-  const samples = before.reduce((sum, pcm) => sum + pcm.length, 0);
-  link.start(microphone.rate, (1000 * samples) / microphone.rate);
-  before.forEach((pcm) => link.put(pcm.slice()));
+  if (options.way === "opus") {
+    recording = microphone.record((bytes) => link.put(bytes, bytes.length, PIECE_MS / 1000));
+    link.start(recording.format, RATE, 0);
+  } else {
+    const before = microphone.before();
+    const samples = before.reduce((sum, pcm) => sum + pcm.length, 0);
+    const rtp = options.way === "auto" && link.byRtp() && microphone.rate === RATE;
+    link.start(rtp ? "rtp" : "pcm16", microphone.rate, (1000 * samples) / microphone.rate);
+    before.forEach(putPcm);
+  }
   talking = true;
+  final = "";
   showTalk();
   live(text("listening"), "hint");
 }
@@ -67,17 +83,35 @@ function finish() {
   wanted = false;
   if (!talking) return;
   setTimeout(() => {
-    if (wanted) return; // pressed again meanwhile: one talk
+    if (wanted || !talking) return; // pressed again meanwhile: one talk
     talking = false;
-    link.end();
+    endTalk();
     showTalk();
     live(text(link.state === "on" ? "transcribing" : "sending-later"), "hint");
   }, TAIL_MS);
 }
 
+async function endTalk() {
+  const { stop } = recording ?? {};
+  recording = null;
+  await stop?.();
+  link.end();
+}
+
+/** Have the next talk go by WebRTC, if that works here. */
+function call() {
+  if (options.way === "auto" && microphone.stream?.active && link.session && microphone.rate === RATE) {
+    voice.connect(microphone.stream, stored("token", ""), link.session);
+  }
+}
+
+function putPcm(pcm) {
+  link.put(new Uint8Array(pcm.buffer), pcm.length, pcm.length / microphone.rate);
+}
+
 function onPiece(pcm, peak) {
   by("meter").firstElementChild.style.transform = `scaleX(${Math.max(0, 1 + Math.log10(peak + 1e-4) / 3)})`;
-  if (talking) link.put(pcm.slice());
+  if (talking && !recording) putPcm(pcm);
 }
 
 const button = by("talk");
@@ -121,6 +155,7 @@ function handle(event) {
   switch (event.type) {
     case "ready":
       by("station").textContent = event.source;
+      call();
       clearNotice();
       break;
     case "transcribing":
@@ -128,7 +163,8 @@ function handle(event) {
       break;
     case "transcript":
       item(at, event);
-      live(event.text, "final");
+      final = event.text;
+      live(final, "final");
       break;
     case "pending":
       item(at, event);
@@ -142,7 +178,7 @@ function handle(event) {
       if (event.type === "rejected" && !event.text) live(text(`reason-${event.reason}`), "hint");
       break;
     case "ended":
-      if (!talking && by("live").className !== "final") live(text("idle"), "hint");
+      if (!talking) live(final || text("idle"), final ? "final" : "hint");
       break;
     case "status":
       broker = event.broker;
@@ -167,7 +203,7 @@ function live(words, kind) {
 function item(id, event) {
   let line = items.get(id);
   if (!line) {
-    line = by("line-template")?.content.cloneNode(true) ?? document.createElement("li");
+    line = document.createElement("li");
     items.set(id, line);
     by("history").prepend(line);
     by("nothing-yet").hidden = true;
@@ -178,50 +214,8 @@ function item(id, event) {
     }
   }
   line.event = { ...line.event, ...event };
-  line.kinds = [...(line.kinds ?? []), event.type];
-  draw(line);
-}
-
-function draw(line) {
-  const event = line.event;
-  const kind = ["command", "expired", "rejected", "pending"].findLast?.((each) => line.kinds.at(-1) === each)
-    ?? line.kinds.at(-1);
-  line.dataset.kind = kind;
-  line.replaceChildren();
-  const time = add(line, "time", new Date(event.end ?? event.time).toLocaleTimeString([], { hour12: false }));
-  time.dateTime = event.end ?? event.time;
-  const body = add(line, "div");
-  if (event.text) add(body, "p", event.text, "said");
-  if (event.intent && kind !== "rejected") {
-    const command = add(body, "p", "", "intent");
-    add(command, "strong", event.intent);
-    slots(add(body, "dl", "", "slots"), event);
-  }
-  const badges = add(body, "p", "", "badges");
-  add(badges, "span", kind === "rejected" ? text(`reason-${event.reason}`) : text(kind), "badge kind");
-  if (kind === "command" && event.confirmed) add(badges, "span", text("kind-confirmed"), "badge");
-  if (event.language && event.language !== "nospeech") add(badges, "span", text(`lang-${event.language}`), "badge");
-  if (event.emotion && !/UNKNOWN|UNK/.test(event.emotion)) add(badges, "span", text(`emotion-${event.emotion}`), "badge");
-  if (event.event && !/^(Speech|.*UNK)/.test(event.event)) add(badges, "span", text(`event-${event.event}`), "badge");
-  if (event.confidence > 0) add(badges, "span", `${Math.round(100 * event.confidence)} % ${text("sure")}`, "badge");
-  if (kind === "expired") add(body, "p", text("expired-detail"), "hint");
-  else if (kind === "rejected" && event.detail) add(body, "p", event.detail, "hint");
-}
-
-function slots(list, event) {
-  for (const [name, value] of Object.entries(event.slots ?? {})) {
-    const pair = add(list, "div");
-    add(pair, "dt", name);
-    add(pair, "dd", [value, event.units?.[name]].filter((part) => part !== undefined).join(" "));
-  }
-}
-
-function add(parent, tag, words = "", kind = "") {
-  const element = document.createElement(tag);
-  element.textContent = words;
-  if (kind) element.className = kind;
-  parent.append(element);
-  return element;
+  line.kind = event.type;
+  draw(line, line.event, line.kind);
 }
 
 // ---------------------------------------------------------------- a yes or no
@@ -248,8 +242,8 @@ function unask() {
   button.focus({ preventScroll: true });
 }
 
-by("confirm").addEventListener("click", () => question && link.answer(question.pending_id, "confirm"));
-by("cancel").addEventListener("click", () => question && link.answer(question.pending_id, "cancel"));
+by("confirm").addEventListener("click", () => question && link.answer(question, "confirm"));
+by("cancel").addEventListener("click", () => question && link.answer(question, "cancel"));
 
 // ---------------------------------------------------------------- how things stand
 
@@ -316,7 +310,7 @@ function translate() {
     for (const input of document.querySelectorAll(`input[name=${name}]`)) input.checked = input.value === value;
   }
   if (by("live").className === "hint") live(text(talking ? "listening" : "idle"), "hint");
-  items.forEach(draw);
+  items.forEach((line) => draw(line, line.event, line.kind));
   showState();
   showTalk();
 }

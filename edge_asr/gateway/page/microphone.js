@@ -1,6 +1,7 @@
 // The microphone: asks for permission, says in plain words what is wrong, and hands out pieces of PCM with their level.
 
 const BEFORE_MS = 300;
+export const PIECE_MS = 100; // of a compressed stream
 
 export class MicrophoneError extends Error {}
 
@@ -19,7 +20,12 @@ export class Microphone {
       const known = { NotAllowedError: "denied", NotFoundError: "no-microphone", NotReadableError: "busy-microphone" };
       throw new MicrophoneError(known[error.name] ?? "no-microphone");
     }
-    this.context = new AudioContext({ latencyHint: "interactive" });
+    try {
+      this.context = new AudioContext({ latencyHint: "interactive", sampleRate: 48000 });
+      this.context.createMediaStreamSource(this.stream).disconnect();
+    } catch {
+      this.context = new AudioContext({ latencyHint: "interactive" }); // Firefox resamples no microphone
+    }
     await this.context.audioWorklet.addModule("worklet.js");
     const capture = new AudioWorkletNode(this.context, "capture", { numberOfOutputs: 0 });
     this.context.createMediaStreamSource(this.stream).connect(capture);
@@ -33,6 +39,23 @@ export class Microphone {
 
   get rate() {
     return this.context.sampleRate;
+  }
+
+  /** Record as a compressed stream until the function that it returns is called, which waits for the last of it. */
+  record(onBytes) {
+    const kinds = { webm: "audio/webm;codecs=opus", ogg: "audio/ogg;codecs=opus" };
+    const format = Object.keys(kinds).find((kind) => MediaRecorder.isTypeSupported(kinds[kind]));
+    const recorder = new MediaRecorder(this.stream, { mimeType: kinds[format], audioBitsPerSecond: 48000 });
+    let last = Promise.resolve();
+    recorder.ondataavailable = ({ data }) => {
+      last = last.then(async () => onBytes(new Uint8Array(await data.arrayBuffer())));
+    };
+    recorder.start(PIECE_MS);
+    const stop = () => new Promise((resolve) => {
+      recorder.onstop = () => last.then(resolve);
+      recorder.stop();
+    });
+    return { format, stop };
   }
 
   /** What was captured just before now: a first word begins before the thumb has landed. */

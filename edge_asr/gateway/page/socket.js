@@ -4,6 +4,7 @@
 
 const KEEP_S = 30;
 const PING_MS = 3000;
+const RTP_MS = 2500; // without an acknowledgement so long, WebRTC does not work
 const SILENT_MS = 10000;
 const RETRY_MS = [250, 500, 1000, 2000, 5000];
 
@@ -12,9 +13,10 @@ export class Socket extends EventTarget {
     super();
     this.token = token;
     this.state = "off";
-    this.talks = []; // {number, began (performance.now of its first sample), pieces: [{position, pcm}], length, ended}
+    this.talks = []; // see start()
+    this.byRtp = () => false; // whether audio really goes by WebRTC now
     this.count = 0;
-    this.session = null;
+    this.session = sessionStorage.getItem("session"); // a reloaded page goes on with its session
     this.have = 0;
     this.failures = 0;
     addEventListener("online", () => this.connect());
@@ -48,22 +50,33 @@ export class Socket extends EventTarget {
     this.#is("off");
   }
 
-  /** Begin a talk of so many samples per second whose first was captured so many milliseconds ago. */
-  start(rate, age) {
-    const talk = { number: ++this.count, rate, began: performance.now() - age, pieces: [], length: 0, ended: false };
+  /** Begin a talk whose first sample was captured so many milliseconds ago. Of format rtp it is only kept here, in PCM,
+      while WebRTC carries it. */
+  start(format, rate, age) {
+    const now = performance.now();
+    const talk = { number: ++this.count, format, rate, began: now - age, acked: now, pieces: [], length: 0, ended: false };
     this.talks.push(talk);
     this.#sendStart(talk);
   }
 
-  /** Send a piece of the talk under way. */
-  put(pcm) {
+  /** Send a piece of the talk under way: so many samples (PCM) or bytes (webm, ogg), and so many seconds. */
+  put(bytes, units, seconds) {
     const talk = this.talks.at(-1);
     if (!talk || talk.ended) return;
-    const piece = { position: talk.length, pcm };
-    talk.length += pcm.length;
+    const piece = { position: talk.length, bytes, units, seconds };
+    talk.length += units;
     talk.pieces.push(piece);
-    this.#sendAudio(piece);
+    if (talk.format !== "rtp") this.#sendAudio(piece);
+    else if (!this.byRtp() || performance.now() - talk.acked > RTP_MS) this.takeOver();
     this.#forgetOldest();
+  }
+
+  /** WebRTC has failed: what it has not brought goes this way. */
+  takeOver() {
+    const talk = this.talks.at(-1);
+    if (talk?.format !== "rtp") return;
+    talk.format = "pcm16";
+    for (const piece of talk.pieces) this.#sendAudio(piece);
   }
 
   end() {
@@ -73,8 +86,8 @@ export class Socket extends EventTarget {
     this.#send({ type: "end" });
   }
 
-  answer(pendingId, answer) {
-    this.#send({ type: "answer", pending_id: pendingId, answer });
+  answer({ pending_id, confirmations_left }, answer) {
+    this.#send({ type: "answer", answer, pending_id, confirmations_left });
   }
 
   get waiting() {
@@ -93,12 +106,15 @@ export class Socket extends EventTarget {
   #resume(event) {
     this.failures = 0;
     this.session = event.session;
+    this.count = Math.max(this.count, event.talk);
+    sessionStorage.setItem("session", event.session);
     if (event.resumed) this.#forget({ talk: event.talk, position: event.position, ended: false });
     else this.have = 0;
     this.#is("on");
     for (const talk of this.talks) {
       this.#sendStart(talk);
-      for (const piece of talk.pieces) this.#sendAudio(piece);
+      if (talk.format === "rtp" && (talk.ended || !this.byRtp())) talk.format = "pcm16";
+      if (talk.format !== "rtp") for (const piece of talk.pieces) this.#sendAudio(piece);
       if (talk.ended) this.#send({ type: "end" });
     }
   }
@@ -106,31 +122,33 @@ export class Socket extends EventTarget {
   #forget({ talk: number, position, ended }) {
     this.talks = this.talks.filter((talk) => talk.number > number || (talk.number === number && !ended));
     const talk = this.talks.find((each) => each.number === number);
-    if (talk) talk.pieces = talk.pieces.filter((piece) => piece.position + piece.pcm.length > position);
+    if (!talk) return;
+    talk.acked = performance.now();
+    talk.pieces = talk.pieces.filter((piece) => piece.position + piece.units > position);
   }
 
   #forgetOldest() {
-    const seconds = ({ pieces, rate }) => pieces.reduce((sum, { pcm }) => sum + pcm.length, 0) / rate;
-    if (this.talks.reduce((sum, talk) => sum + seconds(talk), 0) <= KEEP_S) return;
+    const kept = this.talks.flatMap(({ pieces }) => pieces).reduce((sum, { seconds }) => sum + seconds, 0);
+    if (kept <= KEEP_S) return;
     const oldest = this.talks.find((talk) => talk.pieces.length);
-    const { pcm } = oldest.pieces.shift();
+    const { seconds } = oldest.pieces.shift();
     if (!oldest.pieces.length && oldest.ended) this.talks.splice(this.talks.indexOf(oldest), 1);
-    this.dispatchEvent(new CustomEvent("dropped", { detail: pcm.length / oldest.rate }));
+    this.dispatchEvent(new CustomEvent("dropped", { detail: seconds }));
   }
 
-  #sendStart({ number, rate, began }) {
-    this.#send({ type: "start", talk: number, rate, age_ms: Math.min(60000, performance.now() - began) });
+  #sendStart({ number, format, rate, began }) {
+    this.#send({ type: "start", talk: number, format, rate, age_ms: Math.min(60000, performance.now() - began) });
   }
 
   #send(message) {
     if (this.state === "on") this.socket.send(JSON.stringify(message));
   }
 
-  #sendAudio({ position, pcm }) {
+  #sendAudio({ position, bytes }) {
     if (this.state !== "on") return;
-    const message = new Uint8Array(4 + pcm.byteLength);
+    const message = new Uint8Array(4 + bytes.byteLength);
     new DataView(message.buffer).setUint32(0, position, true);
-    message.set(new Uint8Array(pcm.buffer), 4);
+    message.set(bytes, 4);
     this.socket.send(message);
   }
 

@@ -1,0 +1,326 @@
+"""What the gateway takes without harm: half-open connections by the thousand, too many of everything, any bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import resource
+import socket
+import ssl
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from edge_asr import clock
+from edge_asr.audio import read_file
+from edge_asr.events import SAMPLE_RATE
+from edge_asr.gateway import wire
+from edge_asr.gateway.call import Call, OfferError
+from edge_asr.gateway.container import Container, ContainerError, decode
+from edge_asr.gateway.rules import Pace
+from edge_asr.gateway.session import Session
+from edge_asr.gateway.talk import Talk
+from edge_asr.gateway.tokens import Station
+from edge_asr.gateway.vosk import _parsed, _rate
+from tests.gateway import Box, box, run, transcribed
+from tests.test_gateway import STOP, encoded
+
+HALF_OPEN = 1000
+WEBM = encoded(STOP, "webm")
+OGG = encoded(STOP, "ogg")
+OFFER = """v=0
+o=- 1 1 IN IP4 0.0.0.0
+s=-
+t=0 0
+a=group:BUNDLE 0
+m=audio 9 UDP/TLS/RTP/SAVPF 111
+c=IN IP4 0.0.0.0
+a=mid:0
+a=sendonly
+a=rtcp-mux
+a=ice-ufrag:abcd
+a=ice-pwd:abcdefghijklmnopqrstuvwx
+a=fingerprint:sha-256 {}
+a=setup:actpass
+a=rtpmap:111 opus/48000/2
+a=candidate:1 1 udp 2130706431 127.0.0.1 9 typ host
+""".format(":".join(["AB"] * 32)).replace("\n", "\r\n")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """A box with little room, and no broker."""
+    with box(tmp_path_factory.mktemp("abused"), max_sessions=3, max_sessions_per_token=2) as started:
+        yield started
+
+
+# ---------------------------------------------------------------- the door
+
+
+def half_open(port: int, number: int, tls: ssl.SSLContext) -> socket.socket:
+    """A connection that stops somewhere: before TLS, within it, within the header, or with one byte at a time."""
+    plain = socket.create_connection(("127.0.0.1", port), timeout=5, source_address=(f"127.0.{number // 64 + 1}.1", 0))
+    if number % 8 == 1:
+        plain.sendall(b"\x16\x03\x01")
+    if number % 8 == 2:
+        with contextlib.suppress(OSError, ssl.SSLError):
+            secure = tls.wrap_socket(plain, server_hostname="localhost")
+            secure.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+            return secure
+    return plain
+
+
+def test_a_thousand_half_open_connections_do_not_disturb_who_is_talking_and_are_closed(running: Box) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held: list[socket.socket] = []
+
+    def flood() -> None:
+        for number in range(HALF_OPEN):
+            with contextlib.suppress(OSError):  # turned away
+                held.append(half_open(running.port, number, running.tls))
+
+    async def talk() -> list[str]:
+        async with running.client() as client:
+            flooding = asyncio.get_running_loop().run_in_executor(None, flood)
+            texts = []
+            for number in (1, 2):
+                await client.say(read_file(STOP), talk=number)
+                await client.send(type="end")
+                texts.append((await client.until("transcript"))["text"])
+            await flooding
+            async with running.client() as late:  # and somebody new still gets in
+                await late.until("ready")
+            return texts
+
+    assert run(talk) == [transcribed(STOP)[0]["text"]] * 2
+    assert len(held) == HALF_OPEN
+    for connection in held:
+        connection.settimeout(20)
+        with contextlib.suppress(OSError, ssl.SSLError):
+            while connection.recv(4096):
+                pass  # an alert of TLS may come before the end
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", b"400"),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", b"4"),
+        (b"\x00\xff\r\n\r\n", b"400"),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404"),
+        (b"GET /server.key HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404"),
+    ],
+)
+def test_a_request_that_is_too_large_or_none_is_refused(running: Box, request_: bytes, status: bytes) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", running.port), timeout=10) as plain,
+        running.tls.wrap_socket(plain, server_hostname="localhost") as secure,
+    ):
+        secure.sendall(request_)
+        assert secure.recv(4096).split(b" ")[1].startswith(status)
+
+
+def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
+    async def crowd() -> tuple[str, int, str]:
+        other = running.tokens.add("other", "talk")
+        async with running.client() as first, running.client() as second:
+            await first.until("ready")
+            await second.until("ready")
+            async with running.client() as third:
+                refused = await third.until("error")
+            async with running.client(token=other) as last, running.http() as http:
+                await last.until("ready")
+                with pytest.raises(aiohttp.WSServerHandshakeError) as full:
+                    await http.ws_connect(f"{running.url}/ws")
+                headers = full.value.headers
+                assert headers
+                return refused["detail"], full.value.status, headers["Retry-After"]
+
+    detail, status, retry_after = run(crowd)
+    assert detail == "tablet has 2 sessions open already"
+    assert (status, retry_after) == (503, "5")
+
+
+def test_no_secret_is_in_the_log(running: Box) -> None:
+    assert "session opened" in running.log
+    assert running.token not in running.log
+    assert running.watch not in running.log
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        '{"type":"hello"',
+        '{"type":"start","talk":1}',
+        '{"type":"hello","token":"wrong"}',
+        "[" * 10_000,
+        b"\x00\x00\x00\x00\x00\x00",
+        b"x" * (wire.MAX_MESSAGE_BYTES + 1),
+    ],
+)
+def test_a_first_message_that_is_no_good_hello_ends_the_connection(running: Box, message: str | bytes) -> None:
+    async def ask() -> bool:
+        async with running.http() as http, http.ws_connect(f"{running.url}/ws") as socket_:
+            send: Any = socket_.send_bytes if isinstance(message, bytes) else socket_.send_str
+            await send(message)
+            while not socket_.closed:
+                await socket_.receive(10)
+            return True
+
+    assert run(ask)
+
+
+# ---------------------------------------------------------------- any bytes at all
+
+
+@given(
+    st.text()
+    | st.binary().map(bytes.hex)
+    | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps)
+)
+def test_any_text_is_a_message_or_a_wire_error(text: str) -> None:
+    with contextlib.suppress(wire.WireError):
+        wire.read(text)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["hello", "start", "end", "answer", "ping"])},
+        optional={
+            name: st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+            for name in ("token", "talk", "rate", "age_ms", "format", "session", "have", "answer", "pending_id")
+        },
+    )
+)
+def test_any_fields_are_a_message_within_its_bounds_or_a_wire_error(fields: dict[str, Any]) -> None:
+    try:
+        message = wire.read(json.dumps(fields))
+    except wire.WireError as error:
+        assert len(str(error)) < 400  # noqa: PT017 - either outcome is right
+    else:
+        if isinstance(message, wire.Start):
+            assert 8000 <= message.rate <= 192_000
+            assert 0 <= message.age_ms <= wire.MAX_AGE_MS
+
+
+@given(st.binary(max_size=64))
+def test_any_binary_message_is_audio_or_a_wire_error(data: bytes) -> None:
+    try:
+        position, audio = wire.audio(data)
+    except wire.WireError:
+        assert len(data) <= 4
+    else:
+        assert data == struct.pack("<I", position) + bytes(audio)
+
+
+@given(st.text(max_size=60))
+def test_any_order_of_a_vosk_client_is_one_or_a_wire_error(text: str) -> None:
+    with contextlib.suppress(wire.WireError):
+        _rate(_parsed(text).get("sample_rate", 16_000))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 4000)), max_size=20),
+    st.sampled_from([8000, 16_000, 44_100, 48_000]),
+)
+def test_whatever_a_sender_repeats_or_skips_positions_only_rise_and_nothing_is_heard_twice(
+    pieces: list[tuple[int, int]], rate: int
+) -> None:
+    async def scenario() -> None:
+        talk = Talk("tablet", 1, rate=rate)
+        for position, count in pieces:
+            talk.offer(position, np.zeros(count, np.int16))
+        talk.end()
+        frames = [frame async for frame in talk.frames()]
+        for one, next_ in itertools.pairwise(frames):
+            assert one.end <= next_.position
+        assert all(frame.captured_ns <= clock.boottime_ns() for frame in frames)
+        heard_s = sum(len(frame.pcm) for frame in frames) / 2 / SAMPLE_RATE
+        assert heard_s <= max((position + count for position, count in pieces), default=0) / rate + 0.033
+
+    asyncio.run(scenario())
+
+
+def damaged(data: bytes, cut: int, place: int, noise: bytes) -> bytes:
+    place %= len(data)
+    return (data[:place] + noise + data[place + len(noise) :])[: max(1, cut % (2 * len(data)))]
+
+
+@given(st.sampled_from([WEBM, OGG]), st.integers(0, 10**6), st.integers(0, 10**6), st.binary(max_size=40))
+@hypothesis_settings(max_examples=60)
+def test_any_damaged_stream_ends_its_talk_and_nothing_else(data: bytes, cut: int, place: int, noise: bytes) -> None:
+    async def scenario() -> None:
+        talk = Talk("tablet", 1, rate=48_000)
+        complaints: list[str] = []
+        container = Container("webm" if data is WEBM else "ogg", talk, complaints.append)
+        sending = damaged(data, cut, place, noise)
+        for position in range(0, len(sending), 1000):
+            await container.put(position, sending[position : position + 1000])
+        container.end()
+        async for _ in talk.frames():
+            pass
+        assert talk.ended
+        assert talk.position <= 10 * 48_000
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+@given(
+    st.binary(max_size=200)
+    | st.builds(damaged, st.just(WEBM), st.integers(0, 10**6), st.integers(0, 10**6), st.binary())
+)
+@hypothesis_settings(max_examples=60)
+def test_any_upload_is_audio_or_a_container_error(data: bytes) -> None:
+    with contextlib.suppress(ContainerError):
+        assert len(decode(data, 10.0)) <= 11 * 2 * SAMPLE_RATE
+
+
+def mangled(lines: list[str], place: int, other: str) -> str:
+    lines = [*lines]
+    lines[place % len(lines)] = other
+    return "\r\n".join(lines)
+
+
+SDP_LINES = OFFER.split("\r\n")
+
+
+@given(
+    st.text()
+    | st.builds(mangled, st.just(SDP_LINES), st.integers(0, 100), st.text(max_size=40) | st.sampled_from(SDP_LINES))
+    | st.integers(0, len(OFFER)).map(lambda end: OFFER[:end])
+)
+@hypothesis_settings(max_examples=80)
+def test_any_offer_is_answered_or_refused(offer: str) -> None:
+    async def scenario() -> None:
+        session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+        call = Call(session, [], None, owns_session=True)
+        try:
+            answer = await call.answer(offer, controlled=False)
+        except OfferError as error:
+            assert "\n" not in str(error).strip()  # noqa: PT017 - either outcome is right
+        else:
+            assert "m=audio" in answer
+        finally:
+            await call.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_an_address_may_make_so_many_requests_and_then_as_many_as_refill() -> None:
+    pace = Pace(per_s=2.0, burst=5.0)
+    assert [pace.allows("a", 0.0) for _ in range(6)] == [True] * 5 + [False]
+    assert pace.allows("b", 0.0)
+    assert not pace.allows("a", 0.1)
+    assert [pace.allows("a", 1.2), pace.allows("a", 1.2), pace.allows("a", 1.2)] == [True, True, False]
