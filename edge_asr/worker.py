@@ -2,8 +2,8 @@
 
 Law:
 
-- An utterance stays here until its understanding is back. A worker that dies of it, or needs longer than
-  :data:`LIMIT_S`, is replaced and gets it once more; the second time it becomes a rejection that says why.
+- An utterance stays here until its understanding is back. A worker that dies of it, or hangs, is replaced by one that
+  gets it once more; the second time it becomes a rejection that says why.
 - Workers are forked from a zygote: a process that has imported everything, holds no model and runs one thread. That
   shares the memory of the code, and a new worker is ready as soon as its model is loaded (docs/operations.md).
 - What a worker says is trusted as much as itself: it runs as the same user behind the same walls, hence pickle.
@@ -22,6 +22,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,7 +41,10 @@ from edge_asr.settings import Settings
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 8.0
-"""For one utterance; the longest needs 2 s on the slowest supported board, more is a hang."""
+"""Without any CPU time: a worker that waits for so long waits for ever; one that computes is only starved."""
+
+WORK_LIMIT_S: Final = 30.0
+"""For one utterance in any case; the longest needs 2 s on the slowest supported board, 6 s where it is doubtful."""
 
 LOAD_LIMIT_S: Final = 90.0
 """Hashing and loading 240 MB from a slow card."""
@@ -54,6 +58,8 @@ ZYGOTE_LIMIT_S: Final = 5.0
 GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and gives it back."""
+
+_LOOK_S: Final = 0.5
 
 _OOM_SCORE: Final = 500
 """When memory runs out the kernel takes the worker, which can be replaced, and not the daemon."""
@@ -134,7 +140,7 @@ class Worker:
         with self._turn:
             for _ in range(attempts):
                 try:
-                    heard, resident_bytes = self._process.ask((utterance, final), LIMIT_S)
+                    heard, resident_bytes = self._process.ask((utterance, final), WORK_LIMIT_S, LIMIT_S)
                 except _EndedError as error:
                     trouble = str(error)
                     self._replace(trouble)
@@ -233,17 +239,34 @@ class _Process:
         self.pid, self._line = zygote.fork()
         self._how_it_ended = ""
 
-    def ask(self, request: object, limit_s: float) -> tuple[object, int]:
-        """One question, one answer and the memory in use after it. Raises _EndedError, WorkerError."""
+    def ask(self, request: object, limit_s: float, idle_s: float | None = None) -> tuple[object, int]:
+        """One question, one answer and the memory in use after it; ``idle_s``: how long it may use no CPU time.
+
+        Raises _EndedError, WorkerError.
+        """
         try:
             self._line.send(request)
-            if not self._line.poll(limit_s):
-                self.end()
-                raise _EndedError(f"hung for more than {limit_s:g} s")
+            self._await_answer(limit_s, limit_s if idle_s is None else idle_s)
             answer: tuple[object, int] = self._line.recv()
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
         return answer
+
+    def _await_answer(self, limit_s: float, idle_s: float) -> None:
+        began = worked = time.monotonic()
+        ticks = self._cpu_ticks()
+        while not self._line.poll(min(limit_s, idle_s, _LOOK_S)):
+            now, before, ticks = time.monotonic(), ticks, self._cpu_ticks()
+            worked = now if ticks != before else worked
+            for waited_s, allowed_s in ((now - worked, idle_s), (now - began, limit_s)):
+                if waited_s > allowed_s:
+                    self.end()
+                    raise _EndedError(f"hung for more than {allowed_s:g} s")
+
+    def _cpu_ticks(self) -> str:
+        """CPU time so far, in whatever unit."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return f"{fields[11]} {fields[12]}"
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""

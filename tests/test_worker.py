@@ -89,7 +89,7 @@ def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
     walled: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "LIMIT_S", 0.0)
+        patch.setattr(worker, "WORK_LIMIT_S", 0.0)
         heard = walled.understand(STOP, final=True)
     assert heard.decision == Rejection("recognizer-failed", "2 times the recognizer hung for more than 0 s")
     assert heard.utterance is STOP
