@@ -553,7 +553,10 @@ class Daemon:
     def _conditions(self) -> Iterator[Condition]:
         """Everything that is wrong at this moment."""
         ears = self.pipeline.ears
-        self._judges = {name: self._judges.get(name) or HearingJudge(name) for name in ears}  # guests come and go
+        own = {source.name for source in self.options.sources}
+        known, self._judges = self._judges, {}
+        for name in ears:  # guests come and go
+            self._judges[name] = known.get(name) or HearingJudge(name, guest=name not in own)
         for name, ear in ears.items():
             microphone = self._microphones.get(name)
             capture = None

@@ -144,12 +144,16 @@ _TOO_NOISY: Final = _Trouble(
     TOO_NOISY, "critical", "use a close-talking microphone or lower its gain; see commands.max_noise_dbfs"
 )
 
+_NOT_OF_GUESTS: Final = {_SILENT.kind, _OVERRUN.kind}
+
 
 class HearingJudge:
     """One source's troubles, look by look."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, guest: bool = False) -> None:
+        """A ``guest`` comes over the network: its silence is a muted browser, its gaps are the network's."""
         self._source = source
+        self._guest = guest
         self._too_noisy = False
 
     def look(self, meter: SourceMeter, capture: Capture | None, max_noise_dbfs: float) -> list[Condition]:
@@ -157,8 +161,8 @@ class HearingJudge:
         if capture is not None and capture.is_lost:
             self._too_noisy = False
             return [self._condition(_GONE, capture.trouble or "no audio arrives")]
-        frames = meter.judged()
-        return [*self._of_capture(meter, capture), *self._of_audio(frames, max_noise_dbfs)]
+        found = [*self._of_capture(meter, capture), *self._of_audio(meter.judged(), max_noise_dbfs)]
+        return [each for each in found if not self._guest or each.kind not in _NOT_OF_GUESTS]
 
     def _of_capture(self, meter: SourceMeter, capture: Capture | None) -> Iterator[Condition]:
         error = None if capture is None else capture.rate_error

@@ -97,6 +97,13 @@ def test_a_lost_device_is_one_trouble_with_its_reason() -> None:
     assert (gone.kind, gone.detail) == ("microphone-gone", "m: no such device")
 
 
+def test_a_guest_may_be_muted_and_its_network_may_have_gaps_but_not_be_too_noisy() -> None:
+    guest = HearingJudge("g", guest=True)
+    assert guest.look(fed(bytes(2 * SECONDS * SAMPLE_RATE)), None, MAX_NOISE_DBFS) == []
+    assert guest.look(fed(noise(-60, 2), fed(noise(-60)), jump=SAMPLE_RATE), None, MAX_NOISE_DBFS) == []
+    assert [each.kind for each in guest.look(fed(noise(-15)), None, MAX_NOISE_DBFS)] == [hearing.TOO_NOISY]
+
+
 def test_lost_audio_is_an_overrun_for_a_minute() -> None:
     meter = fed(noise(-60, 2), fed(noise(-60)), jump=SAMPLE_RATE)
     assert kinds(meter) == ["microphone-overrun"]
