@@ -14,39 +14,32 @@ import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import edge_asr
 from edge_asr import (
-    clock,
     contract,
     grammar,
-    hearing,
     hotwords,
     logs,
-    metrics,
     model_store,
     settings,
     systemd,
-    thermal,
 )
-from edge_asr.alarms import AlarmBoard, Condition, earlier, losses, missing_receipts
+from edge_asr.alarms import earlier, missing_receipts
 from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox, AuditLog
-from edge_asr.contract import Meta, MicrophoneHealth, Renderer, RequestsHealth
+from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
+from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Json
 from edge_asr.gateway.box import Box, Broker
-from edge_asr.health import ProcessMeter, resident_bytes
-from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.home_assistant import discovery
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
 from edge_asr.link import destinations
-from edge_asr.metrics import Metrics, Snapshot
 from edge_asr.model_store import ModelError, ModelFiles
-from edge_asr.monitor import Monitor, Page, verdict
+from edge_asr.monitor import Monitor
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, Timing, Understanding, with_company
 from edge_asr.publisher import Publisher
@@ -63,7 +56,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEALTH_INTERVAL_S = 30.0
 GOODBYE_LIMIT_S = 0.5
 """What was just committed may still go out when the daemon is told to stop; it is safe in the outbox in any case."""
 
@@ -71,9 +63,6 @@ DRAIN_LIMIT_S = 10.0
 """Sources that ended by themselves (recordings, a pipe) leave the broker so long to take the rest."""
 
 STATUS_INTERVAL_S = 5.0
-
-ATTEND_INTERVAL_S = 1.0
-"""Between two looks at what hears; its cost is one percentile a source."""
 
 RELOADED = ("log", "hotwords", "commands", "model")
 """Sections of the settings that SIGHUP takes over."""
@@ -150,19 +139,13 @@ class Daemon:
         self._read_settings = reload
         self.standing = StandingOrders(options.state_directory)
         self._effective = self.standing.over(options)
-        self._worker = Worker(self._effective)
+        self.worker = Worker(self._effective)
         self._vad = model_store.locate_vad()
         self._fitting = asyncio.Lock()
         self._before = earlier(options.outbox_path)
         self.outbox = open_outbox(options)
         self._recorder = open_recorder(options)
-        self._meter = ProcessMeter()
-        self._metrics = Metrics()
-        self._alarms = AlarmBoard()
-        self._thermals = thermal.read()
-        self._judges: dict[str, HearingJudge] = {}
         self._gateway = open_gateway(options)
-        self._health_is_due = asyncio.Event()
         self.stopped = False
         """Whether somebody asked it to stop."""
 
@@ -170,35 +153,34 @@ class Daemon:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
         options = self.options
         chosen = [build_source(each) for each in options.sources] if sources is None else sources
-        self._attendant = Attendant(self)
-        self._mirror = open_mirror(options, self._worker.name)
-        self._publisher = self._open_publisher()
-        self._microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
+        self.attendant = Attendant(self)
+        self._caretaker = Caretaker(self, self._before)
+        self._mirror = open_mirror(options, self.worker.name)
+        self.publisher = self._open_publisher()
+        self.microphones = {source.name: source for source in chosen if isinstance(source, Microphone)}
         self.pipeline = Pipeline(
             options,
             sources=chosen,
             new_detector=lambda: SileroDetector(self._vad),
-            engine=self._worker,
+            engine=self.worker,
             outbox=self.outbox,
             live=self.live,
         )
         self.pipeline.muted = self.standing.muted
         self.show()
-        self._watchdog = Watchdog([*self._microphones.values()], self.pipeline, self.outbox, self._worker)
+        self.watchdog = Watchdog([*self.microphones.values()], self.pipeline, self.outbox, self.worker)
         background = [
-            asyncio.create_task(self._publisher.run(), name="publish"),
-            asyncio.create_task(self._report_health(), name="health"),
-            asyncio.create_task(self._attend(), name="attend"),
+            asyncio.create_task(self.publisher.run(), name="publish"),
+            asyncio.create_task(self._caretaker.run(), name="care"),
             asyncio.create_task(self._tell_state(), name="status"),
-            asyncio.create_task(self._watchdog.run(), name="watchdog"),
-            asyncio.create_task(self._attendant.run(), name="requests"),
+            asyncio.create_task(self.watchdog.run(), name="watchdog"),
+            asyncio.create_task(self.attendant.run(), name="requests"),
         ]
         if self._mirror is not None:
             background.append(asyncio.create_task(self._mirror.run(), name="sparkplug"))
         self.pipeline.noted = self._note
         if options.monitoring.port is not None:
-            pages = {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}
-            monitor = Monitor(options.monitoring.host, options.monitoring.port, pages)
+            monitor = Monitor(options.monitoring.host, options.monitoring.port, self._caretaker.pages)
             background.append(asyncio.create_task(monitor.run(), name="monitor"))
         if options.requests.receipt_within_s is not None:
             receipts = self._await_receipts(options.requests.receipt_within_s)
@@ -214,13 +196,13 @@ class Daemon:
             try:
                 await with_company(self._hear(), *background)
             finally:
-                self._worker.close()
+                self.worker.close()
                 self.outbox.close()
                 if self._recorder is not None:
                     self._recorder.close()
 
     def _note(self, heard: Understanding, timing: Timing) -> None:
-        self._metrics.count(heard, timing)
+        self._caretaker.metrics.count(heard, timing)
         if self._recorder is not None:
             self._recorder.offer(heard)
 
@@ -228,13 +210,13 @@ class Daemon:
         options = self.options
         renderer = Renderer(options.topic_root, options.device, options.mqtt.payload)
         assistant = options.home_assistant
-        found_by = discovery(renderer, assistant.prefix, version=edge_asr.__version__, model=self._worker.name)
+        found_by = discovery(renderer, assistant.prefix, version=edge_asr.__version__, model=self.worker.name)
         return Publisher(
             options.mqtt,
             renderer,
             self.outbox,
             on_change=self._on_broker,
-            on_request=self._attendant.take if options.requests.allow else None,
+            on_request=self.attendant.take if options.requests.allow else None,
             on_delivered=self._mirror.show if self._mirror is not None else lambda *_: None,
             announcements=[found_by] if assistant.enabled else [],
         )
@@ -245,13 +227,13 @@ class Daemon:
         def broker() -> Broker:
             if not destinations(self.options.mqtt):
                 return "none"
-            return "connected" if self._publisher.connected else "offline"
+            return "connected" if self.publisher.connected else "offline"
 
-        return Box(self.pipeline, broker, self._snapshot)
+        return Box(self.pipeline, broker, self._caretaker.snapshot)
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Partials go to the broker, and to the session that speaks."""
-        self._publisher.publish_live(topic, data)
+        self.publisher.publish_live(topic, data)
         if self._gateway is not None:
             self._gateway.live(topic, data)
 
@@ -272,7 +254,7 @@ class Daemon:
     async def _drain(self, limit_s: float) -> None:
         """Give the broker a moment for the rest; the outbox keeps what it does not take."""
         deadline = asyncio.get_running_loop().time() + limit_s
-        while self._publisher.connected and asyncio.get_running_loop().time() < deadline:
+        while self.publisher.connected and asyncio.get_running_loop().time() < deadline:
             if not await self.outbox.oldest(1):
                 return
             await asyncio.sleep(0.02)
@@ -330,7 +312,7 @@ class Daemon:
         logs.configure(fresh.log)
         later = sorted(name for name in Settings.model_fields if getattr(updated, name) != getattr(fresh, name))
         restart = f"; a restart is needed for: {', '.join(later)}" if later else ""
-        log.info("reloaded, listening with %s%s", self._worker.name, restart)
+        log.info("reloaded, listening with %s%s", self.worker.name, restart)
         return later
 
     async def refit(self, order: Callable[[], Callable[[], None]]) -> None:
@@ -349,14 +331,14 @@ class Daemon:
     async def _fit(self, options: Settings) -> None:
         """Hear with the model, words and grammars of settings, standing orders over them."""
         effective = self.standing.over(options)
-        await asyncio.to_thread(self._worker.reload, effective)
+        await asyncio.to_thread(self.worker.reload, effective)
         self.options, self._effective = options, effective
         self.show()
 
     async def _tell_of_model(self) -> None:
         """Let people know that a newly activated model had to make way."""
         alarms = []
-        trouble, self._worker.trouble = self._worker.trouble, ""
+        trouble, self.worker.trouble = self.worker.trouble, ""
         if trouble:
             remedy = "import another release; see docs/models.md"
             alarms.append(contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy))
@@ -368,27 +350,22 @@ class Daemon:
     @property
     def model(self) -> ModelFiles:
         """The model in use."""
-        return self._worker.facts.files
+        return self.worker.facts.files
 
     def show(self) -> None:
         """Publish status and meta, for something has changed."""
-        self._publisher.publish_retained(contract.STATUS, self.status())
-        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        self.publisher.publish_retained(contract.STATUS, self.status())
+        self.publisher.publish_retained(contract.META, contract.meta_data(self.meta()))
 
     def status(self) -> contract.Data:
         """What ``status`` says of the device."""
-        trouble, muted = self._trouble, self.pipeline.muted
+        trouble, muted = self._caretaker.trouble, self.pipeline.muted
         reason = trouble or ("muted by request" if muted else "")
         return contract.status_data("degraded" if trouble else "online", reason, muted=muted)
 
-    @property
-    def _trouble(self) -> str:
-        """The worst that is wrong; empty: nothing much."""
-        worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
-        return self.pipeline.trouble or worst
-
-    def _meta(self) -> Meta:
-        facts = self._worker.facts
+    def meta(self) -> Meta:
+        """What the device is made of."""
+        facts = self.worker.facts
         manifest = facts.files.manifest
         effective = self._effective
         paths = dict(zip(self.options.commands.grammars, grammar_paths(effective.commands).values(), strict=True))
@@ -406,29 +383,29 @@ class Daemon:
             hotwords=len(listed),
             hotwords_sha256=hotwords.digest(listed),
             standing=self.standing.names(self.options),
-            broker=self._publisher.broker or None,
+            broker=self.publisher.broker or None,
         )
 
     def _status(self) -> str:
         """One line for `systemctl status`."""
         if not destinations(self.options.mqtt):
             broker = "no broker set"
-        elif self._publisher.connected:
-            broker = f"connected to {self._publisher.broker}"
+        elif self.publisher.connected:
+            broker = f"connected to {self.publisher.broker}"
         else:
-            broker = self._publisher.trouble or "connecting"
-        microphones = self._microphones.values()
+            broker = self.publisher.trouble or "connecting"
+        microphones = self.microphones.values()
         away = [f"{each.name} is {each.state}" for each in microphones if each.state in {"opening", "lost"}]
-        doing = "Muted by request" if self.pipeline.muted else f"Listening with {self._worker.name}"
+        doing = "Muted by request" if self.pipeline.muted else f"Listening with {self.worker.name}"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
         return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble])])
 
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""
-        self._publisher.publish_retained(contract.META, contract.meta_data(self._meta()))
+        self.publisher.publish_retained(contract.META, contract.meta_data(self.meta()))
         if self._mirror is not None:
-            self._mirror.follow(self._publisher.to)
-        self._health_is_due.set()  # the broker that is new to us has none, or an old one
+            self._mirror.follow(self.publisher.to)
+        self._caretaker.health_is_due.set()  # the broker that is new to us has none, or an old one
         self._show_status()
 
     def _show_status(self) -> None:
@@ -439,37 +416,10 @@ class Daemon:
         trouble = ""
         while True:
             self._show_status()
-            if self._trouble != trouble:
-                trouble = self._trouble
-                self._publisher.publish_retained(contract.STATUS, self.status())
+            if self._caretaker.trouble != trouble:
+                trouble = self._caretaker.trouble
+                self.publisher.publish_retained(contract.STATUS, self.status())
             await asyncio.sleep(STATUS_INTERVAL_S)
-
-    async def _report_health(self) -> None:
-        """Publish how the box does, and raise an alarm whenever a message was given up."""
-        while True:
-            self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
-            try:
-                statistics = await self.outbox.statistics()
-            except OutboxError as error:
-                log.warning("no health: %s", error)
-            else:
-                asked = RequestsHealth(self._attendant.ok, self._attendant.refused, self._attendant.dropped)
-                health = self._meter.read(
-                    *(self._microphone_health(), statistics, self.pipeline.real_time_factor, self._thermals.hottest_c),
-                    muted=self.pipeline.muted,
-                    requests=asked,
-                )
-                if isinstance(self.outbox, AuditedOutbox):
-                    health = replace(health, audit_newest=self.outbox.audit.newest)
-                self._publisher.publish_retained(contract.HEALTH, contract.health_data(health))
-                await self._forget_transcripts()
-                lost = losses(self._before, statistics, self.options.outbox_path)
-                with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
-                    await self.outbox.append(*lost)
-                self._before = statistics
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._health_is_due.wait(), HEALTH_INTERVAL_S)
-            self._health_is_due.clear()
 
     async def _await_receipts(self, within_s: float) -> None:
         """Raise an alarm for the commands that the MES should have answered by now."""
@@ -479,93 +429,3 @@ class Daemon:
                 missing = await self.outbox.miss_receipts(within_s)
                 if missing:
                     await self.outbox.append(missing_receipts(missing, within_s))
-
-    async def _forget_transcripts(self) -> None:
-        """Keep to `privacy.transcript_days`, unless the clock may be wrong by years."""
-        days = self.options.privacy.transcript_days
-        if days is not None and clock.time_quality() == "synchronized":
-            with contextlib.suppress(OutboxError):  # the next look does it
-                await self.outbox.forget_transcripts(clock.wall_ns() - round(days * 86_400 * clock.NS_PER_S))
-
-    def _microphone_health(self) -> dict[str, MicrophoneHealth]:
-        troubles: dict[str, list[str]] = {}
-        for condition in self._alarms.raised:
-            if condition.source is not None:
-                troubles.setdefault(condition.source, []).append(condition.kind)
-        found = {}
-        for name, ear in self.pipeline.ears.items():
-            microphone = self._microphones.get(name)
-            error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
-            found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
-        return found
-
-    async def _show_metrics(self) -> Page:
-        return Page(self._metrics.render(await self._snapshot()), metrics.CONTENT_TYPE)
-
-    async def _show_life(self) -> Page:
-        """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too."""
-        hang = self._watchdog.hang()
-        return verdict([hang] if hang else [])
-
-    async def _show_readiness(self) -> Page:
-        """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
-        critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
-        return verdict([*critical, *([self.pipeline.trouble] if self.pipeline.trouble else [])])
-
-    async def _snapshot(self) -> Snapshot:
-        try:
-            statistics = await self.outbox.statistics()
-        except OutboxError:
-            statistics = None
-        worker_bytes = None
-        with contextlib.suppress(OSError):  # it is being replaced
-            worker_bytes = resident_bytes(self._worker.pid)
-        return Snapshot(
-            meta=self._meta(),
-            microphones=self._microphone_health(),
-            outbox=statistics,
-            alarms=self._alarms.raised,
-            thermals=self._thermals,
-            broker_connected=self._publisher.connected if destinations(self.options.mqtt) else None,
-            finals_waiting=self.pipeline.finals_waiting,
-            partials_dropped=self.pipeline.partials_dropped,
-            recognizers_replaced=self._worker.replaced,
-            recognizer_bytes=worker_bytes,
-            clock_synchronized=clock.time_quality() == "synchronized",
-        )
-
-    async def _attend(self) -> None:
-        """Look after everything that hears, and tell people when a trouble begins and when it is over."""
-        while True:
-            conditions = list(self._conditions())
-            self.pipeline.distrusted = {
-                each.source: f"{each.detail}; {each.remedy}"
-                for each in conditions
-                if each.kind == hearing.TOO_NOISY and each.source is not None
-            }
-            drafts = self._alarms.update(conditions, clock.boottime_ns())
-            for alarm in (draft.data for draft in drafts):
-                log.warning("alarm %s %s: %s; %s", *(alarm[key] for key in ("kind", "state", "detail", "remedy")))
-            with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows what is raised
-                await self.outbox.append(*drafts)
-            await asyncio.sleep(ATTEND_INTERVAL_S)
-
-    def _conditions(self) -> Iterator[Condition]:
-        """Everything that is wrong at this moment."""
-        ears = self.pipeline.ears
-        own = {source.name for source in self.options.sources}
-        known, self._judges = self._judges, {}
-        for name in ears:  # guests come and go
-            self._judges[name] = known.get(name) or HearingJudge(name, guest=name not in own)
-        for name, ear in ears.items():
-            microphone = self._microphones.get(name)
-            capture = None
-            if microphone is not None:
-                capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
-            yield from self._judges[name].look(ear.meter, capture, self.options.commands.max_noise_dbfs)
-        yield from thermal.conditions(self._thermals)
-        wanted, in_use = self.options.model.provider, self._worker.facts.provider
-        if in_use != wanted:
-            detail = f"the model runs on {in_use} instead of {wanted}"
-            remedy = "install a matching wheel; see docs/jetson.md"
-            yield Condition("provider-fallback", None, "warning", detail, remedy)

@@ -44,7 +44,7 @@ ORDER = (
         "thermal",
     ),
     *("health", "pipeline", "metrics", "monitor", "recorder", "gateway", "engine", "worker", "watchdog"),
-    *("standing", "attendant", "daemon"),
+    *("standing", "attendant", "caretaker", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *(
         "service",

@@ -214,7 +214,7 @@ def test_every_alarm_that_the_code_can_raise_stands_in_the_docs_with_its_severit
     package = Path(hearing.__file__).parent
     page = (package.parent / "docs/monitoring.md").read_text(encoding="utf-8")
     raised = set()
-    for room in ("alarms", "daemon", "hearing", "thermal"):
+    for room in ("alarms", "caretaker", "daemon", "hearing", "thermal"):
         source = (package / f"{room}.py").read_text(encoding="utf-8")
         raised |= set(re.findall(r'(?:alarm_draft|Condition|_Trouble|append\(\()\(?\s*"([a-z]+-[a-z-]+)"', source))
     raised.add(hearing.TOO_NOISY)

@@ -1,0 +1,212 @@
+"""Looks after the box while it works: what hears and how, the board, the outbox; tells people, brokers and Prometheus.
+
+Every second the sources are judged (``hearing``); every half minute the board and the outbox are looked at. What is
+wrong becomes an alarm when it begins and when it is over (``alarms``), and where a source cannot be trusted its
+commands are blocked. What others ask for (/metrics, /livez, /readyz) is read when they ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from edge_asr import clock, contract, hearing, metrics, thermal
+from edge_asr.alarms import AlarmBoard, Condition, losses
+from edge_asr.attendant import Attendant
+from edge_asr.audit import AuditedOutbox
+from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
+from edge_asr.health import ProcessMeter, resident_bytes
+from edge_asr.hearing import Capture, HearingJudge
+from edge_asr.link import destinations
+from edge_asr.metrics import Metrics, Snapshot
+from edge_asr.monitor import Page, Pages, verdict
+from edge_asr.outbox import Outbox, OutboxError, Statistics
+from edge_asr.pipeline import Pipeline, with_company
+from edge_asr.publisher import Publisher
+from edge_asr.settings import Settings
+from edge_asr.sources import Microphone
+from edge_asr.watchdog import Watchdog
+from edge_asr.worker import Worker
+
+log = logging.getLogger(__name__)
+
+HEALTH_INTERVAL_S = 30.0
+
+ATTEND_INTERVAL_S = 1.0
+"""Between two looks at what hears; its cost is one percentile a source."""
+
+
+class Box(Protocol):
+    """What is looked after."""
+
+    options: Settings
+    outbox: Outbox
+    pipeline: Pipeline
+    worker: Worker
+    publisher: Publisher
+    attendant: Attendant
+    watchdog: Watchdog
+    microphones: Mapping[str, Microphone]
+    """By the name of their source."""
+
+    def meta(self) -> Meta:
+        """What the device is made of."""
+
+
+class Caretaker:
+    """One box's alarms, health and numbers."""
+
+    def __init__(self, box: Box, before: Statistics | None) -> None:
+        """``before`` is what the outbox said before it was opened (``alarms.earlier``)."""
+        self._box = box
+        self._before = before
+        self._meter = ProcessMeter()
+        self._alarms = AlarmBoard()
+        self._thermals = thermal.read()
+        self._judges: dict[str, HearingJudge] = {}
+        self.metrics = Metrics()
+        self.health_is_due = asyncio.Event()
+        """Set, it is published at once."""
+
+    @property
+    def trouble(self) -> str:
+        """The worst that is wrong; empty: nothing much."""
+        worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
+        return self._box.pipeline.trouble or worst
+
+    @property
+    def pages(self) -> Pages:
+        """What may be asked for."""
+        return {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await with_company(self._report_health(), asyncio.create_task(self._attend(), name="attend"))
+
+    async def _report_health(self) -> None:
+        """Publish how the box does, and raise an alarm whenever a message was given up."""
+        while True:
+            self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
+            try:
+                statistics = await self._box.outbox.statistics()
+            except OutboxError as error:
+                log.warning("no health: %s", error)
+            else:
+                self._box.publisher.publish_retained(contract.HEALTH, contract.health_data(self._health(statistics)))
+                await self._forget_transcripts()
+                lost = losses(self._before, statistics, self._box.options.outbox_path)
+                with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
+                    await self._box.outbox.append(*lost)
+                self._before = statistics
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.health_is_due.wait(), HEALTH_INTERVAL_S)
+            self.health_is_due.clear()
+
+    def _health(self, statistics: Statistics) -> Health:
+        box, asked = self._box, self._box.attendant
+        health = self._meter.read(
+            self._microphone_health(),
+            statistics,
+            box.pipeline.real_time_factor,
+            self._thermals.hottest_c,
+            muted=box.pipeline.muted,
+            requests=RequestsHealth(asked.ok, asked.refused, asked.dropped),
+        )
+        if isinstance(box.outbox, AuditedOutbox):
+            health = replace(health, audit_newest=box.outbox.audit.newest)
+        return health
+
+    async def _forget_transcripts(self) -> None:
+        """Keep to `privacy.transcript_days`, unless the clock may be wrong by years."""
+        days = self._box.options.privacy.transcript_days
+        if days is not None and clock.time_quality() == "synchronized":
+            with contextlib.suppress(OutboxError):  # the next look does it
+                await self._box.outbox.forget_transcripts(clock.wall_ns() - round(days * 86_400 * clock.NS_PER_S))
+
+    def _microphone_health(self) -> dict[str, MicrophoneHealth]:
+        troubles: dict[str, list[str]] = {}
+        for condition in self._alarms.raised:
+            if condition.source is not None:
+                troubles.setdefault(condition.source, []).append(condition.kind)
+        found = {}
+        for name, ear in self._box.pipeline.ears.items():
+            microphone = self._box.microphones.get(name)
+            error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
+            found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
+        return found
+
+    async def _show_metrics(self) -> Page:
+        return Page(self.metrics.render(await self.snapshot()), metrics.CONTENT_TYPE)
+
+    async def _show_life(self) -> Page:
+        """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too."""
+        hang = self._box.watchdog.hang()
+        return verdict([hang] if hang else [])
+
+    async def _show_readiness(self) -> Page:
+        """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
+        critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
+        return verdict([*critical, *([self._box.pipeline.trouble] if self._box.pipeline.trouble else [])])
+
+    async def snapshot(self) -> Snapshot:
+        """Everything there is to be seen at this moment."""
+        try:
+            statistics = await self._box.outbox.statistics()
+        except OutboxError:
+            statistics = None
+        worker_bytes = None
+        with contextlib.suppress(OSError):  # it is being replaced
+            worker_bytes = resident_bytes(self._box.worker.pid)
+        return Snapshot(
+            meta=self._box.meta(),
+            microphones=self._microphone_health(),
+            outbox=statistics,
+            alarms=self._alarms.raised,
+            thermals=self._thermals,
+            broker_connected=self._box.publisher.connected if destinations(self._box.options.mqtt) else None,
+            finals_waiting=self._box.pipeline.finals_waiting,
+            partials_dropped=self._box.pipeline.partials_dropped,
+            recognizers_replaced=self._box.worker.replaced,
+            recognizer_bytes=worker_bytes,
+            clock_synchronized=clock.time_quality() == "synchronized",
+        )
+
+    async def _attend(self) -> None:
+        """Look after everything that hears, and tell people when a trouble begins and when it is over."""
+        while True:
+            conditions = list(self._conditions())
+            self._box.pipeline.distrusted = {
+                each.source: f"{each.detail}; {each.remedy}"
+                for each in conditions
+                if each.kind == hearing.TOO_NOISY and each.source is not None
+            }
+            drafts = self._alarms.update(conditions, clock.boottime_ns())
+            for alarm in (draft.data for draft in drafts):
+                log.warning("alarm %s %s: %s; %s", *(alarm[key] for key in ("kind", "state", "detail", "remedy")))
+            with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows what is raised
+                await self._box.outbox.append(*drafts)
+            await asyncio.sleep(ATTEND_INTERVAL_S)
+
+    def _conditions(self) -> Iterator[Condition]:
+        """Everything that is wrong at this moment."""
+        ears = self._box.pipeline.ears
+        own = {source.name for source in self._box.options.sources}
+        known, self._judges = self._judges, {}
+        for name in ears:  # guests come and go
+            self._judges[name] = known.get(name) or HearingJudge(name, guest=name not in own)
+        for name, ear in ears.items():
+            microphone = self._box.microphones.get(name)
+            capture = None
+            if microphone is not None:
+                capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
+            yield from self._judges[name].look(ear.meter, capture, self._box.options.commands.max_noise_dbfs)
+        yield from thermal.conditions(self._thermals)
+        wanted, in_use = self._box.options.model.provider, self._box.worker.facts.provider
+        if in_use != wanted:
+            detail = f"the model runs on {in_use} instead of {wanted}"
+            remedy = "install a matching wheel; see docs/jetson.md"
+            yield Condition("provider-fallback", None, "warning", detail, remedy)
