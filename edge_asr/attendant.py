@@ -85,6 +85,9 @@ class Box(Protocol):
     def status(self) -> contract.Data:
         """What ``status`` says of the device."""
 
+    async def note(self, verb: str, role: str) -> None:
+        """Keep a record of a request that has changed something."""
+
     def show(self) -> None:
         """Publish status and meta again: something has changed."""
 
@@ -179,6 +182,7 @@ class Attendant:
         self.ok += 1
         if request.verb not in requests.READING:
             log.info("request: %s", request.verb)
+            await self._box.note(request.verb, request.role)
         answer = requests.ok(request.verb, **result)
         self._register.answered(letter, answer, clock.boottime_ns())
         letter.answer(answer)

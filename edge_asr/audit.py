@@ -151,6 +151,10 @@ class AuditedOutbox(Outbox):
             await self._write(self._tell, {"what": "receipt", "id": command_id, "verdict": verdict, "reason": reason})
         return known
 
+    async def note(self, content: Mapping[str, Json]) -> None:
+        """Tell of what is no message."""
+        await self._write(self.audit.append, content)
+
     def close(self) -> None:
         """Finish both."""
         super().close()

@@ -352,6 +352,11 @@ class Daemon:
         """The model in use."""
         return self.worker.facts.files
 
+    async def note(self, verb: str, role: str) -> None:
+        """Keep a record of a request that has changed something, where the settings ask for records."""
+        if isinstance(self.outbox, AuditedOutbox):
+            await self.outbox.note({"what": "request", "verb": verb, "role": role})
+
     def show(self) -> None:
         """Publish status and meta, for something has changed."""
         self.publisher.publish_retained(contract.STATUS, self.status())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import uuid
 from collections.abc import Iterator
@@ -285,6 +286,18 @@ def test_settings_are_read_again_by_request(
         assert "settings.yaml" in mes.ask("reload")["detail"]
         write_settings(tmp_path, broker.port, device="another-name")
         assert mes.ask("reload")["restart_needed"] == ["device"]
+
+
+def test_a_request_that_changed_something_is_in_the_audit_log(
+    tmp_path: Path, broker: Broker, mes: Requester, subscriber: Subscriber
+) -> None:
+    with running(write_settings(tmp_path, broker.port, audit={"enabled": True})):
+        ready(subscriber)
+        for verb in ("status", "mute", "nonsense", "unmute"):
+            mes.ask(verb)
+    (log,) = (tmp_path / "state" / "audit").iterdir()
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [each["verb"] for each in records if each["what"] == "request"] == ["mute", "unmute"]
 
 
 def test_a_device_that_allows_nothing_listens_to_nothing(

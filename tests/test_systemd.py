@@ -240,6 +240,27 @@ def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(servi
     assert service.run("stat", "-c", "%a %F", "/var/lib/private/edge-asr/outbox.db").strip() == "600 regular file"
 
 
+def asked(box: Sysbox, verb: str, body: dict[str, object]) -> dict[str, object]:
+    """The data of the answer to a request."""
+    request = ("mosquitto_rr", "-h", "127.0.0.1", "-W", "90", "-e", "answers", "-m", json.dumps(body))
+    data = json.loads(box.run(*request, "-t", f"voice/box/req/{verb}"))["data"]
+    assert isinstance(data, dict)
+    return data
+
+
+def test_words_and_grammars_that_come_by_request_are_looked_through_and_kept_behind_the_walls(
+    service: Sysbox,
+) -> None:
+    received(service, "evt/command")
+    grammar = "language: en\nintents:\n  Halt: {sentences: [stop line two]}\n"
+    assert asked(service, "grammar", {"grammar": grammar})["outcome"] == "ok"
+    assert asked(service, "hotwords", {"phrases": ["RCCB"]})["hotwords"] == 1
+    service.run("systemctl", "restart", "edge-asr")
+    assert received(service, "evt/command")["intent"] == "Halt"
+    assert asked(service, "grammar", {"restore": True})["outcome"] == "ok"
+    assert asked(service, "hotwords", {"restore": True})["outcome"] == "ok"
+
+
 SECRETS = """
 [Service]
 LoadCredential=mqtt-password:/etc/edge-asr/mqtt-password
