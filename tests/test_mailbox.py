@@ -16,7 +16,7 @@ from edge_asr.outbox import Outbox
 from edge_asr.publisher import Publisher
 from edge_asr.requests import Letter, RequestError, refusal
 from edge_asr.settings import Mqtt
-from tests.broker import PATIENCE_S, Broker, Requester, Subscriber
+from tests.broker import HOST, PATIENCE_S, Broker, Requester, Subscriber
 
 ROOT = "acme/voice/edge01"
 
@@ -185,3 +185,27 @@ def test_an_answer_never_goes_where_a_device_listens_or_speaks(broker: Broker, o
             assert answers == ["mes/answers"]
 
     asyncio.run(main())
+
+
+def test_a_broker_that_cannot_tell_what_waited_is_asked_to_keep_nothing(outbox: Outbox) -> None:
+    clean_start: list[bool] = []
+
+    async def broker(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """CONNACK without subscription identifiers (MQTT 5, 3.2.2.3.12), as some cloud brokers send it."""
+        connect = await reader.readuntil(b"\0\4MQTT\5")
+        assert connect
+        (flags,) = await reader.readexactly(1)
+        clean_start.append(bool(flags & 2))
+        writer.write(bytes([0x20, 5, 0, 0, 2, 0x29, 0]))
+        await reader.read(-1)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(broker, HOST)
+        device = Device(Mqtt(host=HOST, port=server.sockets[0].getsockname()[1]), outbox)
+        async with device.connected():
+            pass
+        server.close()
+
+    asyncio.run(main())
+    assert clean_start == [False, True]
