@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel
+
 from edge_asr import clock, inference, installation, model_store, trial
 from edge_asr.audio import measure
 from edge_asr.engine import Engine, build_hotwords, build_interpreter
@@ -24,7 +26,7 @@ from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
-from edge_asr.settings import MicrophoneSource, Settings, SettingsError, Tls
+from edge_asr.settings import MicrophoneSource, Settings, SettingsError
 from edge_asr.sources import SourceError, record
 from edge_asr.standing import StandingOrders
 from edge_asr.subscriber import Subscriber, SubscriberError
@@ -83,7 +85,10 @@ def _under_orders(options: Settings) -> tuple[Settings, Finding]:
 
 def _permissions(options: Settings) -> Finding:
     """Whether every file that the settings name can be read, and secrets by nobody else."""
-    secrets, named = [], _there(options.model.signed_by, options.hotwords.file)
+    gateway = options.gateway
+    secrets = _there(gateway and gateway.key_file)
+    named = _there(options.model.signed_by, options.hotwords.file, options.recorder.public_key)
+    named += _there(gateway and gateway.cert_file)
     for broker in (options.mqtt, *options.mqtt.brokers):
         tls = broker.tls
         secrets += _there(broker.password_file, tls and tls.key_file)
@@ -100,7 +105,7 @@ def _permissions(options: Settings) -> Finding:
     return Finding("files", "ok", f"{len(named)} files can be read")
 
 
-def _there(*named: Path | Tls | None) -> list[Path]:
+def _there(*named: Path | BaseModel | None) -> list[Path]:
     return [file for file in named if isinstance(file, Path)]
 
 

@@ -20,6 +20,7 @@ from edge_asr import audit, cli
 from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
+from edge_asr.settings import SettingsError, load
 from tests.broker import Broker, Subscriber
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
 
@@ -230,6 +231,12 @@ def test_in_private_only_commands_leave_the_box_and_no_word_is_kept(tmp_path: Pa
         path.read_bytes().decode("latin-1") for path in (tmp_path / "state").rglob("*") if path.is_file()
     )
     assert "game" not in everything
+
+
+def test_nothing_can_be_recorded_in_private(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("privacy: {publish: commands}\nrecorder: {public_key: k}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"recorder\.public_key: with privacy\.publish: commands nothing may be"):
+        load(tmp_path / "s.yaml")
 
 
 def test_transcripts_that_waited_too_long_are_forgotten_and_commands_are_not(tmp_path: Path) -> None:
