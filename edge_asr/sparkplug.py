@@ -285,6 +285,8 @@ class Mirror:
         link = await Link.open(to, self._client_id, self._node.will(), commands, retain_will=False)
         link.on_end = self._stir.set
         self._link = link
+        if self.dropped:
+            log.warning("the Sparkplug mirror has missed %d messages since the start", self.dropped)
         try:
             self._bear()
             while not link.ended and self._to == to:
