@@ -233,15 +233,20 @@ class Attendant:
 
     async def _confirm(self, request: Request) -> Result:
         body = _expect(request, requests.Confirm)
-        if self._box.pipeline.trouble:
-            raise RequestError("unavailable", self._box.pipeline.trouble, "mend that first")
+        self._refuse_in_trouble()
         left = await self._box.pipeline.confirm(body.pending_id, body.confirmations_left, request.role)
         return {"pending_id": body.pending_id, "confirmations_left": left.steps_left if left is not None else 0}
 
     async def _cancel(self, request: Request) -> Result:
         body = _expect(request, requests.Cancel)
+        self._refuse_in_trouble()
         await self._box.pipeline.cancel(body.pending_id)
         return {"pending_id": body.pending_id}
+
+    def _refuse_in_trouble(self) -> None:
+        """While nothing can be committed, an answer would hold up all other requests; the question ends by itself."""
+        if self._box.pipeline.trouble:
+            raise RequestError("unavailable", self._box.pipeline.trouble, "mend that first")
 
     async def _mute(self, _request: Request) -> Result:
         await self._box.pipeline.mute()
