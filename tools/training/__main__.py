@@ -1,0 +1,94 @@
+"""tools/train: the steps from packages to the shipped model, each resumable, or all of them in a row."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training import evaluate, export, fit, front, people, prove, texts, tokens, voices
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SAID = {"espeak": 4500, "flite": 5500, "festival": 2500, "kokoro": 600}
+"""Utterances of each synthesizer: seven hours; kokoro speaks slower than real time and takes most of an hour."""
+
+
+def synthesize(work: Path) -> None:
+    for speaker, count in SAID.items():
+        voices.synthesize(work / "said", speaker, count, 1, texts.draw)
+
+
+def prepare(work: Path) -> None:
+    """The token table and the front, from the texts and some of the voices."""
+    tokens.train(work / "pieces.model")
+    shards = sorted((work / "said").glob("*.npz"))
+    if not shards:
+        raise SystemExit(f"{work / 'said'}: nobody has said anything yet; run `tools/train synthesize` first")
+    generator = np.random.default_rng(0)
+    clips = []
+    for shard in shards:
+        audio = voices.read_shard(shard)[0].audio.astype(np.float32) / 32768
+        clips.append(np.asarray(audio + generator.normal(0, 3e-4, audio.size), np.float32))
+    power_map, neg_mean, inv_stddev = front.fit(clips)
+    torch.save({"power_map": power_map, "neg_mean": neg_mean, "inv_stddev": inv_stddev}, work / "front.pt")
+
+
+def train(work: Path, options: argparse.Namespace) -> None:
+    recorded = [each for path in options.people for each in people.utterances(path, options.without)]
+    plan = fit.Plan(minutes=options.minutes, size=options.size)
+    torch.set_num_threads(options.threads)
+    run = fit.Run(work, options.name, plan, options.start)
+    run.train(fit.Stream(work, options.noise, plan.frames, recorded, options.folds))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
+    parser.add_argument("step", choices=("all", "synthesize", "prepare", "train", "export", "prove", "evaluate"))
+    parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
+    parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
+    parser.add_argument("--folds", default="0123456789", help="train on noise whose names start with one of these")
+    parser.add_argument("--people", type=Path, action="append", default=[], help="manifest of {audio, text, speaker}")
+    parser.add_argument("--without", action="append", default=[], help="a speaker to leave out, to measure on")
+    parser.add_argument("--minutes", type=float, default=70.0, help="of training (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=tuple(fit.SIZES), default="base", help="Whisper's encoder (default: %(default)s)"
+    )
+    parser.add_argument("--start", type=Path, help="a checkpoint to begin with, for a second run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="model", help="of the checkpoint and the folder of the export")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="validation recordings, where there are any")
+    parser.add_argument("--json", type=Path, help="write the figures of `evaluate` to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    steps = (
+        ("synthesize", "prepare", "train", "export", "prove", "evaluate") if options.step == "all" else (options.step,)
+    )
+    model = work / "models" / options.name
+    for step in steps:
+        print(f"== {step}", flush=True)
+        if step == "synthesize":
+            synthesize(work)
+        elif step == "prepare":
+            prepare(work)
+        elif step == "train":
+            train(work, options)
+        elif step == "export":
+            export.export(work / f"{options.name}.pt", tokens.Tokenizer(work / "pieces.model"), model)
+        elif step == "prove":
+            prove.everything(model, work, options.size)
+        elif step == "evaluate":
+            figures = evaluate.everything(model, work, options.shared, options.folds)
+            if options.json is not None:
+                options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""tools/adapt: teach a model of tools/train the words and voices of one site, without unlearning the rest.
+
+Sentences of the site's grammars and hotwords are synthesized, the site's own labelled recordings are added, and the
+upper layers learn from both, mixed with general sentences so that nothing is forgotten. What is kept is the point
+between the old and the new weights that hears the site best and the rest no worse (Wortsman et al., "Robust fine-tuning
+of zero-shot models", 2022); where no such point is better, nothing is written and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from edge_asr import grammar, settings
+from edge_asr import hotwords as hotword_lists
+from edge_asr.inference import Contract, Features
+from edge_asr.model_store import sha256_of
+from training import export, people, restore, texts, voices
+from training.examples import Pool, batches
+from training.fit import losses, masked
+from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network
+from training.noise import Noise, made, recordings
+from training.texts import Sentence
+from training.tokens import Tokenizer
+from training.voices import Said
+
+HELD_OUT_EVERY = 5
+"""One in so many utterances of the site is not trained on but measured."""
+FORGETTING = 0.01
+"""How much worse the general word error rate may become, in points of 1."""
+BLENDS = (1.0, 0.75, 0.5, 0.25)
+"""Shares of the new weights that are tried."""
+
+
+class AdaptError(Exception):
+    """The site's files do not suffice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    minutes: float = 20.0
+    sentences: int = 400
+    """Synthesized from the grammars and hotwords, and as many general ones."""
+    site_share: float = 0.6
+    """Of what is heard while learning."""
+    rate: float = 1.0e-4
+    frames: int = 400
+    learning_layers: int = 3
+    """The topmost encoder layers; the head learns whole."""
+
+
+def site_sentences(random: Random, grammars: Sequence[Path], hotwords: Path | None) -> Iterator[Sentence]:
+    """For ever: walks through the grammars, and the hotwords within sentences."""
+    graphs = [grammar.compile_graph({path.name: grammar.load(path)}).words for path in grammars]
+    listed = hotword_lists.load(settings.Hotwords(file=hotwords)) if hotwords is not None else ()
+    phrases = [phrase for each in listed for phrase in each.spoken or (each.written,)]
+    if not graphs and not phrases:
+        raise AdaptError("nothing to say: name at least one --grammar or --hotwords")
+    frames = (
+        "{}",
+        "the {}",
+        "check the {}",
+        "{} on line two",
+        "call {}",
+        "report a fault on the {}",
+        "stop the {} now",
+    )
+    while True:
+        if phrases and (not graphs or random.random() < 0.4):
+            yield texts.sentence("site", random.choice(frames).format(random.choice(phrases)))
+        else:
+            steps, _ = random.choice(graphs).walk(random)
+            yield texts.sentence("site", grammar.sentence(steps))
+
+
+def general_sentences(random: Random) -> Iterator[Sentence]:
+    """For ever: what the shipped model was trained on."""
+    while True:
+        yield texts.draw(random)
+
+
+def _spoken(work: Path, name: str, count: int, draw: Iterator[Sentence]) -> list[Said]:
+    """Said by flite and espeak-ng in turns."""
+    for speaker in ("flite", "espeak"):
+        voices.synthesize(work / name, speaker, count // 2, 11, lambda _: next(draw))
+    return [said for path in sorted((work / name).glob("*.npz")) for said in voices.read_shard(path)]
+
+
+class Ears:
+    """Word error rates of a network in torch."""
+
+    def __init__(self, contract: Contract, tokenizer: Tokenizer) -> None:
+        self.features, self.tokenizer = Features(contract), tokenizer
+
+    @torch.no_grad()
+    def word_error_rate(self, network: Network, said: Sequence[Said]) -> float:
+        network.eval()
+        wrong = words = 0
+        for each in said:
+            x = torch.from_numpy(self.features(np.pad(each.audio.astype(np.float32) / 32768 * 0.5, 4800)))[None]
+            asked = torch.tensor([LANGUAGE_IDS["auto"]]), torch.tensor([WITHOUT_ITN])
+            best = network(x, torch.tensor([x.shape[1]]), *asked)[0, 4:].argmax(-1).tolist()
+            ids = [token for at, token in enumerate(best) if token and (at == 0 or best[at - 1] != token)]
+            wrong += Levenshtein.distance(each.text.split(), self.tokenizer.decode(ids).split())
+            words += len(each.text.split())
+        return wrong / max(1, words)
+
+
+def learn(network: Network, site: Pool, rest: Pool, contract: Contract, tokenizer: Tokenizer, plan: Plan) -> None:
+    """In place, for the plan's minutes."""
+    network.train()
+    network.encoder.requires_grad_(requires_grad=False)
+    for layer in list(network.encoder.layers)[-plan.learning_layers :]:
+        layer.requires_grad_(requires_grad=True)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    streams = [batches(pool, contract, tokenizer, plan.frames) for pool in (site, rest)]
+    random, began = Random(0), time.monotonic()
+    while (passed := (time.monotonic() - began) / 60 / plan.minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * min(1.0, passed / 0.05 + 0.05, (1 - passed) / 0.7 + 0.02)
+        batch = next(streams[0] if random.random() < plan.site_share else streams[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(masked(batch.x, batch.x_length, random), batch.x_length, batch.language, batch.text_norm)
+        ctc, tags = losses(logits, batch)
+        optimizer.zero_grad()
+        (ctc + 0.3 * tags).backward()
+        torch.nn.utils.clip_grad_norm_(learning, 2.0)
+        optimizer.step()
+
+
+def blended(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    return {name: torch.lerp(old[name], new[name], share) for name in old}
+
+
+def _split(said: Sequence[Said]) -> tuple[list[Said], list[Said]]:
+    """(to learn from, to measure on)."""
+    ordered = list(said)
+    Random(5).shuffle(ordered)
+    return [s for at, s in enumerate(ordered) if at % HELD_OUT_EVERY], ordered[::HELD_OUT_EVERY]
+
+
+def package(network: Network, base: Path, out: Path, name: str, figures: dict[str, float]) -> None:
+    """OUT: the model, its tokens and a manifest, as `edge-asr models import` takes them."""
+    out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "model.onnx"
+        export.write_float(network, whole)
+        export.quantize(whole, out / "model.int8.onnx", network)
+    shutil.copy(base / "tokens.txt", out / "tokens.txt")
+    files = {path.name: {"sha256": sha256_of(path), "size": path.stat().st_size} for path in sorted(out.iterdir())}
+    manifest = {
+        "name": name,
+        "version": time.strftime("%Y.%m.%d"),
+        "kind": "sense-voice",
+        "description": f"adapted from {base.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()),
+        "languages": ["en"],
+        "licence": "MIT",
+        "origin": f"{base.name} of edge-asr, adapted by tools/adapt on the site's own sentences and recordings",
+        "files": files,
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def adapt(options: argparse.Namespace) -> int:
+    plan = Plan(minutes=options.minutes, sentences=options.sentences)
+    tokenizer = Tokenizer(options.pieces)
+    listed = (options.model / "tokens.txt").read_text(encoding="utf-8").splitlines()
+    if [line.split(" ")[0] for line in listed] != tokenizer.pieces:
+        raise AdaptError(f"{options.model}: its tokens are not those of {options.pieces}; name the model's own pieces")
+    network = restore.network(options.model / "model.int8.onnx", tokenizer.pieces)
+    front = network.front
+    mean, deviation = front.neg_mean.numpy(), front.inv_stddev.numpy()
+    contract = Contract(7, 6, 32768.0, mean, deviation, LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, 0)
+    recorded = [each for path in options.manifest for each in people.utterances(path)]
+    draw = site_sentences(Random(3), options.grammar, options.hotwords) if options.grammar or options.hotwords else None
+    said = _spoken(options.work, "site", plan.sentences, draw) if draw is not None else []
+    if not recorded and not said:
+        raise AdaptError("nothing to learn from: name --manifest, --grammar or --hotwords")
+    rest_said = _spoken(options.work, "rest", plan.sentences, general_sentences(Random(4)))
+    (site, site_held), (rest, rest_held) = _split([*recorded, *said]), _split(rest_said)
+    noises: list[Noise] = made(np.random.default_rng(1), 40)
+    for folder in options.noise:
+        noises += recordings(folder, "0123456789")
+    ears, old = Ears(contract, tokenizer), {name: value.clone() for name, value in network.state_dict().items()}
+
+    def rates() -> tuple[float, float]:
+        return ears.word_error_rate(network, site_held), ears.word_error_rate(network, rest_held)
+
+    before = rates()
+    print(f"before: word error rate {before[0]:.3f} on the site, {before[1]:.3f} on the rest", flush=True)
+    learn(network, Pool([*site, *rest], noises, 1), Pool(rest, noises, 2), contract, tokenizer, plan)
+    new = {name: value.clone() for name, value in network.state_dict().items()}
+    tried = {}
+    for share in BLENDS:
+        network.load_state_dict(blended(old, new, share))
+        tried[share] = rates()
+        print(
+            f"{share:4.0%} of the new weights: {tried[share][0]:.3f} on the site, {tried[share][1]:.3f} on the rest",
+            flush=True,
+        )
+    kept = {share: rate for share, rate in tried.items() if rate[1] <= before[1] + FORGETTING and rate[0] < before[0]}
+    if not kept:
+        print("nothing is better on the site without being worse on the rest: no model written", file=sys.stderr)
+        return 1
+    share = min(kept, key=lambda each: kept[each])
+    network.load_state_dict(blended(old, new, share))
+    figures = {
+        "site WER before": before[0],
+        "after": kept[share][0],
+        "rest before": before[1],
+        "rest after": kept[share][1],
+    }
+    package(network, options.model, options.out, options.name, figures)
+    print(f"{options.out}: written; `edge-asr models import {options.out}` takes it", flush=True)
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/adapt", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("work", type=Path, help="for what is synthesized; may be used again")
+    parser.add_argument("out", type=Path, help="the new model's folder, which must not exist")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model that tools/train made")
+    parser.add_argument(
+        "--pieces", type=Path, required=True, help="its pieces.model, from the same WORK of tools/train"
+    )
+    parser.add_argument("--name", default="site-en", help="of the new model (default: %(default)s)")
+    parser.add_argument("--grammar", type=Path, action="append", default=[], help="a grammar file of the site")
+    parser.add_argument("--hotwords", type=Path, help="the site's hotword list")
+    parser.add_argument(
+        "--manifest", type=Path, action="append", default=[], help="the site's recordings {audio, text}"
+    )
+    parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of learning (default: %(default)s)")
+    parser.add_argument("--sentences", type=int, default=400, help="synthesized per kind (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.out.exists():
+        parser.exit(2, f"{options.out}: exists already; name another folder\n")
+    try:
+        sys.exit(adapt(options))
+    except (AdaptError, ValueError, OSError, grammar.GrammarError, hotword_lists.HotwordError) as error:
+        parser.exit(78, f"tools/adapt: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

