@@ -12,22 +12,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_asr import audit, cli
+from edge_asr import audit
 from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
 from edge_asr.settings import SettingsError, load
 from tests.broker import Broker, Subscriber
+from tests.test_cli import typed
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
-
-
-def edge_asr(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, arguments)
-
 
 TALK = RECORDINGS / "04-talk-about-the-game.flac"
 
@@ -198,14 +193,14 @@ def test_a_daemon_keeps_a_log_that_its_health_vouches_for(tmp_path: Path) -> Non
                 assert box.hang_up() == 0
         subscriber.wait_for(lambda m: any(x.data.get("audit_newest") for x in m), "a hash in health")
     known = [x.data["audit_newest"] for x in subscriber.on("health")]
-    done = edge_asr("audit", "verify", "--settings", str(path), "--known", known[-1])
-    assert done.exit_code == 0, done.output
+    done = typed("audit", "verify", "--settings", str(path), "--known", known[-1])
+    assert done.returncode == 0, done.stderr
     assert "records from number 1 on are whole" in done.stdout
     content = segment(tmp_path / "state/audit").read_text(encoding="utf-8")
     command = subscriber.on("evt/command")[0].data
     assert all(word in content for word in (command["id"], command["utterance_id"], '"what":"delivered"'))
     segment(tmp_path / "state/audit").write_text(content.replace("EmergencyStop", "StartMachine"), encoding="utf-8")
-    assert edge_asr("audit", "verify", "--settings", str(path)).exit_code == 74
+    assert typed("audit", "verify", "--settings", str(path)).returncode == 74
 
 
 def test_in_private_only_commands_leave_the_box_and_no_word_is_kept(tmp_path: Path) -> None:

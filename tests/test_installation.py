@@ -25,7 +25,7 @@ from edge_asr.model_store import EMBEDDED, ModelError, bundled, bundled_manifest
 from edge_asr.settings import Settings
 from tests.broker import Broker, Subscriber
 from tests.mirror import mirror
-from tests.test_cli import edge_asr
+from tests.test_cli import typed
 from tests.test_daemon import COMMAND, running, write_settings
 
 EMBEDDED_FOLDER = bundled("models") / EMBEDDED
@@ -222,7 +222,7 @@ def test_a_model_with_which_the_daemon_dies_makes_way_after_three_starts(store: 
 def test_a_model_that_hears_something_else_is_not_activated(tmp_path: Path) -> None:
     state = tmp_path / "state"
     Store(state / "models").add(model(tmp_path, "deaf", "good night"))
-    done = edge_asr("models", "activate", "deaf", "--set", f"state_dir={state}")
+    done = typed("models", "activate", "deaf", "--set", f"state_dir={state}")
     assert done.returncode == 78
     assert "hears 'start conveyor three' where 'good night' is said" in done.stderr
     assert Store(state / "models").active == EMBEDDED
@@ -266,14 +266,14 @@ def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp
     with mirror(**{"remote_tar.gz": content}) as served:
         served.break_off_after = len(content) // 2 + 1
         pull = ("pull", "remote.tar.gz", "--mirror", served.url, "--sha256", hashlib.sha256(content).hexdigest())
-        done = edge_asr("models", *pull, *state, no_proxy="*")
+        done = typed("models", *pull, *state, no_proxy="*")
         assert done.returncode == 0, done.stderr
         assert "remote 1.0.0: imported" in done.stdout
         assert len(served.requests) == 2
-        wrong = edge_asr("models", *pull[:-1], "0" * 64, *state, no_proxy="*")
+        wrong = typed("models", *pull[:-1], "0" * 64, *state, no_proxy="*")
         assert (wrong.returncode, len(wrong.stderr.strip().splitlines()[-1:])) == (69, 1)
     listed = {
-        row["name"]: row for row in map(json.loads, edge_asr("models", "list", "--json", *state).stdout.splitlines())
+        row["name"]: row for row in map(json.loads, typed("models", "list", "--json", *state).stdout.splitlines())
     }
     assert (listed["remote"]["place"], listed[EMBEDDED]["in_use"]) == ("imported", True)
     assert sum(row["place"] == "to pull" for row in listed.values()) == 2
@@ -283,14 +283,14 @@ def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp
 def test_what_is_imported_by_hand_is_listed_and_removed_by_hand(tmp_path: Path) -> None:
     state = ("--set", f"state_dir={tmp_path}/state")
     given = copy(tmp_path, "stick")
-    assert edge_asr("models", "import", str(given), *state).stdout.startswith("stick 1.0.0: imported; ")
-    assert "imported" in edge_asr("models", "list", *state).stdout
-    assert edge_asr("models", "remove", "stick", *state).stdout == "stick: removed\n"
-    assert edge_asr("models", "remove", "stick", *state).returncode == 78
+    assert typed("models", "import", str(given), *state).stdout.startswith("stick 1.0.0: imported; ")
+    assert "imported" in typed("models", "list", *state).stdout
+    assert typed("models", "remove", "stick", *state).stdout == "stick: removed\n"
+    assert typed("models", "remove", "stick", *state).returncode == 78
 
 
 def test_a_release_that_nobody_knows_is_wrong_usage() -> None:
-    done = edge_asr("models", "pull", "2031-01-01")
+    done = typed("models", "pull", "2031-01-01")
     assert done.returncode == 2
     assert "none of the public releases (2024-07-17, 2025-09-09)" in done.stderr
 
@@ -301,7 +301,7 @@ def test_verify_without_a_name_looks_at_every_model_and_names_the_spoilt_one(tmp
     store.add(copy(tmp_path, "spoilt"))
     tokens = store.folder / "spoilt/tokens.txt"
     tokens.write_bytes(tokens.read_bytes() + b"x")
-    done = edge_asr("models", "verify", "--set", f"state_dir={state}")
+    done = typed("models", "verify", "--set", f"state_dir={state}")
     assert done.returncode == 78
     assert {line.partition(":")[0].split()[0] for line in done.stdout.splitlines()} == {
         manifest.name for manifest in bundled_manifests()
@@ -319,10 +319,10 @@ def test_a_running_daemon_changes_models_without_losing_an_utterance(tmp_path: P
             for name, spoken in ((EMBEDDED, 1), ("newer", 3), (EMBEDDED, 5)):
                 if name != EMBEDDED:
                     store.add(model(tmp_path, name))
-                    done = edge_asr("models", "activate", name, "--settings", str(path))
+                    done = typed("models", "activate", name, "--settings", str(path))
                     assert "it hears 'start conveyor three'" in done.stdout, done.stderr
                 elif spoken > 1:
-                    assert edge_asr("models", "rollback", "--settings", str(path)).returncode == 0
+                    assert typed("models", "rollback", "--settings", str(path)).returncode == 0
                 if spoken > 1:
                     box.say(COMMAND)  # is heard while the models change
                     box.process.send_signal(signal.SIGHUP)

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from click.testing import CliRunner, Result
 from playwright.sync_api import sync_playwright
 
-from edge_asr import cli, evaluation, recorder
+from edge_asr import evaluation, recorder
 from edge_asr.audio import read_file
 from edge_asr.events import Command, Rejection, RejectionReason, Transcript, Utterance
 from edge_asr.labelling import LabelServer
@@ -29,12 +28,8 @@ from edge_asr.settings import Recorder as Options
 from edge_asr.settings import SettingsError
 from tests.broker import PATIENCE_S, Broker, Subscriber, free_port
 from tests.gateway import CHROMIUM
+from tests.test_cli import typed
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
-
-
-def edge_asr(*arguments: str) -> Result:
-    return CliRunner().invoke(cli.main, arguments)
-
 
 TALK = RECORDINGS / "04-talk-about-the-game.flac"
 TRANSCRIPT = Transcript("stop it", "en", "EMO_UNKNOWN", "Speech", 0.9, ())
@@ -257,13 +252,13 @@ def test_a_daemon_keeps_what_it_rejects_and_the_verbs_show_and_delete_it(
             assert box.hang_up() == 0
     (rejected,) = subscriber.on("evt/rejected")
     settings = ("--settings", str(path))
-    assert ": 1 recordings, " in edge_asr("recordings", "status", *settings).stdout
-    done = edge_asr("recordings", "export", str(tmp_path / "out"), "--key", str(private), *settings)
-    assert done.exit_code == 0, done.output
+    assert ": 1 recordings, " in typed("recordings", "status", *settings).stdout
+    done = typed("recordings", "export", str(tmp_path / "out"), "--key", str(private), *settings)
+    assert done.returncode == 0, done.stderr
     (line,) = (tmp_path / "out/manifest.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["heard"]["utterance_id"] == rejected.data["utterance_id"]
-    assert edge_asr("recordings", "clear", *settings).stdout == "1 recordings deleted\n"
-    assert edge_asr("recordings", "export", str(tmp_path / "o"), "--key", str(public), *settings).exit_code == 66
+    assert typed("recordings", "clear", *settings).stdout == "1 recordings deleted\n"
+    assert typed("recordings", "export", str(tmp_path / "o"), "--key", str(public), *settings).returncode == 66
 
 
 def test_by_default_no_audio_reaches_the_disk(tmp_path: Path) -> None:

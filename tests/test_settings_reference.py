@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from edge_asr import settings, settings_reference
 from edge_asr.settings import Settings, SettingsError
 from tests.sysbox import CHECKOUT
-from tests.test_cli import edge_asr
+from tests.test_cli import typed
 
 EXAMPLE = settings_reference.example()
 KEY = re.compile(r"^( *)#(?=[a-z-])", re.MULTILINE)
@@ -116,10 +116,10 @@ def test_editor_and_daemon_agree_on_what_is_right(tree: dict[str, Any], tmp_path
 
 
 def test_the_verbs_print_them_and_what_is_really_set(tmp_path: Path) -> None:
-    assert edge_asr("settings", "example").stdout == EXAMPLE
-    assert json.loads(edge_asr("settings", "schema").stdout) == json.loads(json.dumps(SCHEMA))
+    assert typed("settings", "example").stdout == EXAMPLE
+    assert json.loads(typed("settings", "schema").stdout) == json.loads(json.dumps(SCHEMA))
     (tmp_path / "s.yaml").write_text("device: from-file\nmqtt: {host: a, port: 1}", encoding="utf-8")
-    shown = edge_asr(
+    shown = typed(
         "settings", "show", "-s", str(tmp_path / "s.yaml"), "--set", "mqtt.port=2", EDGE_ASR__MQTT__HOST="from-variable"
     )
     tree = yaml.safe_load(shown.stdout)
@@ -127,9 +127,9 @@ def test_the_verbs_print_them_and_what_is_really_set(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path: Path) -> None:
-    done = edge_asr("run", "--dry-run", "--set", f"state_dir={tmp_path}/state", "--set", "mqtt.host=mes")
+    done = typed("run", "--dry-run", "--set", f"state_dir={tmp_path}/state", "--set", "mqtt.host=mes")
     assert done.returncode == 0, done.stderr
     assert "publish to  mes:1883, below voice/edge-asr/" in done.stdout
     assert "listen to   microphone (microphone)" in done.stdout
     assert not (tmp_path / "state").exists()
-    assert edge_asr("run", "--dry-run", "--set", "model.name=nowhere").returncode == 78
+    assert typed("run", "--dry-run", "--set", "model.name=nowhere").returncode == 78
