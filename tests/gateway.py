@@ -12,7 +12,7 @@ import os
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Box:
     """A running daemon whose only ears are the gateway's guests."""
 
     folder: Path
+    address: str
     port: int
     process: subprocess.Popen[bytes]
     tokens: Tokens
@@ -56,7 +57,7 @@ class Box:
 
     @property
     def url(self) -> str:
-        return f"https://localhost:{self.port}"
+        return f"https://{self.address}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -123,8 +124,18 @@ class Client:
 
 
 @contextlib.contextmanager
-def box(folder: Path, broker: Broker | None = None, **section: Any) -> Iterator[Box]:
-    """Start `edge-asr run` with a gateway; ready when its door is open."""
+def box(
+    folder: Path,
+    broker: Broker | None = None,
+    *,
+    prefix: Sequence[str] = (),
+    address: str = "localhost",
+    **section: Any,
+) -> Iterator[Box]:
+    """Start `edge-asr run` with a gateway; ready when its door is open.
+
+    A ``prefix`` such as `ip netns exec NAME` puts it elsewhere, where ``address`` leads to it.
+    """
     port = free_port()
     settings = folder / "settings.yaml"
     tree: dict[str, Any] = {
@@ -137,13 +148,15 @@ def box(folder: Path, broker: Broker | None = None, **section: Any) -> Iterator[
         tree["mqtt"] = {"host": broker.host, "port": broker.port, "max_retry_s": 1}
     settings.write_text(yaml.safe_dump(tree), encoding="utf-8")
     program = [sys.executable, "-m", "edge_asr.cli"]
-    subprocess.run([*program, "gateway", "cert", "-s", str(settings)], check=True, capture_output=True)
+    subprocess.run([*program, "gateway", "cert", address, "-s", str(settings)], check=True, capture_output=True)
     tokens = Tokens(folder / "state/gateway/tokens.json")
     token, watch = tokens.add("tablet", "talk"), tokens.add("office", "watch")
     tls = ssl.create_default_context(cafile=folder / "state/gateway/ca.crt")
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*program, "run", "-s", str(settings)], stderr=log, stdin=subprocess.DEVNULL)
-    running = Box(folder, port, process, tokens, token, watch, tls)
+        process = subprocess.Popen(
+            [*prefix, *program, "run", "-s", str(settings)], stderr=log, stdin=subprocess.DEVNULL
+        )
+    running = Box(folder, address, port, process, tokens, token, watch, tls)
     try:
         wait_until(lambda: "gateway: http" in running.log or process.poll() is not None, "the gateway opens")
         assert process.poll() is None, running.log

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,20 @@ def test_a_page_without_permission_or_token_says_what_to_do(site: tuple[Box, Sub
         page.wait_for_selector("#notice")
         assert "may not use the microphone" in page.inner_text("#notice-text")
         assert "site settings" in page.inner_text("#notice-help")
+
+
+@pytest.mark.parametrize("way", ["pcm", "auto"])
+def test_a_link_cut_in_the_middle_of_a_sentence_costs_no_word_and_no_session(way: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cut_link", way], check=False, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    if "refused" in found:
+        pytest.skip(found["refused"])
+    assert found["said"] == [row["text"] for row in transcribed(PRESS)]
+    assert found["sessions"] == 1
+    assert "30 s are kept" in found["shown"]
 
 
 class WhipClient:

@@ -59,7 +59,7 @@ class Weather:
 class Link:
     """A cable with weather; a context manager. :attr:`prefix` runs a command at the device's end.
 
-    ``broker_side`` is the address at our end.
+    ``device_side`` and ``broker_side`` are the addresses at its end and ours.
     """
 
     def __init__(self, luck: random.Random) -> None:
@@ -73,9 +73,11 @@ class Link:
         self.prefix = ("nsenter", "-t", str(self._holder.pid), "-n")
         self._over, self._end = os.pipe()
         number = next(_NETWORKS)
-        device_side, self.broker_side = f"10.177.{number}.1", f"10.177.{number}.2"
-        self._device = _tunnel(f"/proc/{self._holder.pid}/ns/net", f"faults{number}", device_side, self.broker_side)
-        self._broker = _tunnel("/proc/thread-self/ns/net", f"faults{number}", self.broker_side, device_side)
+        self.device_side, self.broker_side = f"10.177.{number}.1", f"10.177.{number}.2"
+        self._device = _tunnel(
+            f"/proc/{self._holder.pid}/ns/net", f"faults{number}", self.device_side, self.broker_side
+        )
+        self._broker = _tunnel("/proc/thread-self/ns/net", f"faults{number}", self.broker_side, self.device_side)
         self._thread = threading.Thread(target=self._carry, daemon=True)
 
     def __enter__(self) -> Self:

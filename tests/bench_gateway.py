@@ -1,0 +1,235 @@
+"""What the gateway costs: latency to page and broker, sessions that one core sustains, memory and CPU of the silent.
+
+A real daemon held to one core, a real mosquitto, clients that send 20 ms of PCM every 20 ms. A latency begins when the
+sample has been sent with which the gate closes: the speech detector's configured silence is no part of it. On a busy
+machine wall times grow; thread CPU times and memory do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paho.mqtt.client import Client as MqttClient
+from paho.mqtt.client import MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion
+
+from edge_asr import model_store, settings
+from edge_asr.audio import FrameCutter, quiet, read_file
+from edge_asr.events import SAMPLE_RATE
+from edge_asr.inference import SileroDetector
+from edge_asr.pipeline import Ear
+from tests.broker import Broker
+from tests.gateway import Box, Client, box, recording
+
+PIECE_S = 0.02
+PIECE = round(PIECE_S * SAMPLE_RATE) * 2
+NAMES = ("02-call-maintenance", "11-stop-press-two", "13-set-conveyor-speed", "20-emergency-stop")
+LIMIT_S = 1.0
+
+
+@dataclass
+class Speech:
+    """Recordings with a second of quiet behind each, and where the gate closes."""
+
+    pcm: bytes = b""
+    closings_s: list[float] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        pcm = read_file(recording(name)) + quiet(SAMPLE_RATE)
+        ear = Ear(SileroDetector(model_store.locate_vad()), settings.Vad())
+        for frame in FrameCutter("bench").feed(pcm, 0):
+            if ear.feed(frame):
+                self.closings_s.append(len(self.pcm) / 2 / SAMPLE_RATE + frame.end / SAMPLE_RATE)
+        self.pcm += pcm
+
+
+def spoken(order: Sequence[str]) -> Speech:
+    speech = Speech()
+    for name in order:
+        speech.add(name)
+    return speech
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One utterance: its id, when the gate closed behind it, and when its text was there (monotonic seconds)."""
+
+    ident: str
+    closed: float
+    at: float
+
+
+async def stream(client: Client, speech: Speech) -> list[Heard]:
+    """Speak in real time."""
+    await client.until("ready")
+    await client.send(type="start", talk=1)
+    began = time.monotonic()
+    arrived: list[tuple[str, float]] = []
+
+    async def listen() -> None:
+        while True:
+            event = await client.until("transcript")
+            arrived.append((event["utterance_id"], time.monotonic()))
+
+    listening = asyncio.create_task(listen(), name="listen")
+    for number, offset in enumerate(range(0, len(speech.pcm), PIECE)):
+        await asyncio.sleep(max(0.0, began + (number + 1) * PIECE_S - time.monotonic()))
+        await client.socket.send_bytes((offset // 2).to_bytes(4, "little") + speech.pcm[offset : offset + PIECE])
+    await asyncio.sleep(3 * LIMIT_S)
+    listening.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await listening
+    pairs = zip(arrived, speech.closings_s, strict=False)
+    return [Heard(ident, began + closed_s, at) for (ident, at), closed_s in pairs]
+
+
+async def sessions(running: Box, count: int, rounds: int) -> list[Heard]:
+    """So many stations speak without a pause, each another sentence first."""
+    async with contextlib.AsyncExitStack() as stack:
+        talks = []
+        for number in range(count):
+            client = await stack.enter_async_context(running.client())
+            order = list(itertools.islice(itertools.cycle(NAMES), number, number + rounds))
+            talks.append(stream(client, spoken(order)))
+        return [heard for found in await asyncio.gather(*talks) for heard in found]
+
+
+def quantiles_ms(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
+    return {"p50_ms": round(1000 * statistics.median(ordered)), "p95_ms": round(1000 * p95), "count": len(ordered)}
+
+
+def resident_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+@contextlib.contextmanager
+def subscribed(broker: Broker) -> Iterator[dict[str, float]]:
+    """Utterance -> when its transcript came from the broker (monotonic seconds)."""
+    arrivals: dict[str, float] = {}
+
+    def note(_client: object, _data: object, message: MQTTMessage) -> None:
+        arrivals[json.loads(message.payload)["data"]["utterance_id"]] = time.monotonic()
+
+    client = MqttClient(CallbackAPIVersion.VERSION2)
+    client.on_message = note
+    client.connect(broker.host, broker.port)
+    client.subscribe("voice/+/evt/transcript", qos=1)
+    client.loop_start()
+    try:
+        yield arrivals
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+async def silent(running: Box, count: int, seconds: float) -> dict[str, float]:
+    """What sessions cost that are open, and that send silence."""
+    pid = running.process.pid
+    async with contextlib.AsyncExitStack() as stack:
+        before_mb = resident_mb(pid)
+        clients = [await stack.enter_async_context(running.client()) for _ in range(count)]
+        reading = [asyncio.create_task(read_on(client), name="read") for client in clients]
+        await asyncio.sleep(2.0)
+        idle_mb = (resident_mb(pid) - before_mb) / count
+        began_s, used_s = time.monotonic(), cpu_s(pid)
+        await asyncio.sleep(seconds)
+        idle_cpu = (cpu_s(pid) - used_s) / (time.monotonic() - began_s) / count
+        speech = Speech(pcm=bytes(round(seconds * SAMPLE_RATE) * 2))
+        began_s, used_s = time.monotonic(), cpu_s(pid)
+        talking = [stream_silence(client, speech.pcm) for client in clients]
+        await asyncio.gather(*talking)
+        silent_cpu = (cpu_s(pid) - used_s) / (time.monotonic() - began_s) / count
+        silent_mb = (resident_mb(pid) - before_mb) / count
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+    return {
+        "sessions": count,
+        "idle_mb": round(idle_mb, 2),
+        "idle_cpu_percent": round(100 * idle_cpu, 3),
+        "sending_silence_mb": round(silent_mb, 2),
+        "sending_silence_cpu_percent": round(100 * silent_cpu, 2),
+    }
+
+
+async def read_on(client: Client) -> None:
+    """Answer pings, and forget what comes."""
+    while True:
+        await client.socket.receive()
+
+
+async def stream_silence(client: Client, pcm: bytes) -> None:
+    await client.send(type="start", talk=1)
+    began = time.monotonic()
+    for number, offset in enumerate(range(0, len(pcm), 2 * PIECE)):  # 40 ms
+        await asyncio.sleep(max(0.0, began + (number + 1) * 2 * PIECE_S - time.monotonic()))
+        await client.socket.send_bytes((offset // 2).to_bytes(4, "little") + pcm[offset : offset + 2 * PIECE])
+
+
+def sustained(running: Box, most: int, rounds: int) -> list[dict[str, float]]:
+    """More and more sessions that speak without a pause, until the p95 is over a second."""
+    steps = []
+    for count in (2, 4, 6, 8, 12, 16, 24, 32):
+        if count > most:
+            break
+        heard = asyncio.run(sessions(running, count, rounds))
+        steps.append({"sessions": count, **quantiles_ms([each.at - each.closed for each in heard])})
+        print(steps[-1], flush=True)
+        if steps[-1]["p95_ms"] > 1000 * LIMIT_S or steps[-1]["count"] < count * rounds:
+            break
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench gateway", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12, help="utterances of a session")
+    parser.add_argument("--most", type=int, default=32, help="sessions to try at most")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    limits: dict[str, Any] = {"max_sessions": 1000, "max_sessions_per_token": 1000, "max_sessions_per_address": 1000}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        with Broker(folder) as broker, box(folder, broker, **limits) as running, subscribed(broker) as arrivals:
+            for pid in (running.process.pid, *children(running.process.pid)):
+                os.sched_setaffinity(pid, {0})
+            asyncio.run(sessions(running, 1, 2))  # everything is loaded
+            heard = asyncio.run(sessions(running, 1, arguments.rounds))
+            known = [arrivals[each.ident] - each.closed for each in heard if each.ident in arrivals]
+            figures: dict[str, Any] = {
+                "machine": {"load": os.getloadavg()[0], "cores": os.cpu_count(), "held_to_cores": 1},
+                "to_page": quantiles_ms([each.at - each.closed for each in heard]),
+                "to_subscriber": quantiles_ms(known),
+            }
+            print(figures, flush=True)
+            figures["silent"] = asyncio.run(silent(running, 32, 10.0))
+            print(figures["silent"], flush=True)
+            figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
