@@ -87,6 +87,7 @@ def commands_waiting(box: Sysbox) -> int:
     return int(json.loads(status)["waiting"].get("command", 0))
 
 
+@pytest.mark.timeout(300)  # builds and installs 360 MB
 def test_installed_it_runs_upgraded_it_keeps_the_outbox_purged_it_leaves_nothing(machine: Sysbox) -> None:
     machine.run("rm", "-f", "/usr/sbin/policy-rc.d")  # the host's: it lets no package start anything
     machine.run("dpkg", "--install", "/opt/edge-asr.deb")
