@@ -147,8 +147,14 @@ def listen(options: Settings, topic: str | None, *, as_json: bool, **_: object) 
     screen = Screen(_console())
 
     async def show() -> None:
+        dropped = 0
         async with Subscriber(brokers, topic or f"{options.topic_root}/#") as subscriber:
             async for delivery in subscriber:
+                if subscriber.dropped > dropped:
+                    click.echo(
+                        f"edge-asr: {subscriber.dropped - dropped} dropped: they came faster than read", err=True
+                    )
+                    dropped = subscriber.dropped
                 if as_json:
                     click.echo(json.dumps({"topic": delivery.topic, "data": delivery.data}, ensure_ascii=False))
                 else:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +27,9 @@ from edge_asr.link import Destination, LinkError, dial
 
 ANSWER_LIMIT_S = 10.0
 
+WAITING_LIMIT = 2000
+"""Deliveries that wait for a slow reader; one more drops the oldest and counts it: who looks on wants the newest."""
+
 REMEMBERED = 100
 """Commands of which a receipt can be told in words."""
 
@@ -40,7 +45,7 @@ class Delivery:
     topic: str
     """In full."""
     kind: str
-    """The part of the topic below the device's root, e.g. ``evt/command``; empty for a foreign topic."""
+    """See ``contract.kind_of``."""
     data: Mapping[str, Any]
     """The flat data, taken out of its CloudEvents envelope if it came in one."""
 
@@ -48,11 +53,17 @@ class Delivery:
 class Subscriber:
     """A subscription at the first broker that accepts us: an async context manager to iterate over."""
 
-    def __init__(self, brokers: Sequence[Destination], topic_filter: str) -> None:
+    def __init__(
+        self, brokers: Sequence[Destination], topic_filter: str, *, waiting_limit: int = WAITING_LIMIT
+    ) -> None:
         self._brokers = brokers
         self._filter = topic_filter
         self._loop = asyncio.get_running_loop()
-        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._waiting: deque[Delivery] = deque(maxlen=waiting_limit)
+        self._lock = threading.Lock()
+        self._arrived = asyncio.Event()
+        self.dropped = 0
+        """Deliveries that the reader was too slow for."""
 
     async def __aenter__(self) -> Self:
         problems = []
@@ -90,7 +101,23 @@ class Subscriber:
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         while True:
-            yield await self._deliveries.get()
+            with self._lock:
+                delivery = self._waiting.popleft() if self._waiting else None
+                if delivery is None:
+                    self._arrived.clear()
+            if delivery is None:
+                await self._arrived.wait()
+            else:
+                yield delivery
+
+    def _keep(self, delivery: Delivery) -> None:
+        """In paho's thread; the loop may stand still meanwhile, blocked by whoever reads what it prints."""
+        with self._lock:
+            was_empty = not self._waiting
+            self.dropped += len(self._waiting) == self._waiting.maxlen
+            self._waiting.append(delivery)
+        if was_empty:
+            self._loop.call_soon_threadsafe(self._arrived.set)
 
     def _settle(self, problem: str | None) -> None:
         if self._subscribed.done():
@@ -115,14 +142,12 @@ class Subscriber:
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         try:
             content = json.loads(message.payload)
-        except ValueError:
+            json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be shown nowhere
+        except (ValueError, RecursionError):
             return  # somebody else's
-        if isinstance(content, dict):
-            data = content.get("data", content)
-            kind = next((k for k in contract.TOPICS if message.topic.endswith(f"/{k}")), "")
-            if isinstance(data, dict):
-                delivery = Delivery(message.topic, kind, data)
-                self._loop.call_soon_threadsafe(self._deliveries.put_nowait, delivery)
+        data = content.get("data", content) if isinstance(content, dict) else None
+        if isinstance(data, dict):
+            self._keep(Delivery(message.topic, contract.kind_of(message.topic), data))
 
 
 class Screen:
@@ -142,11 +167,15 @@ class Screen:
         describe = self._receipt if delivery.kind == contract.RECEIPT else _LINES.get(delivery.kind)
         if describe is None:
             return
-        if delivery.kind == contract.COMMAND:
-            self._remember(delivery.data)
+        try:
+            line = describe(delivery.data)
+            if delivery.kind == contract.COMMAND:
+                self._remember(delivery.data)
+        except (LookupError, TypeError, ValueError, AttributeError):  # anybody who may write there can write anything
+            line = Text(f"✗ not what {delivery.kind} says of itself: {delivery.topic}", "red")
         self._wipe_partial()
         moment = str(delivery.data.get("time", ""))[11:23]
-        self._console.print(Text.assemble((f"{moment:12}  ", "dim"), describe(delivery.data)), soft_wrap=True)
+        self._console.print(Text.assemble((f"{moment:12}  ", "dim"), line), soft_wrap=True)
 
     def _remember(self, command: Mapping[str, Any]) -> None:
         self._commands[command["id"]] = _call(command)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from edge_asr import contract
-from edge_asr.subscriber import Delivery, Screen
+from edge_asr.link import destinations
+from edge_asr.subscriber import Delivery, Screen, Subscriber
+from tests.broker import HOST, PATIENCE_S, Broker, wait_until
 
 ROOT = "acme/voice/press-07"
 COMMAND = {
@@ -68,3 +76,65 @@ def test_what_is_said_again_does_not_look_like_a_command() -> None:
 )
 def test_a_topic_is_told_by_its_end_and_a_request_for_status_from_a_status(topic: str, kind: str) -> None:
     assert contract.kind_of(topic) == kind
+
+
+@pytest.mark.parametrize("kind", [contract.STATUS, contract.COMMAND, contract.TRANSCRIPT, contract.META])
+def test_what_lacks_its_fields_or_has_others_is_one_line(kind: str) -> None:
+    rubbish: list[dict[str, Any]] = [{}, {"id": [], "slots": 1, "intent": {}, "languages": 3, "time": None}]
+    said = f"✗ not what {kind} says of itself: {ROOT}/{kind}"
+    assert shown(*((kind, data) for data in rubbish)) == [said, said]
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    with Broker(tmp_path, durable=False) as running:
+        yield running
+
+
+def post(broker: Broker, *messages: tuple[str, str], retain: bool = False) -> None:
+    """Publish (topic below the root, payload) in order."""
+    for kind, payload in messages:
+        where = ["-V", "5", "-h", broker.host, "-p", str(broker.port), "-t", f"{ROOT}/{kind}"]
+        more = ["-q", "1", "-s", *(["-r"] if retain else [])]
+        subprocess.run(["mosquitto_pub", *where, *more], input=payload, check=True, text=True)
+
+
+def test_listen_shows_receipts_takes_no_request_for_a_status_and_lives_through_rubbish(broker: Broker) -> None:
+    post(broker, ("status", json.dumps({"state": "online", "device": "press-07", "reason": ""})), retain=True)
+    verb = ["listen", "--topic", "#", "--set", f"mqtt.host={HOST}", "--set", f"mqtt.port={broker.port}"]
+    arguments = [sys.executable, "-u", "-m", "edge_asr.cli", *verb]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as listening:
+        assert listening.stdout
+        lines = iter(listening.stdout)
+        try:
+            assert "● online" in next(lines)  # it has subscribed
+            post(
+                broker,
+                ("req/status", "{}"),
+                ("status", "{}"),
+                ("evt/command", "not JSON"),
+                ("evt/command", "[" * 100_000),
+                ("evt/alarm", '{"kind": "\\ud800", "detail": ""}'),
+                ("evt/command", json.dumps(COMMAND)),
+                ("req/receipt", json.dumps({"command_id": "c1", "verdict": "accepted"})),
+            )
+            said = [next(lines).strip().partition("   ")[0] for _ in range(3)]
+        finally:
+            listening.kill()
+    about = "SetSpeed(speed=1200 rpm)"
+    assert said == [
+        f"✗ not what status says of itself: {ROOT}/status",
+        f"► {about}",
+        f"✓ accepted by the MES: {about}",
+    ]
+
+
+def test_a_slow_reader_gets_the_newest_and_knows_how_many_it_missed(broker: Broker) -> None:
+    async def main() -> list[str]:
+        async with Subscriber(destinations(broker.mqtt()), f"{ROOT}/#", waiting_limit=3) as subscriber:
+            await asyncio.to_thread(post, broker, *((f"evt/{n}", "{}") for n in range(10)))
+            await asyncio.to_thread(wait_until, lambda: subscriber.dropped == 7, "seven to be dropped")
+            deliveries = subscriber.__aiter__()
+            return [(await asyncio.wait_for(deliveries.__anext__(), PATIENCE_S)).topic[-1] for _ in range(3)]
+
+    assert asyncio.run(main()) == ["7", "8", "9"]
