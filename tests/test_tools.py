@@ -81,7 +81,7 @@ def test_a_fresh_clone_sets_itself_up_and_the_second_time_touches_nothing(ready:
 
 
 @pytest.mark.timeout(600)
-def test_a_wheel_carries_models_grammars_and_recordings(ready: Path, tmp_path: Path) -> None:
+def test_a_wheel_carries_models_grammars_recordings_and_units(ready: Path, tmp_path: Path) -> None:
     build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path}")
     done = call(ready, ".venv/bin/python", *build, str(ready))
     assert done.returncode == 0, done.stdout
@@ -90,7 +90,7 @@ def test_a_wheel_carries_models_grammars_and_recordings(ready: Path, tmp_path: P
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     bundled = installed / "edge_asr/bundled"
-    assert sorted(folder.name for folder in bundled.iterdir()) == ["grammars", "models", "recordings"]
+    assert sorted(folder.name for folder in bundled.iterdir()) == ["grammars", "models", "recordings", "systemd"]
     verify = ("-m", "edge_asr.cli", "models", "verify", "micro-en")
     done = call(ready, ".venv/bin/python", *verify, PYTHONPATH=str(installed))
     assert done.stdout.startswith("micro-en 1.0.0: sound"), done.stdout

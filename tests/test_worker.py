@@ -37,6 +37,14 @@ def cpu_ticks(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[11])
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone or only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @pytest.fixture
 def walled() -> Iterator[Worker]:
     opened = Worker(OPTIONS)
@@ -120,7 +128,9 @@ def test_a_recognizer_that_goes_on_hearing_wrongly_is_no_longer_trusted(walled: 
 
 
 def test_a_dead_zygote_is_told_instead_of_waited_for(walled: Worker) -> None:
+    worker_pid = walled.pid
     os.kill(walled._zygote._pid, signal.SIGKILL)  # noqa: SLF001
+    until(lambda: has_ended(worker_pid), "the worker did not die with its zygote")
     with pytest.raises(WorkerError, match="zygote"):
         walled.understand(STOP, final=True)
 
