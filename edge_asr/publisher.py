@@ -3,8 +3,9 @@
 Law:
 
 - A message leaves the outbox only after a PUBACK with a reason code below 0x80. A refused one is tried again in its
-  place and alone, nothing overtakes it, and after :data:`REFUSALS` refusals it is put aside as a dead letter. So is one
-  over which the broker ends the connection :data:`ENDINGS` times, or it would hold up all others for ever.
+  place and alone; of what is newer only what was in flight with it (a window less one) may pass it, and the live
+  command of the next rule. After :data:`REFUSALS` refusals it is put aside as a dead letter. So is one over which the
+  broker ends the connection :data:`ENDINGS` times, or it would hold up all others for ever.
 - Order is the outbox's. One exception: while messages from before this connection (the backlog, ``replayed``) are being
   sent, a command committed since goes first, because its life is short. So that it need not wait in a slower consumer's
   queue either, the backlog is sent at no more than ``mqtt.replay_per_s``.
@@ -361,6 +362,8 @@ class _Delivery:
         """Let a message be the next one."""
         self._overtook.discard(seq)
         self._cursor = min(self._cursor, seq - 1)
+        if seq > self._backlog_end:
+            self._overtaking_cursor = min(self._overtaking_cursor, seq - 1)
         self._page.clear()
 
     async def _send(self) -> None:
@@ -423,12 +426,14 @@ class _Delivery:
     async def _next_overtaking(self) -> Message | None:
         """A command newer than the backlog that is being sent."""
         newest = self._outbox.last_seq
-        if self._cursor >= self._backlog_end or self._overtaking_cursor >= newest:
-            return None
-        commands = await self._outbox.oldest(1, self._overtaking_cursor, "command")
-        self._overtaking_cursor = commands[0].seq if commands else newest
-        self._overtook.update(command.seq for command in commands)
-        return commands[0] if commands else None
+        while self._cursor < self._backlog_end and self._overtaking_cursor < newest:
+            commands = await self._outbox.oldest(1, self._overtaking_cursor, "command")
+            self._overtaking_cursor = commands[0].seq if commands else newest
+            for command in commands:
+                self._overtook.add(command.seq)
+                if command.seq not in self._handled():
+                    return command
+        return None
 
     def _handled(self) -> set[int]:
         """What going back to a refused message must not send twice."""

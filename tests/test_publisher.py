@@ -406,6 +406,29 @@ def test_a_refused_message_that_is_taken_later_keeps_its_place(outbox: Outbox) -
     run(main())
 
 
+def test_a_live_command_that_is_refused_once_goes_again_before_the_backlog_and_before_newer_commands(
+    outbox: Outbox,
+) -> None:
+    refusals = iter([0x97])  # quota exceeded
+
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 300)
+        async with ScriptedBroker(lambda seq: next(refusals, 0) if seq == 301 else 0) as broker:
+            async with publishing(broker.mqtt.model_copy(update={"replay_per_s": 200}), outbox):
+                await until(lambda: len(broker.tries) > 20, "the beginning of the backlog")
+                await outbox.append(command())
+                await until(lambda: 301 in broker.tries, "the refusal")
+                await outbox.append(command())
+                await until(lambda: emptied(outbox), "an empty outbox")
+            first, second = broker.taken.index(301), broker.taken.index(302)
+            assert first < second < broker.taken.index(300)
+            assert first - broker.tries.index(301) < WINDOW, "only what was in flight with it may pass"
+            assert broker.tries.count(301) == 2
+            assert sorted(broker.taken) == list(range(1, 303)), "nothing is sent twice"
+
+    run(main())
+
+
 def test_a_message_over_which_the_broker_always_hangs_up_does_not_hold_up_the_others_for_ever(
     outbox: Outbox, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
