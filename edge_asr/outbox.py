@@ -342,8 +342,7 @@ class _Database:
                 else:
                     raise
                 results = self._transact(works, durable=durable)
-        if self._ballast.missing and self._ballast.restore():
-            self._limit_pages(_UNLIMITED_PAGES)
+        self._restore_ballast()
         return results
 
     def _transact(self, works: Sequence[Callable[[_Database], Any]], *, durable: bool) -> list[Any]:
@@ -497,6 +496,15 @@ class _Database:
         self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
         self._limit_pages(pages)
+
+    def _restore_ballast(self) -> None:
+        """What fails here comes after a commit and must not look like its failure; after the next it is tried again."""
+        try:
+            if self._ballast.missing and self._ballast.restore():
+                self._limit_pages(_UNLIMITED_PAGES)
+        except (*outbox_file.FILE_ERRORS, OSError) as error:
+            self._ballast.missing = True
+            log.warning("%s: the space held back cannot be restored yet: %s", self._path, error)
 
     def _limit_pages(self, pages: int) -> None:
         self.connection.execute(f"PRAGMA max_page_count = {pages}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import os
 import random
@@ -419,6 +420,22 @@ def test_an_outbox_opens_on_a_full_disk(small_disk: Path) -> None:
             assert await waiting(outbox) == committed[1:]
 
     asyncio.run(main())
+
+
+def test_when_the_ballast_cannot_be_looked_after_what_is_committed_stays_so_and_is_committed_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> os.statvfs_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def main() -> None:
+        with closing(Outbox(path, 10 * MEGABYTE, ballast_bytes=1 << 60)) as outbox:  # no disk has room for that
+            monkeypatch.setattr(os, "statvfs", fail)
+            appended = await asyncio.gather(*(outbox.append(draft(str(n))) for n in range(20)))
+            assert [one.id for (one,) in appended] == [one.id for one in await waiting(outbox)]
+
+    asyncio.run(main())
+    assert "Input/output error" in caplog.text
 
 
 def test_damage_on_a_full_disk_is_mended_when_there_is_space_and_nothing_is_lost_meanwhile(small_disk: Path) -> None:
