@@ -25,7 +25,7 @@ import contextlib
 import logging
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
 from paho.mqtt.reasoncodes import ReasonCode
@@ -102,6 +102,8 @@ class Publisher:
         """Stands ready while we take leave of the one in use."""
         self._retained: dict[str, Mapping[str, Json]] = {contract.STATUS: contract.status_data("online")}
         self._cautious = False
+        self._endings: Counter[int] = Counter()
+        """Sequence number -> connections that ended over it alone, since the daemon began."""
         self.trouble = ""
         """Why there is no connection; empty when there is one, or none was tried."""
         self.broker = ""
@@ -186,7 +188,12 @@ class Publisher:
     async def _serve(self, link: Link) -> Link:
         """Deliver until a link to a better broker stands, and return that. Raises LinkError if this one ends before."""
         delivery = _Delivery(
-            link, self._outbox, self._renderer, _Pace(self._mqtt.replay_per_s), cautious=self._cautious
+            link,
+            self._outbox,
+            self._renderer,
+            _Pace(self._mqtt.replay_per_s),
+            self._endings,
+            cautious=self._cautious,
         )
         search = asyncio.create_task(self._find_better(link, delivery), name="publisher-better-broker")
         self.to, self.broker = link.to, link.to.address
@@ -266,7 +273,10 @@ class _Pace:
 class _Delivery:
     """What one connection takes from the outbox: which message is next, what is in flight, what came back."""
 
-    def __init__(self, link: Link, outbox: Outbox, renderer: Renderer, pace: _Pace, *, cautious: bool) -> None:
+    def __init__(
+        self, link: Link, outbox: Outbox, renderer: Renderer, pace: _Pace, endings: Counter[int], *, cautious: bool
+    ) -> None:
+        self._endings = endings
         self.cautious = cautious
         """One message at a time, until the broker takes one: something in flight was refused or ended a connection."""
         self._link = link
@@ -343,6 +353,7 @@ class _Delivery:
             del self._refused[0]
             if not 0 < refusals < REFUSALS:
                 self._wanted.discard(seq)
+                self._endings.pop(seq, None)
             else:
                 self._go_back(seq)
                 pause_s = _REFUSAL_PAUSE_S * 2.0 ** (refusals - 1)
@@ -355,7 +366,10 @@ class _Delivery:
         if self._link.ended_by_peer and flying:
             (suspect, *others) = flying
             if self.cautious and suspect is not None and not others:
-                await self._outbox.refuse(suspect.seq, f"whenever it is sent, {self._link.ended}", ENDINGS)
+                self._endings[suspect.seq] += 1
+                if self._endings[suspect.seq] >= ENDINGS:
+                    await self._outbox.refuse(suspect.seq, f"whenever it is sent, {self._link.ended}", 1)
+                    del self._endings[suspect.seq]
             self.cautious = True
 
     def _go_back(self, seq: int) -> None:
@@ -452,6 +466,7 @@ class _Delivery:
         else:
             self._taken.append(message.seq)
             self._wanted.discard(message.seq)
+            self._endings.pop(message.seq, None)
             self.cautious = bool(self._wanted)
             topic = self._left_as.pop(message.seq, message.topic)
             self.on_delivered(topic, message, message.seq <= self._backlog_end)

@@ -446,6 +446,24 @@ def test_a_message_over_which_the_broker_always_hangs_up_does_not_hold_up_the_ot
     assert "message 20 is put aside as a dead letter: whenever it is sent, the connection was lost" in caplog.text
 
 
+def test_hang_ups_and_refusals_over_one_message_are_counted_apart(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_FIRST_RETRY_S", 0.0)
+    hang_ups: list[int | None] = [None] * (REFUSALS + 1)
+    answers = iter([*hang_ups, *[0x97] * (REFUSALS - 1)])
+
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 40)
+        async with ScriptedBroker(lambda seq: next(answers, 0) if seq == 20 else 0) as broker:
+            async with publishing(broker.mqtt, outbox):
+                await until(lambda: emptied(outbox), "an empty outbox")
+            assert sorted(set(broker.taken)) == list(range(1, 41))
+            assert (await outbox.statistics()).dead_letters == 0
+
+    run(main())
+
+
 def test_a_broker_that_dies_now_and_then_makes_no_dead_letters(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "_FIRST_RETRY_S", 0.0)
     luck = random.Random(7)  # noqa: S311 - repeatable
