@@ -14,7 +14,7 @@ import pytest
 from edge_asr import clock, contract
 from edge_asr.contract import Renderer
 from edge_asr.events import Message, new_id
-from tests.faults import report
+from tests.faults import figures, report
 from tests.faults.books import Account, Delivery, Promise, settle
 from tests.faults.device import ROOT, command_draft, transcript_draft
 from tests.sysbox import CHECKOUT
@@ -118,6 +118,35 @@ def test_one_number_for_two_messages_and_a_payload_against_its_schema_are_foreig
     whole = delivery(sent[0])
     assert account(sent, [Delivery(whole.topic, whole.body.replace(b'"language"', b'"tongue"'), 0)]).foreign == 1
     assert contract.TRANSCRIPT in whole.topic
+
+
+@pytest.mark.parametrize(("kind", "overtook"), [("transcript", 0), ("command", 1)])
+def test_only_what_was_in_flight_with_a_refused_message_may_come_before_it(kind: str, overtook: int) -> None:
+    older, refused, also_refused, with_both, later = (message(seq + 1, kind) for seq in range(5))
+    both = {with_both.id}
+    in_flight_with = {refused.id: {also_refused.id, *both}, also_refused.id: both}
+
+    def reordered(*delivered: Message) -> int:
+        arrived = [delivery(one) for one in delivered]
+        return settle(Account("books"), [], arrived, in_flight_with=in_flight_with).reordered
+
+    assert reordered(older, with_both, refused, also_refused, later) == 0
+    assert reordered(older, with_both, also_refused, refused, later) == 0
+    assert reordered(older, with_both, later, refused, also_refused) == 2
+    assert reordered(with_both, older, refused, also_refused, later) == 1
+    assert reordered(older, message(9, "command"), with_both, refused, also_refused, later) == 4 * overtook
+
+
+def test_the_longest_wait_counts_a_command_that_came_as_expired_and_one_that_never_came() -> None:
+    prompt, expired, never = message(1, "command"), message(2, "command"), message(3, "command")
+    said = message(4)
+    promised = [Promise(one.seq, one.id, one.category, one.expires_ns or 0) for one in (prompt, expired, never, said)]
+    at_its_end = RENDERER.message(expired, replayed=False, life_left_s=0.0)
+    late_ns = expired.created_ns + 3 * clock.NS_PER_S
+    came = [delivery(prompt, after_s=0.1), Delivery(at_its_end.topic, at_its_end.body, late_ns)]
+    end_ns = never.created_ns + 5 * clock.NS_PER_S
+    waits = figures.command_waits_s(promised, came, LIFE_S, end_ns)
+    assert waits == pytest.approx([0.1, 3.0, 5.0], abs=0.05)
 
 
 def test_the_tables_replace_what_an_earlier_run_wrote_into_the_document(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Law, for one device:
 
 - lost: ``append`` returned, and it never came. Not ours: a killed broker forgot what it had acknowledged
   (``forgotten``), or rightly dropped a command whose life ended while it had it (``expired_at_broker``).
-- reordered: at its first delivery something newer had come before. A live command may overtake, and only it.
+- reordered: at its first delivery something newer had come before. A live command may overtake, and only it; and what
+  was in flight with a refused message may come before that.
 - duplicates: a second delivery under the same id. Under another id, or one id for two messages, it is ``foreign``.
 - stale: ``evt/command`` first came after the command's life, by CLOCK_BOOTTIME: no step of the wall clock moves it. Not
   ours: a broker that was frozen with the command in its hands (``late_from_broker``); consumers compare ``expires_at``.
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage
@@ -171,10 +173,12 @@ def settle(
     broker_killed: bool = False,
     broker_frozen: bool = False,
     excused_lost: int = 0,
+    in_flight_with: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Account:
     """Fill in the account.
 
-    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged.
+    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged;
+    ``in_flight_with``: by the id of a refused message what followed it before its refusal was known.
     """
     seen, invalid = _read(delivered)
     first: dict[str, _Seen] = {}
@@ -189,7 +193,7 @@ def settle(
     account.unreadable = min(absent, excused_lost)
     account.lost = absent - account.unreadable
     account.duplicates = len(seen) - len(first)
-    account.reordered = _inversions(list(first.values()))
+    account.reordered = _inversions(_as_meant(first.values(), in_flight_with))
     account.expired = sum(one.kind == "expired" for one in first.values())
     account.foreign = invalid + _foreign(promised, seen)
     expires_ns = {promise.id: promise.expires_ns for promise in promised}
@@ -213,6 +217,22 @@ def _read(delivered: Sequence[Delivery]) -> tuple[list[_Seen], int]:
         kind = one.topic.rpartition("/")[2]
         seen.append(_Seen(data["seq"], data["id"], kind, data["replayed"], one.arrived_ns))
     return seen, len(invalid)
+
+
+def _as_meant(first: Iterable[_Seen], in_flight_with: Mapping[str, Collection[str]]) -> list[_Seen]:
+    """Refused messages put back before what nobody could call back any more, and before nothing else."""
+    meant: list[_Seen] = []
+    for one in first:
+        companions, place = in_flight_with.get(one.id, ()), len(meant)
+        for at in reversed(range(len(meant) if companions else 0)):
+            ahead = meant[at]
+            if ahead.seq < one.seq or (ahead.may_overtake and not one.may_overtake):
+                continue
+            if ahead.id not in companions:
+                break
+            place = at
+        meant.insert(place, one)
+    return meant
 
 
 def _inversions(first: Sequence[_Seen]) -> int:

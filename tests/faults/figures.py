@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from edge_asr import clock
 from edge_asr.outbox import Outbox
 from tests.broker import Broker
-from tests.faults.books import Consumer, promises
+from tests.faults.books import Consumer, Delivery, Promise, promises
 from tests.faults.device import Orders, transcript_draft
 from tests.faults.scenarios import Devices
 
@@ -95,20 +96,31 @@ def _drain(place: Path) -> dict[str, float]:
         began_ns = clock.boottime_ns()
         device = devices.start(replace(orders, command_life_s=COMMAND_LIFE_S, max_bytes=MAX_BYTES))
         consumer.wait_for(BACKLOG)
+        end_ns = clock.boottime_ns()
         devices.kill(device)
-    born_ns = {one.id: one.expires_ns - round(COMMAND_LIFE_S * clock.NS_PER_S) for one in promises(journal)}
-    replayed_ns, waits_ns = [], []
-    for delivery in consumer.deliveries:
-        data = json.loads(delivery.body)["data"]
-        if data["replayed"]:
-            replayed_ns.append(delivery.arrived_ns)
-        elif delivery.topic.endswith("/command") and data["id"] in born_ns:
-            waits_ns.append(delivery.arrived_ns - born_ns[data["id"]])
+    waits_s = command_waits_s(promises(journal), consumer.deliveries, COMMAND_LIFE_S, end_ns)
+    bodies = ((json.loads(delivery.body), delivery.arrived_ns) for delivery in consumer.deliveries)
+    replayed_ns = [arrived_ns for body, arrived_ns in bodies if body["data"]["replayed"]]
     took_s = (replayed_ns[-1] - began_ns) / clock.NS_PER_S
     return {
         "drain_per_s": round(len(replayed_ns) / took_s),
-        "live_command_s": round(max(waits_ns) / clock.NS_PER_S, 3),
+        "live_command_s": round(max(waits_s), 3),
     }
+
+
+def command_waits_s(
+    promised: Sequence[Promise], delivered: Sequence[Delivery], life_s: float, end_ns: int
+) -> list[float]:
+    """From the beginning of each command's life to its arrival, be it as expired; to ``end_ns`` if it never came."""
+    arrived_ns: dict[str, int] = {}
+    for one in delivered:
+        if one.topic.endswith(("/command", "/expired")):
+            arrived_ns.setdefault(json.loads(one.body)["data"]["id"], one.arrived_ns)
+    return [
+        (arrived_ns.get(one.id, end_ns) - one.expires_ns) / clock.NS_PER_S + life_s
+        for one in promised
+        if one.category == "command"
+    ]
 
 
 _OPEN = """

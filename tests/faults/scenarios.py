@@ -290,7 +290,7 @@ def moody_broker(stage: Stage) -> Account:
         stage.wait_until_empty()
         stage.expect_killed()
         promised = promises(Path(stage.orders.journal))
-        account = settle(stage.account, promised, broker.tried)
+        account = settle(stage.account, promised, broker.accepted, in_flight_with=broker.in_flight_with)
     never = [promise.id for promise in promised if promise.seq == MoodyBroker.NEVER_TAKEN]
     untaken = [promise.id for promise in promised if promise.id not in broker.acknowledged]
     account.lost = len(untaken) - len(never)

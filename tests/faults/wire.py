@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from typing_extensions import Self
 
 from edge_asr import clock
+from edge_asr.link import WINDOW
 from tests.faults.books import Delivery
 
 T = TypeVar("T")
@@ -94,13 +96,16 @@ class MoodyBroker(_Server):
     def __init__(self, luck: random.Random) -> None:
         super().__init__()
         self._luck = luck
-        self._refusals: Counter[bytes] = Counter()
-        self.tried: list[Delivery] = []
-        """Every PUBLISH of an event, in order."""
+        self._refusals: Counter[str] = Counter()
+        self.accepted: list[Delivery] = []
+        """Every PUBLISH of an event that is acknowledged without an error, in order."""
+        self.in_flight_with: defaultdict[str, set[str]] = defaultdict(set)
+        """By the id of a refused message what followed it on its connection: a window, until it came again."""
         self.acknowledged: set[str] = set()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answers: asyncio.Queue[tuple[bytes, int, str]] = asyncio.Queue()
+        following: dict[str, int] = {}
         answering = asyncio.create_task(self._answer(answers, writer))
         try:
             while True:
@@ -118,19 +123,27 @@ class MoodyBroker(_Server):
                     elif self._luck.random() < self.HUNG_UP:
                         return
                     else:
-                        self.tried.append(Delivery(topic, text, clock.boottime_ns()))
-                        answers.put_nowait(self._verdict(packet_id, text))
+                        answers.put_nowait(
+                            self._verdict(packet_id, Delivery(topic, text, clock.boottime_ns()), following)
+                        )
         finally:
             answering.cancel()
 
-    def _verdict(self, packet_id: bytes, text: bytes) -> tuple[bytes, int, str]:
-        found = _ID.search(text)
-        name = found[1] if found else b""
-        never = b'"seq":%d,' % self.NEVER_TAKEN in text
+    def _verdict(self, packet_id: bytes, sent: Delivery, following: dict[str, int]) -> tuple[bytes, int, str]:
+        """The answer; ``following``: by the id of a message refused on this connection how many came since."""
+        name = json.loads(sent.body)["data"]["id"]
+        following.pop(name, None)
+        for refused, count in following.items():
+            if count < WINDOW - 1:
+                self.in_flight_with[refused].add(name)
+                following[refused] = count + 1
+        never = b'"seq":%d,' % self.NEVER_TAKEN in sent.body
         if never or (self._refusals[name] < 2 and self._luck.random() < self.REFUSED):
             self._refusals[name] += 1
+            following[name] = 0
             return packet_id, _QUOTA_EXCEEDED, ""
-        return packet_id, 0, name.decode()
+        self.accepted.append(sent)
+        return packet_id, 0, name
 
     async def _answer(self, answers: asyncio.Queue[tuple[bytes, int, str]], writer: asyncio.StreamWriter) -> None:
         while True:
