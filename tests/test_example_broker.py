@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import queue
+import re
+import shlex
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing_extensions import Self
 
 from edge_asr.contract import Renderer
 from edge_asr.outbox import Outbox
+from edge_asr.requests import VERBS
 from tests.broker import HOST, PATIENCE_S, Broker, Pki, wait_until
 from tests.sysbox import CHECKOUT
 from tests.test_publisher import emptied, new_folder, publishing, run, tls, transcript, until
@@ -30,7 +35,7 @@ EXAMPLE = CHECKOUT / "examples" / "mosquitto"
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    return Pki(tmp_path_factory.mktemp("pki"), "press-07", "press-08", "mes", "dashboard")
+    return Pki(tmp_path_factory.mktemp("pki"), "press-07", "press-08", "mes", "panel", "supervisor", "dashboard")
 
 
 @pytest.fixture
@@ -83,8 +88,8 @@ class Someone:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def may_publish(self, topic: str) -> bool:
-        self._client.publish(topic, b"{}", qos=1)
+    def may_publish(self, topic: str, payload: str = "{}") -> bool:
+        self._client.publish(topic, payload, qos=1)
         return not self._verdicts.get(timeout=PATIENCE_S).is_failure
 
     def next_topic(self) -> str:
@@ -126,6 +131,13 @@ def test_a_device_gets_its_messages_through_and_hears_its_requests(broker: Broke
         ("mes", "voice/press-07/req/receipt", True),
         ("mes", "voice/press-07/evt/command", False),
         ("mes", "voice/mes/evt/command", False),
+        ("mes", "voice/press-07/req/confirm", False),
+        ("mes", "voice/press-07/req/confirm-supervisor", False),
+        ("panel", "voice/press-07/req/confirm", True),
+        ("panel", "voice/press-07/req/confirm-supervisor", False),
+        ("panel", "voice/press-07/req/mute", False),
+        ("supervisor", "voice/press-07/req/confirm-supervisor", True),
+        ("supervisor", "voice/press-07/req/receipt", False),
         ("dashboard", "voice/press-07/req/mute", False),
         ("dashboard", "voice/press-07/evt/command", False),
     ],
@@ -133,6 +145,35 @@ def test_a_device_gets_its_messages_through_and_hears_its_requests(broker: Broke
 def test_who_may_publish_what(broker: Broker, pki: Pki, name: str, topic: str, *, allowed: bool) -> None:
     with Someone(broker, pki, name) as someone:
         assert someone.may_publish(f"{SITE}/{topic}") is allowed
+
+
+def test_every_verb_is_allowed_to_somebody() -> None:
+    written = (EXAMPLE / "acl").read_text(encoding="utf-8")
+    assert set(re.findall(r"^topic write .*/req/(\S+)$", written, re.MULTILINE)) == {*VERBS, "confirm-supervisor"}
+
+
+def test_the_consumer_of_the_page_for_an_mes_acts_and_answers_under_mutual_tls(
+    broker: Broker, pki: Pki, tmp_path: Path
+) -> None:
+    page = (CHECKOUT / "docs" / "mes.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("python3") and "--ca" in line]
+    typed = line.replace("broker.plant 8883", f"localhost {broker.port}")
+    typed = re.sub(r"(\S+)\.(crt|key)", lambda found: str(pki.ca.parent / found.group()), typed)
+    program = [sys.executable, str(CHECKOUT / typed.split()[1]), *shlex.split(typed)[2:]]
+    known = {"id": "c1", "device": "press-07", "time_quality": "unsynchronized"}
+    order = json.dumps({**known, "intent": "Halt", "slots": {}, "expires_at": "2026-11-22T07:02:26.123+01:00"})
+    with (
+        Someone(broker, pki, "press-07", f"{SITE}/voice/press-07/req/+") as device,
+        subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as consumer,
+    ):
+        try:
+            while device.inbox.empty():  # until it has subscribed; the same command is done once
+                device.may_publish(f"{SITE}/voice/press-07/evt/command", order)
+            assert device.next_topic() == f"{SITE}/voice/press-07/req/receipt"
+            assert consumer.stdout
+            assert consumer.stdout.readline() == "press-07 Halt {}\n"
+        finally:
+            consumer.kill()
 
 
 def test_a_device_does_not_hear_what_others_say_or_are_asked(broker: Broker, pki: Pki) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def test_every_request_and_every_reason_to_refuse_is_explained() -> None:
 def broker(tmp_path: Path) -> Iterator[Broker]:
     folder = tmp_path / "broker"
     folder.mkdir()
-    with Broker(folder) as running_broker:
+    with Broker(folder, extra="log_type subscribe") as running_broker:
         yield running_broker
 
 
@@ -101,11 +102,11 @@ def test_every_request_of_the_page_is_done(broker: Broker, device: Box) -> None:
 
 
 @contextlib.contextmanager
-def consumer(broker: Broker, folder: Path) -> Iterator[Path]:
+def consumer(broker: Broker, folder: Path, *more: str, printed: Path | None = None) -> Iterator[Path]:
     """The consumer of the page, running; the file with what it prints."""
-    (line,) = lines("python3")
-    printed = folder / "printed"
-    typed = words(line, broker, **{"broker.plant 1883": f"{HOST} {broker.port}"})
+    (line,) = lines("python3", "broker.plant 1883")
+    printed = printed or folder / "printed"
+    typed = [*words(line, broker, **{"broker.plant 1883": f"{HOST} {broker.port}"}), *more]
     with printed.open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, str(CHECKOUT / typed[1]), *typed[2:]], cwd=folder, stdout=output, stderr=subprocess.STDOUT
@@ -115,6 +116,80 @@ def consumer(broker: Broker, folder: Path) -> Iterator[Path]:
     finally:
         process.kill()
         process.wait()
+
+
+def post(broker: Broker, payload: object) -> None:
+    """Publish on the topic of the device's commands."""
+    written = payload if isinstance(payload, str) else json.dumps(payload)
+    where = ["-V", "5", "-h", HOST, "-p", str(broker.port), "-q", "1", "-t", f"{ROOT}/evt/command", "-s"]
+    subprocess.run(["mosquitto_pub", *where], input=written, check=True, text=True)
+
+
+def subscribed(broker: Broker) -> None:
+    log = broker.folder / "mosquitto.log"
+    wait_until(lambda: "mes 1 acme" in log.read_text(encoding="utf-8"), "the consumer to subscribe")
+
+
+def known(folder: Path) -> list[str]:
+    """The commands that the consumer has written down."""
+    with contextlib.closing(sqlite3.connect(folder / "done.db")) as written:
+        return [row[0] for row in written.execute("SELECT id FROM commands ORDER BY rowid")]
+
+
+def order(command_id: str) -> dict[str, Any]:
+    """As much of a command as the consumer looks at."""
+    known = {"id": command_id, "device": "press-07", "time_quality": "synchronized"}
+    return {**known, "intent": "Halt", "slots": {"n": command_id}, "expires_at": "2999-01-01T00:00:00.000+00:00"}
+
+
+def answers(subscriber: Subscriber, count: int) -> list[tuple[str, str]]:
+    """(command, verdict and reason) of the first receipts."""
+    subscriber.wait_for(lambda m: sum(x.topic.endswith("/req/receipt") for x in m) >= count, "the receipts")
+    data = [one.data for one in subscriber.on("/req/receipt")]
+    return [(one["command_id"], f"{one['verdict']} {one['reason']}".strip()) for one in data]
+
+
+def test_a_consumer_that_dies_while_it_acts_says_so_and_does_not_act_again(broker: Broker, tmp_path: Path) -> None:
+    with Subscriber(broker, f"{ROOT}/req/receipt") as subscriber:
+        full = Path("/dev/full")  # it cannot print: its act fails halfway
+        with consumer(broker, tmp_path, printed=full):
+            subscribed(broker)
+            post(broker, order("c1"))
+            wait_until(lambda: known(tmp_path) == ["c1"], "it to be written down")
+        with consumer(broker, tmp_path) as printed:
+            assert answers(subscriber, 1) == [("c1", "rejected interrupted: nobody knows whether it was done")]
+        assert printed.read_text(encoding="utf-8") == ""
+
+
+def test_the_consumer_passes_over_what_is_no_command_and_forgets_the_oldest(broker: Broker, tmp_path: Path) -> None:
+    with (
+        Subscriber(broker, f"{ROOT}/req/receipt") as subscriber,
+        consumer(broker, tmp_path, "--remember", "2") as printed,
+    ):
+        subscribed(broker)
+        half_a_pair, number = {**order("c0"), "id": "\ud800"}, {**order("c0"), "id": 1}
+        rubbish: list[object] = ["not JSON", "[" * 100_000, [], {}, half_a_pair, number]
+        for each in rubbish:
+            post(broker, each)
+        for name in ("c1", "c2", "c2", "c3"):
+            post(broker, order(name))
+        assert answers(subscriber, 4) == [(name, "accepted") for name in ("c1", "c2", "c2", "c3")]
+        assert known(tmp_path) == ["c2", "c3"]
+        said = printed.read_text(encoding="utf-8").splitlines()
+    assert [line for line in said if "holds no command" not in line] == [
+        f"press-07 Halt {{'n': '{name}'}}" for name in ("c1", "c2", "c3")
+    ]
+    assert len(said) == 3 + len(rubbish)
+
+
+def test_the_consumer_does_not_act_on_what_came_too_late(broker: Broker, tmp_path: Path) -> None:
+    late = {**order("c1"), "expires_at": "2026-01-01T00:00:00.000+00:00"}
+    doubtful = {**late, "id": "c2", "time_quality": "unsynchronized"}
+    with Subscriber(broker, f"{ROOT}/req/receipt") as subscriber, consumer(broker, tmp_path):
+        subscribed(broker)
+        post(broker, late)
+        post(broker, doubtful)
+        assert answers(subscriber, 2) == [("c1", "rejected it came too late"), ("c2", "accepted")]
 
 
 def test_the_consumer_acts_once_on_each_command_also_on_what_came_while_it_was_away(
