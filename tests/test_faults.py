@@ -138,12 +138,13 @@ def test_only_what_was_in_flight_with_a_refused_message_may_come_before_it(kind:
 
 
 def test_the_longest_wait_counts_a_command_that_came_as_expired_and_one_that_never_came() -> None:
-    prompt, expired, never = message(1, "command"), message(2, "command"), message(3, "command")
-    said = message(4)
-    promised = [Promise(one.seq, one.id, one.category, one.expires_ns or 0) for one in (prompt, expired, never, said)]
+    backlog, prompt, expired, never = (message(seq, "command") for seq in range(1, 5))
+    sent = (backlog, prompt, expired, never, message(5))
+    promised = [Promise(one.seq, one.id, one.category, one.expires_ns or 0) for one in sent]
     at_its_end = RENDERER.message(expired, replayed=False, life_left_s=0.0)
     late_ns = expired.created_ns + 3 * clock.NS_PER_S
-    came = [delivery(prompt, after_s=0.1), Delivery(at_its_end.topic, at_its_end.body, late_ns)]
+    history = delivery(backlog, replayed=True, after_s=60.0)
+    came = [history, delivery(prompt, after_s=0.1), Delivery(at_its_end.topic, at_its_end.body, late_ns)]
     end_ns = never.created_ns + 5 * clock.NS_PER_S
     waits = figures.command_waits_s(promised, came, LIFE_S, end_ns)
     assert waits == pytest.approx([0.1, 3.0, 5.0], abs=0.05)

@@ -96,6 +96,10 @@ def _drain(place: Path) -> dict[str, float]:
         began_ns = clock.boottime_ns()
         device = devices.start(replace(orders, command_life_s=COMMAND_LIFE_S, max_bytes=MAX_BYTES))
         consumer.wait_for(BACKLOG)
+        hush.touch()
+        newest, end = promises(journal)[-1].id, time.monotonic() + 20
+        while not consumer.has(newest) and time.monotonic() < end:
+            consumer.wait(0.2)
         end_ns = clock.boottime_ns()
         devices.kill(device)
     waits_s = command_waits_s(promises(journal), consumer.deliveries, COMMAND_LIFE_S, end_ns)
@@ -111,16 +115,17 @@ def _drain(place: Path) -> dict[str, float]:
 def command_waits_s(
     promised: Sequence[Promise], delivered: Sequence[Delivery], life_s: float, end_ns: int
 ) -> list[float]:
-    """From the beginning of each command's life to its arrival, be it as expired; to ``end_ns`` if it never came."""
-    arrived_ns: dict[str, int] = {}
+    """From the beginning of each live command's life to its arrival, be it as expired; to ``end_ns`` if it never came.
+
+    One that was committed before there was a connection belongs to the backlog and is not live.
+    """
+    came: dict[str, tuple[int, bool]] = {}
     for one in delivered:
         if one.topic.endswith(("/command", "/expired")):
-            arrived_ns.setdefault(json.loads(one.body)["data"]["id"], one.arrived_ns)
-    return [
-        (arrived_ns.get(one.id, end_ns) - one.expires_ns) / clock.NS_PER_S + life_s
-        for one in promised
-        if one.category == "command"
-    ]
+            data = json.loads(one.body)["data"]
+            came.setdefault(data["id"], (one.arrived_ns, data["replayed"]))
+    commands = ((one, *came.get(one.id, (end_ns, False))) for one in promised if one.category == "command")
+    return [(at_ns - one.expires_ns) / clock.NS_PER_S + life_s for one, at_ns, replayed in commands if not replayed]
 
 
 _OPEN = """
