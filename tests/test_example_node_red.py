@@ -13,7 +13,7 @@ from tests.test_publisher import ROOT
 
 FLOW: list[dict[str, Any]] = json.loads((CHECKOUT / "examples" / "node-red" / "flows.json").read_text(encoding="utf-8"))
 BY_ID = {node["id"]: node for node in FLOW}
-OF_NODE_RED_ITSELF = {"tab", "mqtt-broker", "mqtt in", "mqtt out", "function", "switch", "debug"}
+OF_NODE_RED_ITSELF = {"tab", "mqtt-broker", "mqtt in", "mqtt out", "function", "switch"}
 
 
 def of_type(kind: str) -> dict[str, Any]:
@@ -40,10 +40,17 @@ def test_it_listens_to_commands_only_at_least_once_and_in_a_session_that_outlive
 
 
 def test_its_receipts_have_the_fields_of_the_schema() -> None:
-    function = of_type("function")["func"]
+    functions = "".join(node["func"] for node in FLOW if node["type"] == "function")
     schema = contract.schemas()[contract.schema_id("request-receipt")]
     for name in schema["required"]:
-        assert f"{name}:" in function
-    assert all(f"'{verdict}'" in function for verdict in schema["properties"]["verdict"]["enum"])
-    assert "req/receipt" in function
+        assert f"{name}:" in functions or f".{name} =" in functions
+    assert all(f"'{verdict}'" in functions for verdict in schema["properties"]["verdict"]["enum"])
+    assert "req/receipt" in functions
     assert of_type("mqtt out")["qos"] == "1"
+
+
+def test_it_says_accepted_only_behind_the_machine_that_acts() -> None:
+    (saying,) = [node for node in FLOW if "'accepted'" in node.get("func", "")]
+    before = {node["id"] for node in FLOW for output in node.get("wires", []) if saying["id"] in output}
+    assert before == {"edgeasr.act"}
+    assert saying["wires"] == [["edgeasr.receipt"]]
