@@ -111,7 +111,7 @@ def test_the_backup_takes_over_and_hands_back_without_a_loss_a_new_id_or_another
         await received(at_backup, lambda _: states(at_backup)[-1] == "offline", "the farewell at the backup")
         assert states(at_backup) == ["online", "offline"]
         assert at_backup.on("/status")[-1].data["reason"] == f"publishing to {address(plant)} again"
-        assert states(at_plant)[-2:] == ["online", "offline"]
+        await received(at_plant, lambda _: states(at_plant)[-2:] == ["online", "offline"], "the farewell at the plant")
 
     with Subscriber(plant) as at_plant, Subscriber(backup, tls=pki) as at_backup:
         run(main(at_plant, at_backup))
