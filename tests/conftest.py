@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+from edge_asr.outbox import Outbox
+from tests.broker import Broker
 
 # A busy machine is no failure: pytest-timeout ends what hangs.
 hypothesis.settings.register_profile(
@@ -25,3 +30,18 @@ def _the_log_as_it_was() -> Iterator[None]:
         logger.setLevel(level)
         logger.handlers[:] = handlers
     logging.captureWarnings(capture=False)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    """A real mosquitto."""
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    with Broker(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    with closing(Outbox(tmp_path / "outbox.db", 50_000_000)) as opened:
+        yield opened

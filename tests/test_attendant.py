@@ -33,14 +33,6 @@ tests:
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    folder = tmp_path / "broker"
-    folder.mkdir()
-    with Broker(folder) as running_broker:
-        yield running_broker
-
-
-@pytest.fixture
 def mes(broker: Broker) -> Iterator[Requester]:
     with Requester(broker, ROOT) as requester:
         yield requester

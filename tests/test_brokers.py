@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ from tests.test_publisher import (
     trouble_of,
     until,
 )
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    with closing(Outbox(tmp_path / "outbox.db", 50_000_000)) as opened:
-        yield opened
 
 
 @pytest.fixture

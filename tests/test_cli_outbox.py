@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from click.testing import CliRunner, Result
 from edge_asr import cli
 from edge_asr.outbox import Outbox, read_dead_letters, read_statistics
 from tests.broker import Broker, Subscriber
-from tests.test_publisher import emptied, events, new_folder, publishing, received, run, seqs, transcript, until
+from tests.test_publisher import emptied, events, publishing, received, run, seqs, transcript, until
 
 REASON = "the broker refused it: Not authorized"
 
@@ -37,12 +36,6 @@ def path(tmp_path: Path) -> Path:
     with closing(Outbox(path, 50_000_000)) as outbox:
         asyncio.run(fill(outbox))
     return path
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(new_folder(tmp_path, "broker")) as running:
-        yield running
 
 
 @pytest.mark.parametrize("verb", [["status"], ["dead-letters"], ["requeue", "--all"], ["discard", "1"]])

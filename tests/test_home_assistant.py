@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,9 @@ from edge_asr.contract import PayloadMode, Renderer
 from edge_asr.home_assistant import discovery
 from edge_asr.outbox import Outbox
 from tests.broker import PATIENCE_S, Broker
-from tests.test_publisher import ROOT, command, emptied, new_folder, publishing, run, transcript, until
+from tests.test_publisher import ROOT, command, emptied, publishing, run, transcript, until
 
 UNIQUE = "acme-hall-2-voice-edge01"
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(new_folder(tmp_path, "broker")) as running:
-        yield running
 
 
 def rendered(template: str, payload: Mapping[str, Any]) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -19,20 +17,6 @@ from edge_asr.settings import Mqtt
 from tests.broker import HOST, PATIENCE_S, Broker, Requester, Subscriber
 
 ROOT = "acme/voice/edge01"
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    folder = tmp_path / "broker"
-    folder.mkdir()
-    with Broker(folder) as running:
-        yield running
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    with closing(Outbox(tmp_path / "outbox.db", 50_000_000)) as opened:
-        yield opened
 
 
 class Device:

@@ -35,18 +35,6 @@ RENDERER = Renderer(ROOT, "edge01")
 HEARD = Transcript("stop line three", "en", "NEUTRAL", "Speech", 0.9, (Token("stop", 0.4),))
 
 
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(new_folder(tmp_path, "broker")) as running:
-        yield running
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    with closing(Outbox(tmp_path / "outbox.db", 50_000_000)) as opened:
-        yield opened
-
-
 def new_folder(parent: Path, name: str) -> Path:
     folder = parent / name
     folder.mkdir()

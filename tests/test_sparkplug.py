@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ from edge_asr.outbox import Outbox
 from edge_asr.publisher import Publisher
 from edge_asr.sparkplug import DEVICE, REBIRTH, Mirror, Node, asks_for_rebirth, payload_class
 from tests.broker import PATIENCE_S, Broker
-from tests.test_publisher import RENDERER, command, new_folder, run, transcript
+from tests.test_publisher import RENDERER, command, run, transcript
 
 GROUP, NODE = "acme-hall-2", "edge01"
 CLIENT_ID = "edge01-sparkplug"
@@ -93,18 +91,6 @@ class Host:
         payload: Any = payload_class()(timestamp=1)
         payload.metrics.add(name=REBIRTH, datatype=BOOLEAN, boolean_value=True)
         self._client.publish(NODE_TOPICS["NCMD"], payload.SerializeToString(), qos=0)
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(new_folder(tmp_path, "broker")) as running:
-        yield running
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    with closing(Outbox(tmp_path / "outbox.db", 50_000_000)) as opened:
-        yield opened
 
 
 @contextlib.asynccontextmanager
