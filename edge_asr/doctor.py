@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from edge_asr import clock, inference, installation, model_store, trial
+from edge_asr import clock, inference, installation, model_store, prepared, trial
 from edge_asr.audio import measure
 from edge_asr.engine import Engine, build_hotwords, build_interpreter
 from edge_asr.events import Command, Rejection
@@ -112,7 +112,8 @@ def _there(*named: Path | BaseModel | None) -> list[Path]:
 def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognizer], None]) -> Finding:
     try:
         files = model_store.locate(installation.chosen(options), options.models_directory)
-        recognizer = inference.open_recognizer(files, options.model)
+        graph = prepared.find(files, options.models_directory, options.model)
+        recognizer = inference.open_recognizer(files, options.model, graph)
     except ModelError as error:
         return Finding("model", "failed", str(error), "choose another with model.name; see `edge-asr models list`")
     loaded(recognizer)

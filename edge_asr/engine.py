@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_asr import clock, commands, grammar, hotwords, inference, installation, model_store, settings, trial
+from edge_asr import clock, commands, grammar, hotwords, inference, installation, model_store, prepared, settings, trial
 from edge_asr.audio import FrameCutter
 from edge_asr.commands import Interpreter
 from edge_asr.events import Utterance
@@ -51,7 +51,8 @@ class Engine:
         """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
         files = model_store.locate(installation.chosen(options), options.models_directory)
         vad = model_store.locate_vad()
-        recognizer = inference.open_recognizer(files, options.model)
+        graph = prepared.find(files, options.models_directory, options.model)
+        recognizer = inference.open_recognizer(files, options.model, graph)
         words = build_hotwords(options.hotwords, recognizer)
         interpreter = build_interpreter(options.commands, recognizer)
         return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))

@@ -21,6 +21,7 @@ import onnxruntime as ort
 from edge_asr.audio import at_speed, signal_to_noise_db, to_float
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Token, Transcript
 from edge_asr.model_store import ModelError
+from edge_asr.optimization import LOG_POSTERIORS, LOGITS
 from edge_asr.posteriors import (
     FRAME_S,
     TAG_FRAMES,
@@ -115,7 +116,8 @@ def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
         )
     if contract.lfr_shift < 1 or not np.isfinite([contract.neg_mean, contract.inv_stddev]).all():
         raise ModelError(f"{path}: metadata is damaged (lfr_window_shift or CMVN); import the model again")
-    logits = {output.name: output.shape for output in session.get_outputs()}.get("logits", [])
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    logits = outputs.get(LOGITS, outputs.get(LOG_POSTERIORS, []))
     if len(logits) != 3 or (isinstance(logits[2], int) and logits[2] != contract.vocabulary):
         raise ModelError(
             f"{path}: has no output logits [.., .., {contract.vocabulary}]; this is not a SenseVoice model"
@@ -123,9 +125,19 @@ def check_contract(session: ort.InferenceSession, path: Path) -> Contract:
     return contract
 
 
-def _open_session(path: Path, *, provider: str = "cpu", threads: int = 1) -> ort.InferenceSession:
-    """An onnxruntime session that does not spin; raises ModelError on a file it cannot read."""
+def save_fused(model: Path, to: Path) -> None:
+    """Write a model as onnxruntime has fused its operators, for any CPU of this kind. Raises ModelError."""
     options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(to)
+    _open_session(model, options=options)
+
+
+def _open_session(
+    path: Path, *, provider: str = "cpu", threads: int = 1, options: ort.SessionOptions | None = None
+) -> ort.InferenceSession:
+    """An onnxruntime session that does not spin; raises ModelError on a file it cannot read."""
+    options = options or ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning burns 29 ms after every call
@@ -179,9 +191,11 @@ class Features:
 class OnnxRecognizer:
     """SenseVoice on onnxruntime: text, tags, token times, confidence and log-posteriors."""
 
-    def __init__(self, files: ModelFiles, options: settings.Model) -> None:
+    def __init__(self, files: ModelFiles, options: settings.Model, graph: Path | None = None) -> None:
+        """``graph``: an equivalent of the model's own (``prepared``) to run in its place."""
         self.name = files.name
-        self._session = _open_session(files.model, provider=options.provider, threads=options.threads)
+        self._session = _open_session(graph or files.model, provider=options.provider, threads=options.threads)
+        self._output = self._session.get_outputs()[0].name
         self._contract = check_contract(self._session, files.model)
         self.table = load_tokens(files.tokens, self._contract.vocabulary)
         in_use = self._session.get_providers()[0]
@@ -203,17 +217,17 @@ class OnnxRecognizer:
         return heard
 
     def _decode(self, samples: NDArray[np.float32], language: str) -> Recognition:
-        logits = self._logits(samples, language)
-        tags = [self.table.tag(int(i)) for i in logits[:TAG_FRAMES].argmax(axis=1)]
-        log_posteriors = log_softmax(logits[TAG_FRAMES:])
+        tag_rows, log_posteriors = self._scores(samples, language)
+        tags = [self.table.tag(int(i)) for i in tag_rows.argmax(axis=1)]
 
         def at_pace(pace: float) -> NDArray[np.float32]:
-            return log_softmax(self._logits(at_speed(samples, pace), language)[TAG_FRAMES:])
+            return self._scores(at_speed(samples, pace), language)[1]
 
         transcript = transcribe(log_posteriors, tags, self.table)
         return Recognition(transcript, log_posteriors, signal_to_noise_db(samples), at_pace)
 
-    def _logits(self, samples: NDArray[np.float32], language: str) -> NDArray[np.float32]:
+    def _scores(self, samples: NDArray[np.float32], language: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The tag frames, of any scale, and the log-posteriors of the others."""
         features = self._features(samples)
         feed = {
             "x": features[None],
@@ -222,10 +236,11 @@ class OnnxRecognizer:
             "text_norm": self._text_norm,
         }
         try:
-            logits: NDArray[np.float32] = self._session.run(["logits"], feed)[0][0]
+            scores: NDArray[np.float32] = self._session.run([self._output], feed)[0][0]
         except Exception as error:  # onnxruntime's classes share no base but this
             raise RecognizerError(f"onnxruntime failed on {len(samples)} samples of audio: {error}") from error
-        return logits
+        spoken = scores[TAG_FRAMES:]
+        return scores[:TAG_FRAMES], spoken if self._output == LOG_POSTERIORS else log_softmax(spoken)
 
 
 class SherpaRecognizer:
@@ -328,9 +343,13 @@ def load_tokens(path: Path, expected: int | None = None) -> TokenTable:
     return table
 
 
-def open_recognizer(files: ModelFiles, options: settings.Model) -> OnnxRecognizer | SherpaRecognizer:
-    """The engine the settings ask for."""
-    return SherpaRecognizer(files, options) if options.engine == "sherpa-onnx" else OnnxRecognizer(files, options)
+def open_recognizer(
+    files: ModelFiles, options: settings.Model, graph: Path | None = None
+) -> OnnxRecognizer | SherpaRecognizer:
+    """The engine the settings ask for; ``graph``: what onnxruntime is to run in place of the model's own."""
+    if options.engine == "sherpa-onnx":
+        return SherpaRecognizer(files, options)
+    return OnnxRecognizer(files, options, graph)
 
 
 def _checked(pcm: bytes) -> NDArray[np.float32]:
@@ -351,4 +370,5 @@ __all__ = [
     "check_contract",
     "load_tokens",
     "open_recognizer",
+    "save_fused",
 ]

@@ -34,7 +34,7 @@ TRIALS: Final = 3
 """Starts that a new model may cost: a native library may end the process, and systemd then starts us again."""
 
 _STATE: Final = "active.json"
-_SPARE_BYTES: Final = 64 * 1024 * 1024
+SPARE_BYTES: Final = 64 * 1024 * 1024
 """Left free on the disk by an import: the outbox needs to go on."""
 
 _TEXTS: Final = ("LICENSE", "README")
@@ -80,8 +80,8 @@ class Store:
 
     def add(self, path: Path, signed_by: Path | None = None) -> Manifest:
         """Import a folder or an archive (tar, tar.gz, tar.bz2, zip); raises ModelError and leaves nothing behind."""
-        with self._changing(), self._staging() as staging:
-            room_bytes = max(0, shutil.disk_usage(self.folder).free - _SPARE_BYTES)
+        with self.changing(), self._staging() as staging:
+            room_bytes = max(0, shutil.disk_usage(self.folder).free - SPARE_BYTES)
             try:
                 if path.is_dir():
                     _copy(path, staging, room_bytes)
@@ -116,7 +116,7 @@ class Store:
 
     def activate(self, name: str) -> None:
         """Use a model from the next reload or start on; the one in use until now is remembered. Raises ModelError."""
-        with self._changing():
+        with self.changing():
             old = self._choice()
             new = None if name == EMBEDDED else name
             if new != old.active:
@@ -124,7 +124,7 @@ class Store:
 
     def roll_back(self) -> str:
         """Use the model before the present one again, and return its name. Raises ModelError."""
-        with self._changing():
+        with self.changing():
             old = self._choice()
             if old.active is None and old.previous is None:
                 raise ModelError("no other model was active before; see `edge-asr models list`")
@@ -133,7 +133,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete an imported model that is not in use. Raises ModelError."""
-        with self._changing():
+        with self.changing():
             if name not in {manifest.name for manifest in self.manifests()}:
                 raise ModelError(f"{name}: is not an imported model; see `edge-asr models list`")
             choice = self._choice()
@@ -149,7 +149,7 @@ class Store:
         choice = self._choice()
         if choice.proven:
             return None
-        with self._changing():
+        with self.changing():
             if choice.starts >= TRIALS:
                 self._choose(_Choice(active=choice.previous))
                 return choice.active
@@ -160,7 +160,7 @@ class Store:
         """Say that the daemon works with the active model."""
         choice = self._choice()
         if not choice.proven:
-            with self._changing():
+            with self.changing():
                 self._choose(choice.model_copy(update={"proven": True, "starts": 0}))
 
     def _choice(self) -> _Choice:
@@ -184,7 +184,7 @@ class Store:
         _sync(self.folder)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """One change at a time; what the file system refuses becomes one line."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

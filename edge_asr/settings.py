@@ -92,6 +92,8 @@ class Model(_Section):
     """Write numbers as digits and add punctuation; command grammars work on spoken words, so off by default."""
     threads: Annotated[int, Field(ge=1, le=64)] = 1
     """Threads within one decode."""
+    optimized: bool = True
+    """Run the faster graph that `edge-asr models optimize` has made and proven for this CPU, where there is one."""
 
 
 class Vad(_Section):
