@@ -7,7 +7,8 @@
 4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), prefers the
    site's own words in its text (``hotwords``) and interprets it (``commands``); :meth:`Pipeline._append` appends
    transcript, command or rejection to the outbox in one commit (``outbox``). While there is no final, the growing
-   utterance of whoever speaks is recognized: a partial.
+   utterance of whoever speaks is recognized: a partial. Half-way into the closing silence the utterance is what it will
+   be if nobody speaks on: it is understood then, *foreseen*, so that at the gate's closing only the commit is left.
 5. From there the publisher takes over; nothing here knows or waits for a broker.
 
 Beside the sources of the settings, guests may come and go (:meth:`Pipeline.hear`); one that fails harms nobody else.
@@ -27,7 +28,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import measure
@@ -153,13 +154,16 @@ class Timing:
     """Where the time of one utterance went."""
 
     waited_s: float
-    """From the end of speech until the recognizer took it: the silence that closes the gate, and the queue."""
+    """From the end of speech until the recognizer took it: the queue, and closing silence where it was not foreseen."""
     understood_s: float
     """Recognizer and interpreter, the way to their process included."""
     committed_s: float
     total_s: float
     """From the end of speech to the commit."""
 
+
+Kind = Literal["partial", "foreseen", "final"]
+"""What is to be understood: a growing utterance, what one will be unless somebody speaks on, one that is closed."""
 
 Live = Callable[[str, Mapping[str, Json]], None]
 """Publishes (topic suffix, payload) at once or not at all."""
@@ -215,6 +219,10 @@ class Ear:
         """The open utterance so far; None while nobody speaks."""
         return self._gate.growing()
 
+    def foreseen(self) -> Utterance | None:
+        """What the open utterance will be unless somebody speaks on; given once per silence."""
+        return self._gate.foreseen()
+
     @property
     def speaking(self) -> bool:
         """Whether an utterance is open."""
@@ -255,9 +263,9 @@ def understand(
 
 
 class _Work:
-    """What waits for the recognizer: finals, at most :data:`FINALS` of a source, which take turns; then partials.
+    """What waits for the recognizer: finals, at most :data:`FINALS` of a source, which take turns; then what is early.
 
-    Of the partials of a source only the newest is kept.
+    Early are partials and what is foreseen; of a source's only the newest is kept.
     """
 
     def __init__(self) -> None:
@@ -265,7 +273,7 @@ class _Work:
         """Source -> its finals in order; the first source is the next whose turn it is."""
         self._unsettled: Counter[str] = Counter()
         """Source -> finals that are not committed yet."""
-        self._partials: dict[str, Utterance] = {}
+        self._early: dict[str, tuple[Utterance, Kind]] = {}
         self.partials_dropped = 0
         self._finished = False
         self._changed = asyncio.Condition()
@@ -274,7 +282,7 @@ class _Work:
         """Add a final; waits while its source's queue is full."""
         source = utterance.source
         async with self._changed:
-            self.partials_dropped += self._partials.pop(source, None) is not None
+            self._drop_early(source)
             await self._changed.wait_for(lambda: len(self._finals.get(source, ())) < FINALS)
             self._finals.setdefault(source, deque()).append(utterance)
             self._unsettled[source] += 1
@@ -298,13 +306,18 @@ class _Work:
         """How many finals wait."""
         return sum(map(len, self._finals.values()))
 
-    async def partial(self, utterance: Utterance) -> None:
-        """Offer a partial; it replaces the source's older one and is forgotten when finals wait."""
+    async def early(self, utterance: Utterance, kind: Kind) -> None:
+        """Offer what is not final; it replaces the source's older one and is forgotten when finals wait."""
         async with self._changed:
-            self.partials_dropped += bool(self._finals) or utterance.source in self._partials
-            if not self._finals:
-                self._partials[utterance.source] = utterance
-                self._changed.notify_all()
+            self._drop_early(utterance.source)
+            self._early[utterance.source] = utterance, kind
+            if self._finals:
+                self._drop_early(utterance.source)
+            self._changed.notify_all()
+
+    def _drop_early(self, source: str) -> None:
+        _, kind = self._early.pop(source, (None, None))
+        self.partials_dropped += kind == "partial"
 
     async def finish(self) -> None:
         """Say that nothing will be added."""
@@ -312,10 +325,10 @@ class _Work:
             self._finished = True
             self._changed.notify_all()
 
-    async def take(self) -> tuple[Utterance, bool] | None:
-        """(utterance, whether it is final), finals first; None when all is done."""
+    async def take(self) -> tuple[Utterance, Kind] | None:
+        """(utterance, of which kind), finals first; None when all is done."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._finals or self._partials or self._finished)
+            await self._changed.wait_for(lambda: self._finals or self._early or self._finished)
             if self._finals:
                 source = next(iter(self._finals))
                 waiting = self._finals.pop(source)
@@ -323,10 +336,17 @@ class _Work:
                 if waiting:
                     self._finals[source] = waiting  # behind all others
                 self._changed.notify_all()
-                return utterance, True
-            if self._partials:
-                return self._partials.pop(next(iter(self._partials))), False
-            return None
+                return utterance, "final"
+            return self._early.pop(next(iter(self._early))) if self._early else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """An understanding and when it was come to (CLOCK_BOOTTIME)."""
+
+    what: Understanding
+    began_ns: int
+    ended_ns: int
 
 
 class Pipeline:
@@ -369,6 +389,8 @@ class Pipeline:
         self._spool = spool or Spool()
         self._growing: dict[str, str] = {}
         """Source -> id of its open utterance; a partial that comes after its final is dropped."""
+        self._foreseen: dict[str, _Heard] = {}
+        """Source -> what its open utterance was understood to be, unless somebody speaks on."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="recognizer")
         self._began_ns: dict[object, int] = {}
         """CLOCK_BOOTTIME at which each decode or commit now under way began."""
@@ -440,6 +462,7 @@ class Pipeline:
         """Close the ears: what is being said is forgotten, what was said is still understood, open questions end."""
         self.muted = True
         self._growing.clear()
+        self._foreseen.clear()
         await self._commit(self._desk.close("the ear was closed"))
         self._confirming.set()
 
@@ -471,6 +494,7 @@ class Pipeline:
         finally:
             del self._guests[guest.name], self.ears[guest.name]
             self._growing.pop(guest.name, None)
+            self._foreseen.pop(guest.name, None)
             self._guest_left.set()
 
     async def _listen_to_all(self) -> None:
@@ -485,7 +509,7 @@ class Pipeline:
         await self._work.finish()
 
     async def _listen(self, source: Source) -> None:
-        """Gate one source's frames into finals, and offer partials while somebody speaks."""
+        """Gate one source's frames into finals, and offer what is early while somebody speaks."""
         ear = self.ears[source.name]
         interval = round(self._options.partials.interval_s * SAMPLE_RATE)
         partials = self._options.partials.enabled and self._options.privacy.publish == "everything"
@@ -496,14 +520,16 @@ class Pipeline:
                 continue
             for utterance in ear.feed(frame):
                 await self._close(utterance)
-            if not ear.speaking:
+            kind: Kind = "foreseen"
+            early = ear.foreseen()
+            if early is None and partials and frame.end >= next_partial:
+                kind, early = "partial", ear.growing()
+            if early is not None:
+                if partials:
+                    self._growing[source.name] = early.id
+                await self._work.early(early, kind)
+            if early is not None or not ear.speaking:
                 next_partial = frame.end + interval
-            elif partials and frame.end >= next_partial:
-                next_partial = frame.end + interval
-                growing = ear.growing()
-                if growing is not None:
-                    self._growing[source.name] = growing.id
-                    await self._work.partial(growing)
         for utterance in [] if self.muted else ear.flush():
             await self._close(utterance)
 
@@ -514,26 +540,39 @@ class Pipeline:
 
     async def _understand(self) -> None:
         """Recognize what waits, one at a time, until nothing will come."""
-        loop = asyncio.get_running_loop()
         while (waiting := await self._work.take()) is not None:
-            utterance, final = waiting
-            began_ns = clock.boottime_ns()
-            if final and not self._spool.begin(utterance):
-                detail = "the daemon was ended every time it recognized this"
-                heard = Understanding(utterance, None, Rejection("recognizer-failed", detail))
+            utterance, kind = waiting
+            if kind == "final":
+                await self._conclude(utterance)
+                continue
+            heard = await self._ask_engine(utterance, final=kind == "foreseen")
+            if kind == "foreseen" and utterance.source in self.ears and not self.muted:
+                self._foreseen[utterance.source] = heard
+            if heard.what.transcript is not None and self._growing.get(utterance.source) == utterance.id:
+                self._live(contract.PARTIAL, contract.partial_data(utterance, heard.what.transcript))
+
+    async def _ask_engine(self, utterance: Utterance, *, final: bool) -> _Heard:
+        began_ns = clock.boottime_ns()
+        work = functools.partial(self._engine.understand, utterance, final=final)
+        what = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return _Heard(what, began_ns, clock.boottime_ns())
+
+    async def _conclude(self, utterance: Utterance) -> None:
+        """Understand a final, unless that was done with foresight, and commit what comes of it."""
+        heard = self._foreseen.pop(utterance.source, None)
+        if heard is None or heard.what.utterance != utterance:
+            if self._spool.begin(utterance):
+                heard = await self._ask_engine(utterance, final=True)
             else:
-                work = functools.partial(self._engine.understand, utterance, final=final)
-                heard = await loop.run_in_executor(self._executor, work)
-            if final:
-                understood_ns = clock.boottime_ns()
-                self.real_time_factor = (understood_ns - began_ns) / clock.NS_PER_S / utterance.duration_s
-                heard = await self._append(heard)
-                self._spool.settle(utterance)
-                await self._work.settle(utterance)
-                moments_ns = (utterance.ended_ns, began_ns, understood_ns, clock.boottime_ns())
-                self.noted(heard, _timing(*moments_ns))
-            elif heard.transcript is not None and self._growing.get(utterance.source) == utterance.id:
-                self._live(contract.PARTIAL, contract.partial_data(utterance, heard.transcript))
+                detail = "the daemon was ended every time it recognized this"
+                what = Understanding(utterance, None, Rejection("recognizer-failed", detail))
+                heard = _Heard(what, clock.boottime_ns(), clock.boottime_ns())
+        self.real_time_factor = (heard.ended_ns - heard.began_ns) / clock.NS_PER_S / utterance.duration_s
+        began_ns = clock.boottime_ns()
+        committed = await self._append(heard.what)
+        self._spool.settle(utterance)
+        await self._work.settle(utterance)
+        self.noted(committed, _timing(heard, began_ns, clock.boottime_ns()))
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -636,14 +675,15 @@ class Pipeline:
             await self._commit(self._desk.expire(clock.boottime_ns()))
 
 
-def _timing(ended_ns: int, taken_ns: int, understood_ns: int, committed_ns: int) -> Timing:
+def _timing(heard: _Heard, committing_ns: int, committed_ns: int) -> Timing:
     def seconds(since_ns: int, until_ns: int) -> float:
         return max(0, until_ns - since_ns) / clock.NS_PER_S  # recordings may be played faster than they were spoken
 
+    ended_ns = heard.what.utterance.ended_ns
     return Timing(
-        waited_s=seconds(ended_ns, taken_ns),
-        understood_s=seconds(taken_ns, understood_ns),
-        committed_s=seconds(understood_ns, committed_ns),
+        waited_s=seconds(ended_ns, heard.began_ns),
+        understood_s=seconds(heard.began_ns, heard.ended_ns),
+        committed_s=seconds(committing_ns, committed_ns),
         total_s=seconds(ended_ns, committed_ns),
     )
 

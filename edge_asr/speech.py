@@ -86,6 +86,18 @@ class SpeechGate:
         """The open utterance as far as it has come, for a partial result."""
         return None if self._open is None else _joined(self._open.id, self._open.frames)
 
+    def foreseen(self) -> Utterance | None:
+        """What the open utterance will be unless somebody speaks on.
+
+        To be asked after every frame, and given once per silence: with the frame from which on silence changes nothing.
+        """
+        if self._open is None:
+            return None
+        silence = self._open.closing_silence
+        if not _length(silence[:-1]) < KEEP_SILENCE_S * SAMPLE_RATE <= _length(silence):
+            return None
+        return next(iter(self._closed(self._open)), None)
+
     def _wait(self, frame: AudioFrame, probability: float) -> None:
         self._pre_roll.append(frame)
         if probability >= self._options.threshold:

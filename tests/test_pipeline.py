@@ -179,6 +179,12 @@ def assemble(recognizer: OnnxRecognizer, interpreter: commands.Interpreter, outb
     return build
 
 
+def ears(pcm: bytes) -> list[Utterance]:
+    """What the real gate makes of a recording."""
+    ear = Ear(SileroDetector(model_store.locate_vad()), settings.Vad())
+    return [utterance for frame in FrameCutter("tape").feed(pcm, 0) for utterance in ear.feed(frame)]
+
+
 async def committed(outbox: Outbox) -> list[Message]:
     return await outbox.oldest(1000)
 
@@ -331,6 +337,63 @@ def test_a_partial_that_comes_after_its_final_was_closed_is_never_published(
     assert len(held.heard[0]) < len(held.heard[-1])
     assert rig.live == []
     assert len(texts(messages)) == 1
+
+
+# ---------------------------------------------------------------- foresight
+
+
+class Noted:
+    """The real recognizer, which writes down what it was asked and whether the tape had gone on by then."""
+
+    def __init__(self, recognizer: OnnxRecognizer) -> None:
+        self._recognizer = recognizer
+        self.name = recognizer.name
+        self.heard: list[bytes] = []
+
+    def recognize(self, pcm: bytes) -> Recognition:
+        self.heard.append(pcm)
+        return self._recognizer.recognize(pcm)
+
+
+def test_who_has_stopped_speaking_is_understood_while_the_gate_still_waits_and_once_only(
+    assemble: Assemble, outbox: Outbox, recognizer: OnnxRecognizer
+) -> None:
+    async def play() -> tuple[Noted, Rig, list[Message], list[pipeline.Timing]]:
+        noted, timings = Noted(recognizer), list[pipeline.Timing]()
+        tape = Tape("tape", STOP + QUIET, frame_s=0.032)  # as it was spoken, so that there is time to foresee
+        rig = assemble(tape, recognizer=noted, options={"partials": {"enabled": False}})
+        rig.pipeline.noted = lambda _heard, timing: timings.append(timing)
+        await rig.run()
+        return noted, rig, await committed(outbox), timings
+
+    noted, rig, messages, (timing,) = asyncio.run(play())
+    assert len(noted.heard) == 1
+    assert texts(messages) == ["emergency stop"]
+    assert [message.topic for message in messages] == [contract.TRANSCRIPT, contract.COMMAND]
+    assert timing.waited_s + timing.understood_s < timing.total_s - timing.committed_s
+    assert rig.pipeline.real_time_factor == pytest.approx(timing.understood_s * SECOND / len(noted.heard[0]))
+
+
+def test_who_speaks_on_after_a_pause_is_understood_as_a_whole(
+    assemble: Assemble, outbox: Outbox, recognizer: OnnxRecognizer
+) -> None:
+    (utterance,) = ears(STOP + QUIET)
+    begun = utterance.pcm[: -SECOND * 3 // 10]  # without the silence behind it
+    pause = bytes(SECOND * 4 // 10)  # longer than what is foreseen after, too short for the gate
+    said = begun + pause + begun[SECOND * 4 // 10 :]
+
+    async def play() -> tuple[Noted, list[Message]]:
+        noted = Noted(recognizer)
+        rig = assemble(
+            Tape("tape", said + QUIET, frame_s=0.016), recognizer=noted, options={"partials": {"enabled": False}}
+        )
+        await rig.run()
+        return noted, await committed(outbox)
+
+    noted, messages = asyncio.run(play())
+    first, whole = noted.heard
+    assert len(first) < len(begun + pause) < len(whole)
+    assert texts(messages) == [recognizer.recognize(whole).transcript.text]
 
 
 # ---------------------------------------------------------------- overload
@@ -624,11 +687,12 @@ def test_sources_take_turns_so_that_none_waits_for_all_of_anothers(
         await asyncio.wait_for(first.ended.wait(), 30)
         visits.append(asyncio.create_task(house.rig.pipeline.hear(second), name="second"))
         await asyncio.wait_for(second.ended.wait(), 30)
-        assert house.rig.pipeline.finals_waiting == 4  # the first of five is being recognized
+        assert house.rig.pipeline.finals_waiting in {4, 5}  # the first of five is being recognized, maybe foreseen
         held.may_go_on.set()
         await asyncio.gather(*visits)
         await house.end()
         return house.told
 
     order = [m.data["source"] for m in asyncio.run(play()) if m.topic == contract.TRANSCRIPT]
-    assert order == ["long-winded", "long-winded", "brief", "long-winded", "long-winded"]
+    assert (order.count("brief"), order.count("long-winded")) == (1, 4)
+    assert order.index("brief") <= 2

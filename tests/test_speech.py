@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Utterance
 from edge_asr.settings import Vad
-from edge_asr.speech import SpeechGate
+from edge_asr.speech import CLOSE_BELOW, SpeechGate
 
 SPEECH, DOUBT, SILENCE = 0.9, 0.4, 0.1
 """Probabilities above the threshold, between it and the closing one, and below both."""
@@ -161,6 +161,20 @@ def test_the_growing_utterance_becomes_the_closed_one() -> None:
     assert growing == closed
 
 
+def test_what_is_foreseen_in_the_closing_silence_is_what_is_closed_unless_somebody_speaks_on() -> None:
+    gate = SpeechGate(Vad(min_silence_s=0.6))
+    found: list[tuple[int, Utterance]] = []
+    closed: list[Utterance] = []
+    runs = [(30, SILENCE), (20, SPEECH), (15, SILENCE), (20, SPEECH), (40, SILENCE)]
+    for place, (frame, probability) in enumerate(zip(*played(runs), strict=True)):
+        closed += gate.feed(frame, probability)
+        utterance = gate.foreseen()
+        if utterance is not None:
+            found.append((place, utterance))
+    assert [place for place, _ in found] == [50 + KEPT_FRAMES - 1, 85 + KEPT_FRAMES - 1]
+    assert [utterance for _, utterance in found][1:] == closed
+
+
 def played(runs: Iterable[tuple[int, float]]) -> tuple[Sequence[AudioFrame], Sequence[float]]:
     heard = hear(runs)
     return heard.frames, heard.probabilities
@@ -265,3 +279,19 @@ def test_every_utterance_holds_speech(runs: list[Any], options: dict[str, Any]) 
         f.position // FRAME_SAMPLES for f, p in zip(heard.frames, heard.probabilities, strict=True) if p > SILENCE
     }
     assert all(voiced.intersection(range(start, end)) for start, end in heard.spans())
+
+
+@given(RUNS, OPTIONS)
+def test_whatever_was_foreseen_last_is_what_is_closed_where_nobody_speaks_on(
+    runs: list[Any], options: dict[str, Any]
+) -> None:
+    options = {**options, "max_utterance_s": 30.0}  # a cut comes unforeseen
+    gate, foreseen = SpeechGate(Vad(**options)), None
+    heard = hear([(count % 40, *rest) for count, *rest in runs], **options)
+    threshold = Vad().threshold - CLOSE_BELOW
+    for frame, probability in zip(heard.frames, heard.probabilities, strict=True):
+        for utterance in gate.feed(frame, probability):
+            assert foreseen in {None, utterance}
+        if probability >= threshold or not gate.speaking:
+            foreseen = None
+        foreseen = gate.foreseen() or foreseen
