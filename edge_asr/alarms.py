@@ -6,15 +6,16 @@ soon ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from edge_asr import clock, contract
 from edge_asr.contract import Severity
-from edge_asr.events import Draft
-from edge_asr.outbox import OutboxError, Statistics, read_statistics
+from edge_asr.events import Category, Draft
+from edge_asr.ledger import Statistics
+from edge_asr.outbox import OutboxError, read_statistics
 
 QUIET_S: Final = 10.0
 
@@ -76,20 +77,30 @@ def earlier(outbox: Path) -> Statistics | None:
 
 def losses(before: Statistics | None, now: Statistics, outbox: Path) -> list[Draft]:
     """One alarm for each kind of loss between two looks at the outbox: events, which are never over."""
-    if before is None:
-        before = replace(now, damages=0)
-    dropped = sum(now.dropped.values()) - sum(before.dropped.values())
-    refused = now.dead_letters - before.dead_letters
-    found: list[tuple[str, str, str]] = []
-    if dropped > 0:
-        detail = f"the outbox was full: {dropped} messages were dropped"
-        found.append(("outbox-dropped", detail, "restore the broker or raise outbox.max_bytes"))
-    if refused > 0:
-        detail = f"the broker refuses {refused} messages for good"
-        found.append(("outbox-refused", detail, "check the broker's access rules and size limits"))
+    before = before or replace(now, damages=0)
+    found: list[tuple[str, Severity, str, str]] = []
+    dropped = _grown(before.dropped, now.dropped)
+    if dropped:
+        detail = f"the outbox was full: dropped were {dropped}"
+        found.append(("outbox-dropped", "critical", detail, "restore the broker or raise outbox.max_bytes"))
+    outdated = _grown(before.outdated, now.outdated)
+    if outdated:
+        detail = f"waiting longer than the settings allow, deleted were {outdated}"
+        found.append(("outbox-outdated", "warning", detail, "restore the broker or raise outbox.limits"))
+    refused = _grown(before.refused, now.refused)
+    if refused:
+        detail = f"refused for good were {refused}"
+        found.append(("outbox-refused", "critical", detail, "check the broker's access rules and size limits"))
     if now.damages > before.damages:
-        found.append(("outbox-damaged", f"{outbox} was damaged; what was readable is kept", "check the disk"))
-    return [contract.alarm_draft(kind, detail, severity="critical", remedy=todo) for kind, detail, todo in found]
+        detail = f"{outbox} was damaged; what was readable is kept"
+        found.append(("outbox-damaged", "critical", detail, "check the disk"))
+    return [contract.alarm_draft(kind, detail, severity=how, remedy=todo) for kind, how, detail, todo in found]
+
+
+def _grown(before: Mapping[Category, int], now: Mapping[Category, int]) -> str:
+    """By how much, of what: ``3 transcript, 1 command``; empty: by nothing."""
+    more = ((now[category] - before[category], category) for category in now)
+    return ", ".join(f"{count} {category}" for count, category in more if count > 0)
 
 
 def missing_receipts(command_ids: Sequence[str], within_s: float) -> Draft:

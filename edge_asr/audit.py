@@ -24,7 +24,8 @@ from typing import Any, Final
 
 from edge_asr import clock, events
 from edge_asr.events import Draft, Json, Message
-from edge_asr.outbox import Outbox
+from edge_asr.outbox import UNLIMITED, Outbox
+from edge_asr.retention import Limits
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,10 @@ class AuditLog:
 class AuditedOutbox(Outbox):
     """An outbox that tells the audit log what it commits, and what brokers and the MES say of it."""
 
-    def __init__(self, path: Path, max_bytes: int, audit: AuditLog) -> None:
-        super().__init__(path, max_bytes)
+    def __init__(
+        self, path: Path, max_bytes: int, audit: AuditLog, *, limits: Mapping[events.Category, Limits] = UNLIMITED
+    ) -> None:
+        super().__init__(path, max_bytes, limits=limits)
         self.audit = audit
         self._scribe = ThreadPoolExecutor(1, thread_name_prefix="audit")
 

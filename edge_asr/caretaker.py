@@ -21,10 +21,11 @@ from edge_asr.audit import AuditedOutbox
 from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
 from edge_asr.health import ProcessMeter, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
+from edge_asr.ledger import Statistics
 from edge_asr.link import destinations
 from edge_asr.metrics import Metrics, Snapshot
 from edge_asr.monitor import Page, Pages, verdict
-from edge_asr.outbox import Outbox, OutboxError, Statistics
+from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
@@ -92,12 +93,12 @@ class Caretaker:
         while True:
             self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
             try:
+                await self._box.outbox.drop_outdated()
                 statistics = await self._box.outbox.statistics()
             except OutboxError as error:
                 log.warning("no health: %s", error)
             else:
                 self._box.publisher.publish_retained(contract.HEALTH, contract.health_data(self._health(statistics)))
-                await self._forget_transcripts()
                 lost = losses(self._before, statistics, self._box.options.outbox_path)
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
                     await self._box.outbox.append(*lost)
@@ -119,13 +120,6 @@ class Caretaker:
         if isinstance(box.outbox, AuditedOutbox):
             health = replace(health, audit_newest=box.outbox.audit.newest)
         return health
-
-    async def _forget_transcripts(self) -> None:
-        """Keep to `privacy.transcript_days`, unless the clock may be wrong by years."""
-        days = self._box.options.privacy.transcript_days
-        if days is not None and clock.time_quality() == "synchronized":
-            with contextlib.suppress(OutboxError):  # the next look does it
-                await self._box.outbox.forget_transcripts(clock.wall_ns() - round(days * 86_400 * clock.NS_PER_S))
 
     def _microphone_health(self) -> dict[str, MicrophoneHealth]:
         troubles: dict[str, list[str]] = {}
@@ -167,6 +161,7 @@ class Caretaker:
             outbox=statistics,
             alarms=self._alarms.raised,
             thermals=self._thermals,
+            broker_refuses=self._box.publisher.refusal is not None,
             broker_connected=self._box.publisher.connected if destinations(self._box.options.mqtt) else None,
             finals_waiting=self._box.pipeline.finals_waiting,
             partials_dropped=self._box.pipeline.partials_dropped,
@@ -205,6 +200,9 @@ class Caretaker:
                 capture = Capture(microphone.state == "lost", microphone.trouble, microphone.rate_error)
             yield from self._judges[name].look(ear.meter, capture, self._box.options.commands.max_noise_dbfs)
         yield from thermal.conditions(self._thermals)
+        refusal = self._box.publisher.refusal
+        if refusal is not None:
+            yield Condition("broker-refused", None, "critical", refusal.detail, refusal.remedy)
         wanted, in_use = self._box.options.model.provider, self._box.worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"

@@ -4,7 +4,8 @@ Law:
 
 - Every payload's data is flat, carries ``id``, ``device``, ``boot_id``, ``time`` and ``time_quality``, and validates
   against ``schemas/<name>.json``; fields are only ever added, so consumers must ignore what they do not know.
-- ``evt/command`` carries only a command whose life is not over; afterwards the same message leaves as ``evt/expired``.
+- ``evt/command`` carries only a command whose life is not over, ``evt/pending`` only a question that can still be
+  answered; afterwards the same message leaves as ``evt/expired``.
 - No topic is another's parent, and no field name holds a character that tag-based SCADA cannot take.
 """
 
@@ -140,8 +141,13 @@ class OutboxHealth:
 
     waiting: int
     dropped: int
+    """Given up because there was no room."""
+    outdated: int
+    """Given up because of their age."""
     dead_letters: int
     oldest_age_s: float | None
+    refusal: str
+    """Why the broker takes nothing although it is there; empty: nothing is known against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +213,10 @@ class Renderer:
             "replayed": replayed,
             **message.data,
         }
+        if expired and message.topic == PENDING:  # a question is no question any more
+            data |= {"confirmed": False, "expires_at": data["confirm_until"]}
+            for of_a_question in ("read_back", "confirmations_left", "confirm_until", "roles"):
+                del data[of_a_question]
         ended_ns = data.pop(_ENDED, None)
         if isinstance(ended_ns, int):
             data["latency_ms"] = round((message.created_ns - ended_ns) / 1e6, 1)
@@ -296,7 +306,7 @@ def pending_draft(pending: Pending, *, model: str) -> Draft:
         **_wanted(pending.command),
         **question_data(pending),
     }
-    return Draft(PENDING, "rejection", data)
+    return Draft(PENDING, "command", data, pending.until_ns)
 
 
 def question_data(pending: Pending) -> Data:

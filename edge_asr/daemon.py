@@ -32,7 +32,7 @@ from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine, grammar_paths
-from edge_asr.events import Json
+from edge_asr.events import Category, Json
 from edge_asr.gateway.box import Box, Broker
 from edge_asr.home_assistant import discovery
 from edge_asr.hotwords import HotwordError
@@ -44,6 +44,7 @@ from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, Timing, Understanding, with_company
 from edge_asr.publisher import Publisher
 from edge_asr.recorder import Recorder
+from edge_asr.retention import DROP_ORDER, Limits
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
 from edge_asr.sparkplug import Mirror, Node, group_of
@@ -120,10 +121,24 @@ def plan(options: Settings) -> Iterator[str]:
 def open_outbox(options: Settings) -> Outbox:
     """The outbox; with an audit log where the settings ask for one. Raises OutboxError, AuditError."""
     if not options.audit.enabled:
-        return Outbox(options.outbox_path, options.outbox.max_bytes)
+        return Outbox(options.outbox_path, options.outbox.max_bytes, limits=limits_of(options))
     texts = options.audit.texts and options.privacy.publish == "everything"
     audit = AuditLog(options.audit_directory, texts=texts, days=options.audit.days)
-    return AuditedOutbox(options.outbox_path, options.outbox.max_bytes, audit)
+    return AuditedOutbox(options.outbox_path, options.outbox.max_bytes, audit, limits=limits_of(options))
+
+
+def limits_of(options: Settings) -> dict[Category, Limits]:
+    """What each class of messages may be."""
+    days = {category: getattr(options.outbox.limits, category).days for category in DROP_ORDER}
+    shorter = [each for each in (days["transcript"], options.privacy.transcript_days) if each is not None]
+    days["transcript"] = min(shorter, default=None)
+    return {
+        category: Limits(
+            max_bytes=getattr(options.outbox.limits, category).max_bytes,
+            max_age_s=None if days[category] is None else days[category] * 86_400,
+        )
+        for category in DROP_ORDER
+    }
 
 
 def open_recorder(options: Settings) -> Recorder | None:

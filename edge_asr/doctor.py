@@ -233,6 +233,8 @@ def _outbox(path: Path) -> Finding:
     except OutboxError as error:
         return Finding("outbox", "failed", str(error), "the daemon rescues what is readable when it starts")
     waiting, dropped = sum(statistics.waiting.values()), sum(statistics.dropped.values())
-    state: State = "warning" if dropped or statistics.dead_letters else "ok"
+    state: State = "warning" if dropped or statistics.dead_letters or statistics.refusal else "ok"
     found = f"{waiting} waiting, {dropped} dropped, {statistics.dead_letters} refused by the broker"
+    if statistics.refusal:
+        return Finding("outbox", "warning", found, statistics.refusal)
     return Finding("outbox", state, found, "see `edge-asr outbox status`" if state == "warning" else "")

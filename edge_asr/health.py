@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth, RequestsHealth
-from edge_asr.outbox import Statistics
+from edge_asr.ledger import Statistics
 
 
 class ProcessMeter:
@@ -42,8 +42,10 @@ class ProcessMeter:
             outbox=OutboxHealth(
                 waiting=sum(outbox.waiting.values()),
                 dropped=sum(outbox.dropped.values()),
+                outdated=sum(outbox.outdated.values()),
                 dead_letters=outbox.dead_letters,
                 oldest_age_s=outbox.oldest_age_s,
+                refusal=outbox.refusal,
             ),
             receipts=outbox.receipts,
             requests=requests,

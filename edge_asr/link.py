@@ -40,6 +40,10 @@ WINDOW = 16
 """Messages in flight; brokers allow 20 by default (mosquitto) and more, and a broker's own lower limit is respected."""
 
 _DIAL_TIMEOUT_S = 10.0
+"""For everything before CONNECT: name server, TCP and TLS, each of which can hang by itself."""
+
+_CONSENT_TIMEOUT_S = 10.0
+"""From CONNECT to CONNACK."""
 
 _SIGNS_OF_THE_NETWORK = ("timed out", "nreachable", "No route")
 """In the texts of socket errors that do not come from the broker."""
@@ -144,9 +148,9 @@ class Link:
             inbox.attach(client, lambda payload: link.publish(payload, qos=0))
         session = inbox.session if inbox is not None else None
         try:
-            await _in_disposable_thread(lambda: dial(client, to, session), "mqtt-dial")
+            await _dial_in_time(client, to, session)
             link._attach(to.keepalive_s)
-            connack = await asyncio.wait_for(link._consent, _DIAL_TIMEOUT_S)
+            connack = await asyncio.wait_for(link._consent, _CONSENT_TIMEOUT_S)
         except asyncio.TimeoutError:
             connack = "no answer to CONNECT; is that an MQTT 5 broker's port?"
         except BaseException:
@@ -160,6 +164,11 @@ class Link:
         if inbox is not None and not link.ended:
             inbox.open(connack)
         return link
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the broker's receive maximum, or our window, has no room for another PUBLISH at QoS 1."""
+        return len(self.in_flight) >= self.window
 
     @property
     def is_full(self) -> bool:
@@ -337,6 +346,25 @@ async def _in_disposable_thread(function: Callable[[], T], name: str) -> T:
     return await asyncio.wrap_future(future)
 
 
+async def _dial_in_time(client: Client, to: Destination, session: Properties | None) -> None:
+    """Raises LinkError. What has not come about by the limit never becomes a connection."""
+    given_up = threading.Event()
+
+    def refuse_if_late(*_: object) -> None:  # called between the handshake and CONNECT
+        if given_up.is_set():
+            raise TimeoutError
+
+    client.on_socket_open = refuse_if_late
+    dialling = _in_disposable_thread(lambda: dial(client, to, session), "mqtt-dial")
+    try:
+        await asyncio.wait_for(dialling, _DIAL_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        remedy = "check the name server, the network and firewalls on the way"
+        raise LinkError(f"{to.address}: no connection within {_DIAL_TIMEOUT_S:g} s; {remedy}") from None
+    finally:
+        given_up.set()
+
+
 def dial(client: Client, to: Destination, session: Properties | None = None) -> None:
     """Connect and send CONNECT. Files are read anew each time: certificates and passwords are renewed while we run."""
     broker = to.broker
@@ -348,6 +376,9 @@ def dial(client: Client, to: Destination, session: Properties | None = None) -> 
         kept = hasattr(session, "SessionExpiryInterval")
         client.connect(broker.host, to.port, to.keepalive_s, clean_start=not kept, properties=session)
     except (OSError, ValueError) as error:
+        opened = client.socket()
+        if isinstance(opened, socket.socket):
+            opened.close()
         raise LinkError(f"{to.address}: {_remedy(error, to.key)}") from None
 
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from edge_asr.alarms import Condition
 from edge_asr.contract import Meta, MicrophoneHealth
 from edge_asr.events import Command, Rejection
-from edge_asr.outbox import Statistics
+from edge_asr.ledger import Statistics
 from edge_asr.pipeline import Timing, Understanding
 from edge_asr.thermal import Thermals
 
@@ -45,6 +45,8 @@ class Snapshot:
     thermals: Thermals
     broker_connected: bool | None
     """None: none is set."""
+    broker_refuses: bool
+    """It is there and takes nothing."""
     finals_waiting: int
     partials_dropped: int
     recognizers_replaced: int
@@ -155,6 +157,7 @@ def _of_the_box(now: Snapshot) -> Iterator[Metric]:
         yield _gauge("recognizer_resident_memory_bytes", "Of the recognizer's process.", now.recognizer_bytes)
     if now.broker_connected is not None:
         yield _gauge("broker_connected", "1: the broker has accepted us.", now.broker_connected)
+        yield _gauge("broker_refuses", "1: the broker is there and takes nothing.", now.broker_refuses)
     yield _gauge("clock_synchronized", "1: a time service has set the clock since boot.", now.clock_synchronized)
     alarms = GaugeMetricFamily("edge_asr_alarm", "1: raised.", labels=("kind", "severity", "source"))
     for each in now.alarms:
@@ -206,11 +209,21 @@ def _of_the_outbox(outbox: Statistics | None) -> Iterator[Metric]:
     for category, count in outbox.waiting.items():
         waiting.add_metric([category], count)
     yield waiting
-    dropped = CounterMetricFamily("edge_asr_outbox_dropped", "Given up to the size limit.", labels=("category",))
-    for group, count in outbox.dropped.items():
-        dropped.add_metric([group], count)
-    yield dropped
-    yield _gauge("outbox_dead_letters", "Messages that the broker refused for good.", outbox.dead_letters)
+    held = GaugeMetricFamily("edge_asr_outbox_class_bytes", "Of the messages of a class.", labels=("category",))
+    for category, count in outbox.class_bytes.items():
+        held.add_metric([category], count)
+    yield held
+    lost = {
+        "dropped": ("Given up because there was no room.", outbox.dropped),
+        "outdated": ("Given up because of their age.", outbox.outdated),
+        "refused": ("Refused by the broker for good.", outbox.refused),
+    }
+    for name, (about, counts) in lost.items():
+        family = CounterMetricFamily(f"edge_asr_outbox_{name}", about, labels=("category",))
+        for category, count in counts.items():
+            family.add_metric([category], count)
+        yield family
+    yield _gauge("outbox_dead_letters", "Kept of what the broker refused for good.", outbox.dead_letters)
     yield _gauge("outbox_bytes", "In use in the file.", outbox.bytes)
     yield _gauge("outbox_oldest_age_seconds", "Age of the oldest waiting message; 0: none.", outbox.oldest_age_s or 0)
     yield CounterMetricFamily("edge_asr_outbox_messages_committed", "Sequence number.", value=outbox.last_seq)

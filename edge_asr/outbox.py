@@ -4,8 +4,7 @@ Law:
 
 - ``append`` returns after the disk commit (WAL, synchronous=FULL); the drafts of one call are committed together.
 - ``seq`` grows by one per message and is never used twice, not even after the file was damaged or deleted.
-- Only a broker's acknowledgement, its final refusal or the quota removes a message; every drop is counted durably.
-  Beyond that a site may limit the age of transcripts (``privacy.transcript_days``).
+- Only a broker's acknowledgement, its final refusal or ``retention`` removes a message; every drop is counted durably.
 - A command's age is a difference of CLOCK_BOOTTIME readings of one boot; after a reboot its life is over.
 
 One thread owns the one connection. SQLite 3.7.0 to 3.51.2 can lose committed writes when two connections write or
@@ -18,38 +17,30 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import queue
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from types import MappingProxyType
+from typing import Any, Final, Generic, TypeVar
 
-from edge_asr import clock, outbox_file
+from edge_asr import clock, ledger, outbox_file, retention
 from edge_asr.events import Category, Draft, Message, Verdict, new_id
+from edge_asr.ledger import Statistics
+from edge_asr.reserve import BALLAST_BYTES, SEQ_BLOCK, Ballast, Mark
+from edge_asr.retention import Limits, Retention
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEAD_LETTER: Literal["dead-letter"] = "dead-letter"
-
-DROP_ORDER: tuple[str, ...] = (DEAD_LETTER, "transcript", "rejection", "alarm", "command")
-"""When the quota is reached the oldest of the first class that has any goes first."""
-
-_ROW_BYTES = 250
-"""What a message takes in the file besides its data: ids, topic, times and index entry, rounded up."""
-
-_SPLIT_BYTES = 3 * 4096
-"""Pages that an insertion may add to tree and index by splitting them."""
-
-BALLAST_BYTES = 4 * 1024 * 1024
-"""Disk space held back for deleting: on a full disk SQLite can neither checkpoint nor delete without some."""
+UNLIMITED: Final[Mapping[Category, Limits]] = MappingProxyType({})
+"""No class has limits of its own."""
 
 _WAL_PAGES = 256
 """Checkpoint every 1 MiB: small beside the ballast, which must hold what a checkpoint adds to the file."""
@@ -60,46 +51,16 @@ _LEAST_LIFE_NS = 2 * clock.NS_PER_S
 _BATCH = 256
 """Most jobs in one transaction; more would make the first caller wait for the last."""
 
-_SEQ_BLOCK = 1000
-"""Sequence numbers reserved at a time in the lock file, so that a lost database cannot make them start again."""
-
 _UNLIMITED_PAGES = 2**30 - 1
 """SQLite's own default of max_page_count."""
 
 _SELECT = f"SELECT {outbox_file.COLUMNS}"
 _PARK = f"INTO dead_letter ({outbox_file.COLUMNS}, reason) {_SELECT}, ? FROM message WHERE seq = ?"
 _DATA_AT = 5
-_OLDEST_OF = "SELECT seq FROM message WHERE category = :category ORDER BY seq LIMIT 1"
-_OLDEST_DEAD_LETTER = "SELECT seq FROM dead_letter ORDER BY seq LIMIT 1"
 
 
 class OutboxError(Exception):
     """The outbox cannot do what was asked; the message is one line that names the file and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What waits, how long, and what was given up."""
-
-    waiting: Mapping[Category, int]
-    """Messages not yet acknowledged by the broker."""
-    dead_letters: int
-    """Messages the broker refused for good; kept until the quota needs their space."""
-    dropped: Mapping[str, int]
-    """Messages removed undelivered by the quota since the outbox was made, per category, ``dead-letter`` included."""
-    bytes: int
-    """In use in the file; what was deleted is used again, so the file itself keeps its greatest size."""
-    oldest_age_s: float | None
-    """Age of the oldest waiting message; counted from this boot for one that is older than it. None: nothing waits."""
-    last_seq: int
-    damages: int
-    """Times a damaged file was put aside and its readable messages rescued."""
-    broker: str
-    """Host and port of the broker that takes the messages; empty: none does."""
-    broker_since: str
-    """Since when it does or none does, by the wall clock (ISO 8601); empty: none ever did."""
-    receipts: Mapping[str, int]
-    """Commands that the MES ``accepted`` or ``rejected``, and those whose receipt was ``missing`` when it was due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +87,14 @@ class Outbox:
     queue has no bound of its own because each entry has a caller awaiting it: who appends waits.
     """
 
-    def __init__(self, path: Path, max_bytes: int, *, ballast_bytes: int = BALLAST_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        *,
+        limits: Mapping[Category, Limits] = UNLIMITED,
+        ballast_bytes: int = BALLAST_BYTES,
+    ) -> None:
         """Open or create ``path``. Raises OutboxError."""
         self._path = path
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -136,7 +104,10 @@ class Outbox:
         self._waiters: list[concurrent.futures.Future[None]] = []
         opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=self._work, args=(path, max_bytes, ballast_bytes, opened), name="outbox-writer", daemon=True
+            target=self._work,
+            args=(path, Retention(max_bytes, limits), ballast_bytes, opened),
+            name="outbox-writer",
+            daemon=True,
         )
         self._thread.start()
         opened.result()
@@ -169,9 +140,9 @@ class Outbox:
         taken = tuple(seqs)
         await self._submit(lambda database: database.acknowledge(taken))
 
-    async def refuse(self, seq: int, reason: str, limit: int) -> int:
-        """Count a refusal by the broker; at the ``limit``-th the message becomes a dead letter. The count; 0: gone."""
-        return await self._submit(lambda database: database.refuse(seq, reason, limit))
+    async def put_aside(self, seq: int, reason: str) -> None:
+        """Make a dead letter of a message that still waits. Raises OutboxError."""
+        await self._submit(lambda database: database.put_aside(seq, reason))
 
     async def receive_receipt(self, command_id: str, verdict: Verdict, reason: str) -> bool:
         """Keep with a command what the MES did with it; False: it is none of the last thousand. Raises OutboxError."""
@@ -181,13 +152,17 @@ class Outbox:
         """The ids of commands delivered so long ago without a receipt, each once. Raises OutboxError."""
         return await self._submit(lambda database: database.miss_receipts(within_s))
 
-    async def forget_transcripts(self, before_wall_ns: int) -> int:
-        """Delete transcripts committed before a moment, waiting or refused; how many. Raises OutboxError."""
-        return await self._submit(lambda database: database.forget_transcripts(before_wall_ns))
+    async def drop_outdated(self) -> int:
+        """Drop what is older than its class may be; to be called now and then. How many went. Raises OutboxError."""
+        return await self._submit(lambda database: database.drop_outdated())
 
     async def note_broker(self, address: str) -> None:
         """Remember which broker takes the messages, for whoever asks; empty: none. Raises OutboxError."""
         await self._submit(lambda database: database.note_broker(address))
+
+    async def note_refusal(self, reason: str) -> None:
+        """Remember why the broker takes nothing, for whoever asks; empty: it takes something. Raises OutboxError."""
+        await self._submit(lambda database: database.note_refusal(reason))
 
     async def requeue(self, seqs: Sequence[int]) -> list[int]:
         """Let dead letters wait for the broker again under their old number and id, before the publisher begins.
@@ -206,7 +181,7 @@ class Outbox:
 
     async def statistics(self) -> Statistics:
         """What waits, and what was dropped."""
-        return await self._submit(lambda database: _statistics(database.connection))
+        return await self._submit(lambda database: ledger.read(database.connection))
 
     async def arrival(self, after_seq: int) -> None:
         """Return once a message beyond ``after_seq`` is committed."""
@@ -237,10 +212,10 @@ class Outbox:
             self._jobs.put(job)
         return await asyncio.wrap_future(job.future)
 
-    def _work(self, path: Path, max_bytes: int, ballast_bytes: int, opened: concurrent.futures.Future[None]) -> None:
+    def _work(self, path: Path, kept: Retention, ballast_bytes: int, opened: concurrent.futures.Future[None]) -> None:
         """The writer thread."""
         try:
-            database = _Database(path, max_bytes, ballast_bytes)
+            database = _Database(path, kept, ballast_bytes)
         except BaseException as error:  # noqa: BLE001 - the constructor raises it to its caller
             opened.set_exception(error)
             return
@@ -299,16 +274,20 @@ class _Job(Generic[T]):
 class _Database:
     """The file, the lock beside it and the ballast; used by the writer thread only."""
 
-    def __init__(self, path: Path, max_bytes: int, ballast_bytes: int) -> None:
+    def __init__(self, path: Path, kept: Retention, ballast_bytes: int) -> None:
         self._path = path
-        self._max_bytes = max_bytes
-        self._ballast = _Ballast(outbox_file.beside(path, ".ballast"), ballast_bytes)
+        self._kept = kept
+        self._ballast = Ballast(outbox_file.beside(path, ".ballast"), ballast_bytes)
         self._connection: sqlite3.Connection | None = None
         self._synchronous = ""
         self.newest = 0
         with _told_of(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._mark = _Mark(path)
+            try:
+                self._mark = Mark(path)
+            except BlockingIOError:
+                remedy = "stop it, or give each its own outbox.path"
+                raise OutboxError(f"{path}: in use by another edge-asr; {remedy}") from None
         try:
             with _told_of(path):
                 self._open()
@@ -365,7 +344,13 @@ class _Database:
     # -- jobs, each inside a transaction
 
     def append(self, drafts: Sequence[Draft], texts: Sequence[str]) -> tuple[Message, ...]:
-        self._make_room(sum(len(text.encode()) + _ROW_BYTES for text in texts) + _SPLIT_BYTES)
+        needed: Counter[Category] = Counter()
+        for draft, text in zip(drafts, texts, strict=True):
+            needed[draft.category] += len(text.encode()) + retention.ROW_BYTES
+        try:
+            self._kept.make_room(self.connection, needed)
+        except ValueError as error:
+            raise OutboxError(f"{self._path}: {error}; raise outbox.max_bytes") from None
         return tuple(map(self._insert, drafts, texts))
 
     def _insert(self, draft: Draft, text: str) -> Message:
@@ -388,7 +373,7 @@ class _Database:
             self._require_reachable([row[outbox_file.SEQ_AT] for row in rows])
             spoilt = [row[outbox_file.SEQ_AT] for row in rows if not outbox_file.is_sound(row)]
             for seq in spoilt:
-                self._park(seq, "its checksum is wrong: the disk changed it")
+                self.put_aside(seq, "its checksum is wrong: the disk changed it")
             if not rows or len(spoilt) < len(rows):
                 return [_message(row) for row in rows if row[outbox_file.SEQ_AT] not in spoilt]
 
@@ -424,18 +409,12 @@ class _Database:
     def prove(self) -> None:
         self.connection.execute("UPDATE ledger SET waiting = waiting WHERE category = 'command'")
 
-    def refuse(self, seq: int, reason: str, limit: int) -> int:
-        self.connection.execute("UPDATE message SET refusals = refusals + 1 WHERE seq = ?", (seq,))
-        counted = self.connection.execute("SELECT refusals FROM message WHERE seq = ?", (seq,)).fetchone()
-        refusals = int(counted[0]) if counted else 0
-        if refusals >= limit:
-            self._park(seq, reason)
-        return refusals
-
-    def _park(self, seq: int, reason: str) -> None:
-        self.connection.execute(f"INSERT {_PARK}", (reason, seq))
-        self.connection.execute("DELETE FROM message WHERE seq = ?", (seq,))
-        log.error("message %d is put aside as a dead letter: %s", seq, reason)
+    def put_aside(self, seq: int, reason: str) -> None:
+        if self.connection.execute(f"INSERT {_PARK}", (reason, seq)).rowcount:
+            category = "(SELECT category FROM message WHERE seq = ?)"
+            self.connection.execute(f"UPDATE ledger SET refused = refused + 1 WHERE category = {category}", (seq,))  # noqa: S608
+            self.connection.execute("DELETE FROM message WHERE seq = ?", (seq,))
+            log.error("message %d is put aside as a dead letter: %s", seq, reason)
 
     def requeue(self, seqs: Sequence[int]) -> list[int]:
         sound = []
@@ -450,34 +429,15 @@ class _Database:
         forget = "DELETE FROM dead_letter WHERE seq = ?"
         return [seq for seq in seqs if self.connection.execute(forget, (seq,)).rowcount]
 
-    def forget_transcripts(self, before_wall_ns: int) -> int:
-        forget = "WHERE category = 'transcript' AND created_wall_ns < ?"
-        return sum(
-            self.connection.execute(f"DELETE FROM {table} {forget}", (before_wall_ns,)).rowcount  # noqa: S608 - ours
-            for table in ("message", "dead_letter")
-        )
+    def drop_outdated(self) -> int:
+        return self._kept.drop_outdated(self.connection)
 
     def note_broker(self, address: str) -> None:
         change = "UPDATE broker SET address = ?, since_wall_ns = ? WHERE address != ?"
         self.connection.execute(change, (address, clock.wall_ns(), address))
 
-    def _make_room(self, needed: int) -> None:
-        """Drop messages, the least valuable and oldest first, until ``needed`` bytes fit under the quota."""
-        if needed > self._max_bytes // 2:
-            raise OutboxError(f"{self._path}: {needed} bytes in one piece do not fit; raise outbox.max_bytes")
-        while _used_bytes(self.connection) + needed > self._max_bytes and self._drop_oldest():
-            pass
-
-    def _drop_oldest(self) -> bool:
-        for category in DROP_ORDER:
-            query = _OLDEST_DEAD_LETTER if category == DEAD_LETTER else _OLDEST_OF
-            oldest = self.connection.execute(query, {"category": category}).fetchone()
-            if oldest:
-                self.connection.execute("DELETE FROM message WHERE seq = ?", oldest)
-                self.connection.execute("DELETE FROM dead_letter WHERE seq = ?", oldest)
-                self.connection.execute("UPDATE ledger SET dropped = dropped + 1 WHERE category = ?", (category,))
-                return True
-        return False
+    def note_refusal(self, reason: str) -> None:
+        self.connection.execute("UPDATE broker SET refusal = ? WHERE refusal != ?", (reason, reason))
 
     # -- trouble
 
@@ -542,6 +502,7 @@ class _Database:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
             outbox_file.migrate(connection, version)
             self._number_on(connection, is_new=version == 0)
+            retention.note_boot(connection)
         except BaseException:
             connection.close()
             raise
@@ -551,83 +512,17 @@ class _Database:
         """Never use a number twice: the lock file outlives a database that was deleted, emptied or restored."""
         (newest,) = connection.execute("SELECT max(seq) FROM message").fetchone()
         known = max(outbox_file.last_seq(connection), newest or 0)
-        if known < self._mark.value - (0 if is_new else _SEQ_BLOCK):
+        if known < self._mark.value - (0 if is_new else SEQ_BLOCK):
             known = self._mark.value
             log.error("%s: lost or older than it was; numbering continues after %d", self._path, known)
         if known != outbox_file.last_seq(connection):
             outbox_file.continue_after(connection, known)
 
 
-class _Mark:
-    """The lock file: held for as long as the outbox is open, and its text is the highest sequence number in reserve."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(outbox_file.beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise OutboxError(
-                f"{path}: in use by another edge-asr; stop it, or give each its own outbox.path"
-            ) from None
-        text = os.pread(self._file, 32, 0).strip()
-        self.value = int(text) if text.isdigit() else 0
-        if not text:
-            self._write(0)  # on a disk that fills up later, the file has its size already
-
-    def reserve(self, seq: int) -> None:
-        """Make sure that ``seq`` is remembered as used, whatever becomes of the database."""
-        if seq > self.value:
-            value = seq - 1 + _SEQ_BLOCK
-            self._write(value)
-            self.value = value
-
-    def _write(self, value: int) -> None:
-        os.pwrite(self._file, b"%20d\n" % value, 0)
-        os.fdatasync(self._file)
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-class _Ballast:
-    """A file that is there to be deleted."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
-        self._size = size
-        self.missing = not path.exists()
-
-    def release(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self.missing = True
-
-    def needed(self) -> bool:
-        """Whether the disk is so full that this may be what SQLite complains about."""
-        return not self.missing and self._free_bytes() < self._size
-
-    def _free_bytes(self) -> int:
-        space = os.statvfs(self._path.parent)
-        return space.f_bavail * space.f_frsize
-
-    def restore(self) -> bool:
-        """Occupy the space again if there is plenty."""
-        if not self.missing or self._free_bytes() < 2 * self._size:
-            return False
-        try:
-            with self._path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, self._size)
-        except OSError:  # somebody else was quicker; there will be another time
-            self._path.unlink(missing_ok=True)
-            return False
-        self.missing = False
-        return True
-
-
 def read_statistics(path: Path) -> Statistics:
     """The statistics of an outbox that another process may have open. Raises OutboxError."""
     with _reading(path) as connection:
-        return _statistics(connection)
+        return ledger.read(connection)
 
 
 def read_dead_letters(path: Path) -> list[DeadLetter]:
@@ -675,51 +570,6 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, *, ours: bool = 
             "install that one again or move the file away"
         )
     return int(version)
-
-
-def _used_bytes(connection: sqlite3.Connection) -> int:
-    pages, free, size = (
-        connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
-    )
-    return int((pages - free) * size)
-
-
-def _statistics(connection: sqlite3.Connection) -> Statistics:
-    ledger = {row[0]: row[1:] for row in connection.execute("SELECT category, waiting, dropped FROM ledger")}
-    (damages,) = connection.execute("SELECT count(*) FROM damage").fetchone()
-    oldest = connection.execute("SELECT boot_id, created_ns FROM message ORDER BY seq LIMIT 1").fetchone()
-    age_s = None
-    if oldest is not None:
-        since_ns = oldest[1] if oldest[0] == clock.boot_id() else 0
-        age_s = (clock.boottime_ns() - since_ns) / clock.NS_PER_S
-    broker, broker_since = _broker(connection)
-    return Statistics(
-        waiting={category: ledger[category][0] for category in get_args(Category)},
-        dead_letters=ledger[DEAD_LETTER][0],
-        dropped={group: ledger[group][1] for group in DROP_ORDER},
-        bytes=_used_bytes(connection),
-        oldest_age_s=age_s,
-        last_seq=outbox_file.last_seq(connection),
-        damages=damages,
-        broker=broker,
-        broker_since=broker_since,
-        receipts=_receipts(connection),
-    )
-
-
-def _broker(connection: sqlite3.Connection) -> tuple[str, str]:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version < 3:  # read only, and its daemon has not been replaced yet
-        return "", ""
-    address, since_wall_ns = connection.execute("SELECT address, since_wall_ns FROM broker").fetchone()
-    return address, clock.iso(since_wall_ns) if since_wall_ns else ""
-
-
-def _receipts(connection: sqlite3.Connection) -> dict[str, int]:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version < 2:  # read only, and its daemon has not been replaced yet
-        return dict.fromkeys(("accepted", "rejected", "missing"), 0)
-    return dict(connection.execute("SELECT verdict, counted FROM receipt_ledger"))
 
 
 def _encode(draft: Draft) -> str:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x45415352  # "EASR"
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """``schemas/outbox.N.sql`` brings a file from version N - 1 to N."""
 
 COLUMNS = "seq, id, boot_id, topic, category, data, created_wall_ns, created_ns, expires_ns, time_quality, crc"
@@ -81,6 +81,14 @@ def continue_after(connection: sqlite3.Connection, seq: int) -> None:
     connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('message', ?)", (seq,))
 
 
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """What of the file is in use."""
+    pages, free, size = (
+        connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
 def checksum(row: Sequence[object]) -> int:
     """Over every column before the checksum itself."""
     return zlib.crc32("\x1f".join(map(str, row[:CRC_AT])).encode(errors="replace"))
@@ -102,6 +110,20 @@ def is_damage(error: Exception) -> bool:
 def beside(path: Path, ending: str) -> Path:
     """A file that belongs to the outbox: same folder, same name, and an ending."""
     return path.with_name(path.name + ending)
+
+
+_KEPT_COUNTS = (
+    ("SELECT dropped, category FROM ledger", "UPDATE ledger SET dropped = ? WHERE category = ?"),
+    (
+        "SELECT refused, outdated, category FROM ledger",  # since version 4
+        "UPDATE ledger SET refused = ?, outdated = ? WHERE category = ?",
+    ),
+    ("SELECT * FROM boot", "INSERT INTO boot VALUES (?, ?, ?)"),
+    ("SELECT * FROM damage", "INSERT INTO damage VALUES (?, ?, ?)"),
+    ("SELECT * FROM receipt", "INSERT OR REPLACE INTO receipt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"),
+    ("SELECT counted, verdict FROM receipt_ledger", "UPDATE receipt_ledger SET counted = ? WHERE verdict = ?"),
+)
+"""What a rescue takes along besides messages: how to read it, how to write it."""
 
 
 def rescue(path: Path, highest_seq: int, reason: str) -> None:
@@ -174,17 +196,9 @@ def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> 
             rescued += 1
         for row in _readable_rows(source, "dead_letter", f"{COLUMNS}, reason", highest_seq):
             target.execute(insert_dead, row)
-        with contextlib.suppress(*FILE_ERRORS):
-            counted = source.execute("SELECT dropped, category FROM ledger").fetchall()
-            target.executemany("UPDATE ledger SET dropped = ? WHERE category = ?", counted)
-        with contextlib.suppress(*FILE_ERRORS):
-            target.executemany("INSERT INTO damage VALUES (?, ?, ?)", source.execute("SELECT * FROM damage").fetchall())
-        with contextlib.suppress(*FILE_ERRORS):
-            receipts = source.execute("SELECT * FROM receipt").fetchall()
-            target.executemany("INSERT OR REPLACE INTO receipt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
-        with contextlib.suppress(*FILE_ERRORS):
-            counted = source.execute("SELECT counted, verdict FROM receipt_ledger").fetchall()
-            target.executemany("UPDATE receipt_ledger SET counted = ? WHERE verdict = ?", counted)
+        for query, change in _KEPT_COUNTS:
+            with contextlib.suppress(*FILE_ERRORS):
+                target.executemany(change, source.execute(query).fetchall())
     return rescued
 
 

@@ -172,7 +172,7 @@ class Commands(_Section):
     """Life of a command unless its intent says otherwise; brokers count its last 2 seconds too coarsely to be used."""
     max_noise_dbfs: Annotated[float, Field(ge=-60, le=0)] = -18.0
     """A source whose noise stays above this is not trusted: its commands are rejected, only "cancel" passes."""
-    confirm_within_s: Annotated[float, Field(ge=2, le=300)] = 15.0
+    confirm_within_s: Annotated[float, Field(ge=3, le=300)] = 15.0
     """A risky command that is not confirmed within this time is cancelled."""
 
 
@@ -202,6 +202,29 @@ class Hotwords(_Section):
     """Nats per token by which a hotword may be less likely than the free text; see docs/hotwords.md."""
 
 
+class ClassLimits(_Section):
+    """What one class of messages may be, dead letters included."""
+
+    max_bytes: Annotated[int, Field(ge=100_000)] | None = None
+    """Beyond it the oldest of the class go. None: as much as fits into the outbox."""
+    days: Annotated[float, Field(gt=0, le=3650)] | None = None
+    """Older ones are deleted undelivered. Days that the box ran are counted, whatever its clock shows. None: they
+    wait until there is no room."""
+
+
+class OutboxLimits(_Section):
+    """For each class; every message that goes is counted (`edge-asr outbox status`) and an alarm."""
+
+    command: ClassLimits = ClassLimits()
+    """evt/command, evt/expired, evt/pending."""
+    transcript: ClassLimits = ClassLimits()
+    """evt/transcript."""
+    rejection: ClassLimits = ClassLimits()
+    """evt/rejected."""
+    alarm: ClassLimits = ClassLimits()
+    """evt/alarm: what the device tells of itself."""
+
+
 class Outbox(_Section):
     """The durable queue between the microphone and the broker."""
 
@@ -209,6 +232,7 @@ class Outbox(_Section):
     """SQLite file; None: outbox.db in the state directory."""
     max_bytes: Annotated[int, Field(ge=1_000_000)] = 256 * 1024 * 1024
     """Size limit; when it is reached the oldest transcripts go first and commands last, each loss counted."""
+    limits: OutboxLimits = OutboxLimits()
 
 
 class Tls(_Section):
@@ -342,7 +366,8 @@ class Privacy(_Section):
     publish: Literal["everything", "commands"] = "everything"
     """commands: no transcript and no partial is kept or sent, and commands and rejections carry no free text."""
     transcript_days: Annotated[float, Field(gt=0, le=3650)] | None = None
-    """Transcripts that have waited longer for a broker are deleted. None: they wait until the outbox is full."""
+    """Transcripts that have waited longer for a broker are deleted; see `outbox.limits.transcript.days`, of which the
+    shorter counts. None: they wait until the outbox is full."""
 
 
 class Audit(_Section):

@@ -232,16 +232,3 @@ def test_nothing_can_be_recorded_in_private(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("privacy: {publish: commands}\nrecorder: {public_key: k}\n", encoding="utf-8")
     with pytest.raises(SettingsError, match=r"recorder\.public_key: with privacy\.publish: commands nothing may be"):
         load(tmp_path / "s.yaml")
-
-
-def test_transcripts_that_waited_too_long_are_forgotten_and_commands_are_not(tmp_path: Path) -> None:
-    async def main() -> list[str]:
-        log = AuditLog(tmp_path / "audit", texts=True, days=1)
-        with closing(AuditedOutbox(tmp_path / "o.db", 2**20, log)) as outbox:
-            old = await outbox.append(Draft("evt/transcript", "transcript", {}), Draft("evt/command", "command", {}))
-            assert await outbox.forget_transcripts(old[0].created_wall_ns) == 0
-            new = await outbox.append(Draft("evt/transcript", "transcript", {"text": "new"}))
-            assert await outbox.forget_transcripts(new[0].created_wall_ns) == 1
-            return [message.topic for message in await outbox.oldest(10)]
-
-    assert asyncio.run(main()) == ["evt/command", "evt/transcript"]

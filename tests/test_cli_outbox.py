@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
     async def fill(outbox: Outbox) -> None:
         await outbox.append(*(transcript(f"number {n}") for n in range(1, 6)))
         for seq in (2, 4):
-            await outbox.refuse(seq, REASON, 1)
+            await outbox.put_aside(seq, REASON)
 
     with closing(Outbox(path, 50_000_000)) as outbox:
         asyncio.run(fill(outbox))

@@ -135,7 +135,7 @@ def test_every_state_validates_against_its_schema(mode: contract.PayloadMode) ->
                 uptime_s=12.5,
                 muted=True,
                 microphones={"a": microphone, "b": unmeasured},
-                outbox=OutboxHealth(3, 1, 0, 2.5),
+                outbox=OutboxHealth(3, 1, 2, 0, 2.5, ""),
                 receipts={"accepted": 2, "rejected": 1, "missing": 0},
                 requests=RequestsHealth(5, 1, 0),
                 real_time_factor=None,

@@ -17,9 +17,10 @@ from edge_asr import audio, clock, hearing, model_store
 from edge_asr.alarms import QUIET_S, AlarmBoard, Condition, earlier, losses
 from edge_asr.audio import FULL_SCALE, from_float, level_dbfs, measure, quiet
 from edge_asr.clock import NS_PER_S
-from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Draft, Json
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Category, Draft, Json
 from edge_asr.hearing import Capture, HearingJudge, SourceMeter
-from edge_asr.outbox import Outbox
+from edge_asr.outbox import Outbox, read_statistics
+from edge_asr.retention import Limits
 from edge_asr.sources import RateMeter
 
 RECORDINGS = model_store.bundled("recordings")
@@ -196,7 +197,7 @@ def test_messages_that_are_dropped_refused_or_damaged_are_alarms(tmp_path: Path)
 
     async def refuse(outbox: Outbox) -> None:
         (message,) = await outbox.append(big)
-        await outbox.refuse(message.seq, "not authorized", 1)
+        await outbox.put_aside(message.seq, "not authorized")
 
     async def nothing(_: Outbox) -> None:
         pass
@@ -208,6 +209,32 @@ def test_messages_that_are_dropped_refused_or_damaged_are_alarms(tmp_path: Path)
         file.write(bytes(4096))
     assert lost_by(tmp_path / "c.db", nothing) == ["outbox-damaged"]
     assert lost_by(tmp_path / "c.db", nothing) == []
+
+    async def refuse_and_forget(outbox: Outbox) -> None:
+        await outbox.discard([1])
+        await refuse(outbox)
+
+    assert read_statistics(tmp_path / "b.db").dead_letters == 1
+    assert lost_by(tmp_path / "b.db", refuse_and_forget) == ["outbox-refused"]
+
+
+def test_messages_that_waited_too_long_are_a_warning_that_says_how_many_of_which_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        limits: dict[Category, Limits] = {"transcript": Limits(max_age_s=60.0), "rejection": Limits(max_age_s=60.0)}
+        with closing(Outbox(tmp_path / "a.db", 2**20, limits=limits)) as outbox:
+            before = await outbox.statistics()
+            drafts = (Draft("evt/transcript", "transcript", {}), Draft("evt/rejected", "rejection", {}))
+            await outbox.append(*drafts, *drafts)
+            now_ns = clock.boottime_ns()
+            monkeypatch.setattr(clock, "boottime_ns", lambda: now_ns + 61 * clock.NS_PER_S)
+            await outbox.drop_outdated()
+            (alarm,) = losses(before, await outbox.statistics(), tmp_path)
+        assert (alarm.data["kind"], alarm.data["severity"]) == ("outbox-outdated", "warning")
+        assert "2 transcript, 2 rejection" in str(alarm.data["detail"])
+
+    asyncio.run(main())
 
 
 def test_every_alarm_that_the_code_can_raise_stands_in_the_docs_with_its_severity() -> None:

@@ -256,6 +256,7 @@ SNAPSHOT = Snapshot(
     alarms=(),
     thermals=thermal.Thermals({"cpu-thermal": 48.2}, None, ("under-voltage",)),
     broker_connected=None,
+    broker_refuses=False,
     finals_waiting=0,
     partials_dropped=0,
     recognizers_replaced=0,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import gzip
+import json
 import os
 import random
 import shutil
@@ -28,7 +29,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from edge_asr import clock
 from edge_asr.events import Category, Draft, Message
-from edge_asr.outbox import DROP_ORDER, Outbox, OutboxError, life_left_s, read_statistics
+from edge_asr.outbox import Outbox, OutboxError, life_left_s, read_dead_letters, read_statistics
+from edge_asr.retention import DROP_ORDER, ROW_BYTES, Limits
 
 MEGABYTE = 1_000_000
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -164,8 +166,8 @@ class OutboxMachine(RuleBasedStateMachine):
         self.generation = 0
         self.outbox = Outbox(self.path, self.max_bytes, ballast_bytes=4096)
         self.waiting: dict[int, Message] = {}
-        self.refusals: dict[int, int] = {}
-        self.dead: list[int] = []
+        self.dead: dict[int, Message] = {}
+        self.refused = dict.fromkeys(DROP_ORDER, 0)
         self.dropped = dict.fromkeys(DROP_ORDER, 0)
         self.last_seq = 0
 
@@ -193,19 +195,21 @@ class OutboxMachine(RuleBasedStateMachine):
         """What the quota took must be the oldest of the least valuable."""
         left = {message.seq for message in self.loop.run_until_complete(waiting(self.outbox))}
         assert left >= {message.seq for message in newest}
-        statistics = self.loop.run_until_complete(self.outbox.statistics())
-        dead_dropped = statistics.dropped["dead-letter"] - self.dropped["dead-letter"]
-        self.dead = self.dead[dead_dropped:]
-        self.dropped["dead-letter"] += dead_dropped
+        dead_left = {letter.message.seq for letter in read_dead_letters(self.path)}
         gone = [self.waiting.pop(seq) for seq in sorted(self.waiting.keys() - left)]
-        if gone:
-            assert not self.dead
+        gone_dead = [self.dead.pop(seq) for seq in sorted(self.dead.keys() - dead_left)]
+        if gone or gone_dead:
+            statistics = self.loop.run_until_complete(self.outbox.statistics())
             assert statistics.bytes > self.max_bytes / 3
-        for message in gone:
+        kept = [*self.waiting.values(), *self.dead.values()]
+        for message in [*gone_dead, *gone]:
             self.dropped[message.category] += 1
-            spared = DROP_ORDER[1 : DROP_ORDER.index(message.category)]
-            assert not any(other.category in spared for other in self.waiting.values())
-            assert not any(o.category == message.category and o.seq < message.seq for o in self.waiting.values())
+            spared = DROP_ORDER[: DROP_ORDER.index(message.category)]
+            assert not any(other.category in spared for other in kept)
+        for gone_of, kept_of in ((gone, self.waiting), (gone_dead, self.dead)):
+            newest_gone = {message.category: message.seq for message in gone_of}
+            assert not any(other.seq < newest_gone.get(other.category, 0) for other in kept_of.values())
+        assert not {message.category for message in gone} & {message.category for message in self.dead.values()}
 
     # What is drawn never depends on what waits: the quota counts pages, whose number differs from run to run, and
     # Hypothesis takes a draw that differs for a flake.
@@ -221,15 +225,13 @@ class OutboxMachine(RuleBasedStateMachine):
         for seq in seqs:
             del self.waiting[seq]
 
-    @rule(pick=st.integers(0, 99), limit=st.integers(1, 3))
-    def refuse(self, pick: int, limit: int) -> None:
+    @rule(pick=st.integers(0, 99))
+    def put_aside(self, pick: int) -> None:
         for seq in self._chosen([pick]):
-            count = self.loop.run_until_complete(self.outbox.refuse(seq, "no", limit))
-            self.refusals[seq] = self.refusals.get(seq, 0) + 1
-            assert count == self.refusals[seq]
-            if count >= limit:
-                del self.waiting[seq]
-                self.dead = sorted([*self.dead, seq])
+            for _ in range(2):  # what is aside already stays there
+                self.loop.run_until_complete(self.outbox.put_aside(seq, "no"))
+            self.dead[seq] = self.waiting.pop(seq)
+            self.refused[self.dead[seq].category] += 1
 
     @rule(limit=st.integers(1, 5), after=st.integers(0, 60), category=st.none() | st.sampled_from(CATEGORIES))
     def oldest(self, limit: int, after: int, category: Category | None) -> None:
@@ -257,6 +259,16 @@ class OutboxMachine(RuleBasedStateMachine):
         statistics = self.loop.run_until_complete(self.outbox.statistics())
         assert statistics.dropped == self.dropped
         assert statistics.dead_letters == len(self.dead)
+        assert statistics.refused == self.refused
+        assert statistics.outdated == dict.fromkeys(DROP_ORDER, 0)
+        assert statistics.class_bytes == {
+            category: sum(
+                ROW_BYTES + len(json.dumps(message.data, separators=(",", ":")).encode())
+                for message in [*self.waiting.values(), *self.dead.values()]
+                if message.category == category
+            )
+            for category in DROP_ORDER
+        }
         assert sum(statistics.waiting.values()) == len(self.waiting)
         assert statistics.last_seq == self.outbox.last_seq == self.last_seq
         assert statistics.bytes <= self.max_bytes
@@ -481,6 +493,159 @@ def test_more_than_the_quota_in_one_piece_is_refused_and_drops_nothing(path: Pat
     asyncio.run(main())
 
 
+# -- what is given up
+
+
+def test_a_class_that_is_full_loses_its_own_oldest_and_no_other_class_anything(path: Path) -> None:
+    async def main() -> None:
+        limits: dict[Category, Limits] = {"transcript": Limits(100_000), "alarm": Limits(100_000)}
+        with closing(Outbox(path, 10 * MEGABYTE, limits=limits)) as outbox:
+            await outbox.append(*(draft("x" * 1000, category) for category in CATEGORIES))
+            await outbox.put_aside(1, "no")
+            for _ in range(200):
+                await outbox.append(draft("x" * 1000), draft("x" * 1000, "rejection"))
+            statistics = await outbox.statistics()
+            kept = [message.seq for message in await waiting(outbox) if message.category == "transcript"]
+            assert 50 < len(kept) < 100
+            assert kept == list(range(kept[0], outbox.last_seq, 2))
+            assert statistics.class_bytes["transcript"] <= 100_000
+            assert statistics.dropped == {"command": 0, "transcript": 201 - len(kept), "rejection": 0, "alarm": 0}
+            assert statistics.waiting["rejection"] == 201
+
+    asyncio.run(main())
+
+
+def test_a_refused_command_is_kept_longer_than_any_transcript(path: Path) -> None:
+    async def main() -> None:
+        with opened(path, MEGABYTE) as outbox:
+            await outbox.append(draft("stop", "command"), draft("go", "command"), draft("heard"))
+            for seq in (1, 3):
+                await outbox.put_aside(seq, "not authorized")
+            await filled(outbox, 3000, "x" * 1000)
+            statistics = await outbox.statistics()
+            assert [letter.message.seq for letter in read_dead_letters(path)] == [1]
+            assert (statistics.dropped["command"], statistics.waiting["command"]) == (0, 1)
+            assert statistics.dropped["transcript"] == 3001 - statistics.waiting["transcript"] > 1000
+
+    asyncio.run(main())
+
+
+DAY_NS = 86_400 * clock.NS_PER_S
+
+
+class Box:
+    """A box whose time since boot, boots and wall clock a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.now_ns, self.boot, self.wall_ns = DAY_NS, "boot 1", clock.wall_ns()
+        self._path = path
+        monkeypatch.setattr(clock, "boottime_ns", lambda: self.now_ns)
+        monkeypatch.setattr(clock, "wall_ns", lambda: self.wall_ns)
+        monkeypatch.setattr(clock, "boot_id", lambda: self.boot)
+
+    def open(self) -> Outbox:
+        limits: dict[Category, Limits] = {"transcript": Limits(max_age_s=7 * 86_400.0)}
+        return Outbox(self._path, 10 * MEGABYTE, limits=limits)
+
+    def reboot(self, after_days: float) -> None:
+        self.boot, self.now_ns = f"boot after {self.boot}", 20 * clock.NS_PER_S
+        self.wall_ns += round(after_days * DAY_NS)
+
+
+def test_what_is_too_old_goes_by_the_clock_since_boot_whatever_the_wall_clock_shows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(monkeypatch, path)
+
+    async def main() -> None:
+        with closing(box.open()) as outbox:
+            await outbox.append(draft("dead"), draft("old"), draft("go", "command"), draft("said", "rejection"))
+            await outbox.put_aside(1, "no")
+            box.now_ns += DAY_NS
+            await outbox.append(draft("young"))
+            for years in (1, -2, 60):
+                box.wall_ns += years * 365 * DAY_NS
+                assert await outbox.drop_outdated() == 0
+            box.now_ns += 6 * DAY_NS
+            assert await outbox.drop_outdated() == 0
+            box.now_ns += 1
+            assert await outbox.drop_outdated() == 2
+            assert [message.data["text"] for message in await waiting(outbox)] == ["go", "said", "young"]
+            statistics = await outbox.statistics()
+            assert statistics.outdated == {"transcript": 2, "command": 0, "rejection": 0, "alarm": 0}
+            assert sum(statistics.dropped.values()) == statistics.dead_letters == 0
+        assert read_statistics(path).outdated["transcript"] == 2
+
+    asyncio.run(main())
+
+
+def test_over_boots_the_time_counts_that_the_box_was_seen_to_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Box(monkeypatch, path)
+
+    async def one_boot(days: float) -> int:
+        with closing(box.open()) as outbox:
+            box.now_ns += round(days * DAY_NS)
+            return await outbox.drop_outdated()
+
+    async def main() -> None:
+        with closing(box.open()) as outbox:
+            await outbox.append(draft("friday"))
+        assert await one_boot(2) == 0
+        box.reboot(after_days=365)
+        assert await one_boot(2) == 0
+        box.reboot(after_days=-900)
+        assert await one_boot(2.9) == 0
+        assert await one_boot(0.2) == 1
+
+    asyncio.run(main())
+
+
+def test_messages_of_a_boot_that_is_not_known_wait_as_long_as_may_be(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(monkeypatch, path)
+
+    async def main() -> None:
+        with closing(box.open()) as outbox:
+            box.now_ns += 100 * DAY_NS
+            await outbox.append(draft())
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("DELETE FROM boot")
+            connection.commit()
+        box.reboot(after_days=1)
+        with closing(box.open()) as outbox:
+            box.now_ns = 7 * DAY_NS
+            assert await outbox.drop_outdated() == 0
+            box.now_ns += 1
+            assert await outbox.drop_outdated() == 1
+
+    asyncio.run(main())
+
+
+def test_a_rescue_keeps_the_counts_of_what_was_given_up_and_the_boots(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(monkeypatch, path)
+
+    async def main() -> None:
+        with closing(box.open()) as outbox:
+            await filled(outbox, 400)
+            await outbox.put_aside(400, "no")
+            box.now_ns += 6 * DAY_NS
+            await outbox.drop_outdated()
+        zero_a_page_in_the_middle(path)
+        box.reboot(after_days=1)
+        with closing(box.open()) as outbox:
+            left = len(await waiting(outbox))
+            box.now_ns = 2 * DAY_NS
+            assert await outbox.drop_outdated() == left + 1
+        statistics = read_statistics(path)
+        assert statistics.damages == 1
+        assert (statistics.refused["transcript"], statistics.outdated["transcript"]) == (1, left + 1)
+
+    asyncio.run(main())
+
+
 # -- receipts
 
 
@@ -563,7 +728,8 @@ def test_an_outbox_of_the_first_version_is_taken_over_with_all_it_holds(path: Pa
             assert [message.seq for message in kept] == [4, 5, 6, 7, 8]
             assert kept[3].data == {"intent": "Stop", "slots": {}}
             statistics = await outbox.statistics()
-            assert statistics.dead_letters == 1
+            assert statistics.dead_letters == sum(statistics.refused.values()) == 1
+            assert min(statistics.class_bytes[each] for each in ("command", "transcript", "alarm")) > ROW_BYTES
             assert statistics.waiting == {"command": 1, "transcript": 3, "rejection": 0, "alarm": 1}
             command = await delivered(outbox)
             assert command.seq == 9
@@ -631,7 +797,7 @@ def write_text(path: Path) -> None:
     ("damage", "least_rescued"),
     [
         (zero_a_page_in_the_middle, 380),
-        (cut_in_half, 150),
+        (cut_in_half, 120),
         (zero_the_header, 0),
         (empty, 0),
         (delete, 0),

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,18 +22,22 @@ from typing import Any
 import pytest
 from typing_extensions import Self
 
-from edge_asr import clock, contract, link, publisher
+from edge_asr import clock, contract, delivery, link, publisher, refusals
+from edge_asr.confirmation import Pending
 from edge_asr.contract import Renderer
-from edge_asr.events import Command, Draft, Token, Transcript, Utterance, new_id
+from edge_asr.events import Command, Draft, Rejection, Token, Transcript, Utterance, new_id
 from edge_asr.link import WINDOW
 from edge_asr.outbox import Outbox
-from edge_asr.publisher import ENDINGS, REFUSALS, Publisher
+from edge_asr.publisher import Publisher
+from edge_asr.refusals import ENDINGS, REFUSALS
 from edge_asr.settings import Mqtt
 from tests.broker import PATIENCE_S, Broker, Pki, Received, Subscriber, free_port
 
 ROOT = "acme/hall-2/voice/edge01"
 RENDERER = Renderer(ROOT, "edge01")
 HEARD = Transcript("stop line three", "en", "NEUTRAL", "Speech", 0.9, (Token("stop", 0.4),))
+MODEL = ("micro-en", "0" * 64, ("en",), "onnxruntime", "cpu", "cpu")
+META = contract.Meta("0.1.0", *MODEL, {}, ("microphone",), 0, "a" * 64, ())
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -55,6 +60,10 @@ def transcript(text: str = "stop line three") -> Draft:
 def command(ttl_s: float = 10.0, *, ended_s_ago: float = 0.1) -> Draft:
     said = Command("stop", {"line": 3}, 0.93, "normal", ttl_s)
     return contract.command_draft(spoken(ended_s_ago), HEARD, said, model="micro-en")
+
+
+def rejection() -> Draft:
+    return contract.rejection_draft(spoken(), Rejection("not-understood", "no sentence fits"), HEARD, model="micro-en")
 
 
 @contextlib.asynccontextmanager
@@ -313,12 +322,17 @@ def test_a_refused_message_is_put_aside_after_its_tries_and_nothing_overtakes_it
 class ScriptedBroker:
     """As much MQTT 5 as it takes to answer each PUBLISH of an event as a script says; for what no real broker does."""
 
-    def __init__(self, script: Callable[[int], int | None]) -> None:
+    def __init__(self, script: Callable[[int], int | None], receive_maximum: int = 65_535) -> None:
         """``script`` gets a message's seq and returns the PUBACK's reason code; None: hang up instead."""
         self._script = script
+        self._connack = b"\x20\x06\x00\x00\x03\x21" + receive_maximum.to_bytes(2, "big")
+        self.states: list[str] = []
+        """Of ``status``, in order."""
         self.taken: list[int] = []
         """Sequence numbers acknowledged, in order."""
         self.tries: list[int] = []
+        self.topics: dict[int, str] = {}
+        """The latest of each message."""
         self.most_unanswered = 0
         self._unanswered: list[tuple[bytes, int]] = []
         self.hold = 1
@@ -337,34 +351,39 @@ class ScriptedBroker:
         self._unanswered.clear()
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), closing(writer):
             while True:
-                kind, body = await self._packet(reader)
+                kind, flags, body = await self._packet(reader)
                 if kind == 1:
-                    writer.write(bytes.fromhex("20 03 00 00 00"))
+                    writer.write(self._connack)
                 elif kind == 3:
+                    state = re.search(rb'"state":"(\w+)"', body)
+                    self.states += [state[1].decode()] if state else []
+                    if not flags & 6:  # QoS 0
+                        continue
                     topic_ends = 2 + int.from_bytes(body[:2], "big")
                     packet_id = body[topic_ends : topic_ends + 2]
                     seq = re.search(rb'"seq":(\d+)', body)
-                    code = self._answer(int(seq[1])) if seq else 0
+                    code = self._answer(int(seq[1]), body[2:topic_ends].decode()) if seq else 0
                     if code is None:
                         return
                     self._unanswered.append((packet_id, code))
                     self.most_unanswered = max(self.most_unanswered, len(self._unanswered))
-                    if not seq or len(self._unanswered) >= self.hold:
+                    if len(self._unanswered) >= self.hold:
                         for due_id, due_code in reversed(self._unanswered):
                             writer.write(b"\x40\x03" + due_id + bytes([due_code]))
                         self._unanswered.clear()
                 elif kind == 14:
                     return
 
-    def _answer(self, seq: int) -> int | None:
+    def _answer(self, seq: int, topic: str) -> int | None:
         self.tries.append(seq)
+        self.topics[seq] = topic
         code = self._script(seq)
         if code == 0:
             self.taken.append(seq)
         return code
 
     @staticmethod
-    async def _packet(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    async def _packet(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
         (first,) = await reader.readexactly(1)
         length = shift = 0
         while True:
@@ -372,7 +391,7 @@ class ScriptedBroker:
             length |= (digit & 127) << shift
             shift += 7
             if digit < 128:
-                return first >> 4, await reader.readexactly(length)
+                return first >> 4, first & 15, await reader.readexactly(length)
 
 
 def test_a_refused_message_that_is_taken_later_keeps_its_place(outbox: Outbox) -> None:
@@ -428,7 +447,7 @@ def test_a_message_over_which_the_broker_always_hangs_up_does_not_hold_up_the_ot
             async with publishing(broker.mqtt, outbox):
                 await until(lambda: emptied(outbox), "an empty outbox")
             assert list(dict.fromkeys(broker.taken)) == [seq for seq in range(1, 61) if seq != 20]
-            assert broker.tries.count(20) == ENDINGS + 1
+            assert broker.tries.count(20) == ENDINGS + 2, "with the others, alone, and once more after a witness"
 
     run(main())
     assert "message 20 is put aside as a dead letter: whenever it is sent, the connection was lost" in caplog.text
@@ -469,15 +488,172 @@ def test_a_broker_that_dies_now_and_then_makes_no_dead_letters(outbox: Outbox, m
 
 def test_late_acknowledgements_in_any_order_are_waited_for_within_the_window(outbox: Outbox) -> None:
     async def main() -> None:
-        await asyncio.gather(*(outbox.append(transcript()) for _ in range(WINDOW * 6)))
         async with ScriptedBroker(lambda _: 0) as broker:
-            broker.hold = WINDOW
-            async with publishing(broker.mqtt, outbox):
+            async with publishing(broker.mqtt, outbox) as running:
+                await until(lambda: running.connected, "a connection")
+                broker.hold = WINDOW
+                await asyncio.gather(*(outbox.append(transcript()) for _ in range(WINDOW * 6)))
                 await until(lambda: emptied(outbox), "an empty outbox")
             assert broker.taken == list(range(1, WINDOW * 6 + 1))
             assert broker.most_unanswered == WINDOW
 
     run(main())
+
+
+@pytest.mark.parametrize("code", [0x97, 0x87, None])
+def test_a_broker_that_refuses_everything_makes_no_dead_letters_and_gets_all_in_order_when_it_takes_them(
+    outbox: Outbox, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quota exceeded, not authorized, and mosquitto's way: hanging up."""
+    monkeypatch.setattr(publisher, "_FIRST_RETRY_S", 0.0)
+    monkeypatch.setattr(refusals, "_TRY_AGAIN_S", 0.01)
+    monkeypatch.setattr(refusals, "_FIRST_HOLD_S", 0.05)
+    refuses = True
+
+    async def main() -> None:
+        changes = 0
+
+        def changed() -> None:
+            nonlocal changes
+            changes += 1
+
+        await outbox.append(*[transcript(), rejection()] * 20, command(3.0, ended_s_ago=0), command(60))
+        async with ScriptedBroker(lambda _: code if refuses else 0) as broker:
+            async with publishing(broker.mqtt, outbox, on_change=changed) as running:
+                await until(lambda: running.refusal, "the refusal to be noticed")
+                told, at_first = running.refusal, len(broker.tries)
+                assert told is not None
+                told_of = changes
+                await until(lambda: len(broker.tries) > at_first + 8, "some pauses")
+                await outbox.append(transcript("meanwhile"))
+                statistics = await outbox.statistics()
+                assert statistics.dead_letters == 0
+                assert statistics.refusal.endswith(told.remedy)
+                await until(lambda: clock.boottime_ns() > expires_ns, "the end of a command's life")
+                set_refuses(False)
+                await until(lambda: emptied(outbox), "an empty outbox")
+                await until(lambda: running.refusal is None, "the end of the refusal")
+                assert changes > told_of
+            assert broker.taken == list(range(1, 44))
+            assert broker.topics[41].endswith("evt/expired")
+            assert broker.topics[42].endswith("evt/command")
+        statistics = await outbox.statistics()
+        assert (statistics.refusal, statistics.dead_letters) == ("", 0)
+
+    expires_ns = clock.boottime_ns() + 2 * clock.NS_PER_S
+
+    def set_refuses(now: bool) -> None:  # noqa: FBT001
+        nonlocal refuses
+        refuses = now
+
+    run(main())
+
+
+def test_one_forbidden_topic_goes_to_the_dead_letters_and_the_others_to_the_broker(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "_TRY_AGAIN_S", 0.01)
+    monkeypatch.setattr(refusals, "_FIRST_HOLD_S", 0.05)
+
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 40, rejection(), command(60), *[transcript()] * 3)
+        async with ScriptedBroker(lambda seq: 0 if seq in {41, 42} else 0x87) as broker:
+            async with publishing(broker.mqtt, outbox) as running:
+                await until(lambda: emptied(outbox), "an empty outbox")
+                assert running.refusal is None
+            assert sorted(broker.taken) == [41, 42]
+            assert min(Counter(broker.tries)[seq] for seq in (*range(1, 41), 43, 44, 45)) >= REFUSALS
+        assert (await outbox.statistics()).refused == {"transcript": 43, "rejection": 0, "alarm": 0, "command": 0}
+
+    run(main())
+
+
+def test_what_is_alone_and_refused_waits_until_something_else_says_whether_it_is_the_only_one(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "_TRY_AGAIN_S", 0.01)
+    monkeypatch.setattr(refusals, "_FIRST_HOLD_S", 3600.0)
+
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 2)
+        async with ScriptedBroker(lambda seq: 0x87 if seq < 3 else 0) as broker:
+            async with publishing(broker.mqtt.model_copy(update={"max_retry_s": 3600.0}), outbox) as running:
+                await until(lambda: running.refusal, "the refusal to be noticed")
+                assert (await outbox.statistics()).dead_letters == 0
+                await outbox.append(command(10))
+                await until(lambda: 3 in broker.taken, "the command, for which no pause is waited out")
+                await until(lambda: emptied(outbox), "an empty outbox")
+            assert (await outbox.statistics()).dead_letters == 2
+
+    run(main())
+
+
+def test_a_quota_of_one_message_at_a_time_makes_no_dead_letters(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken after it was refused says nothing against what is refused next."""
+    monkeypatch.setattr(refusals, "_TRY_AGAIN_S", 0.01)
+    monkeypatch.setattr(refusals, "_FIRST_HOLD_S", 0.05)
+    head, renewed = 1, False
+
+    def drip(seq: int) -> int:
+        nonlocal head, renewed
+        if seq == head and renewed:
+            head, renewed = head + 1, False
+            return 0
+        renewed = renewed or seq > head  # while the queue is held after a witness
+        return 0x97
+
+    async def main() -> None:
+        await outbox.append(*[transcript(), rejection()] * 6)
+        async with ScriptedBroker(drip) as broker:
+            async with publishing(broker.mqtt, outbox):
+                await until(lambda: head == 12, "all but the last")
+                await outbox.append(transcript())
+                await until(lambda: head == 13, "the last")
+            assert broker.taken == list(range(1, 13))
+            assert (await outbox.statistics()).dead_letters == 0
+
+    run(main())
+
+
+def test_states_and_the_farewell_keep_to_the_brokers_receive_maximum(outbox: Outbox) -> None:
+    """HiveMQ's is 10; here it is 2, and the broker keeps its answers back."""
+
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 50)
+        async with ScriptedBroker(lambda _: 0, receive_maximum=2) as broker:
+            broker.hold = 2
+            async with publishing(broker.mqtt, outbox) as running:
+                for n in range(30):
+                    running.publish_retained(contract.STATUS, contract.status_data("degraded", f"trouble {n}"))
+                    running.publish_retained(contract.META, contract.meta_data(META))
+                    await asyncio.sleep(0)
+                await until(lambda: len(broker.taken) >= 48, "the messages")
+                running.publish_retained(contract.STATUS, contract.status_data("degraded", "the last"))
+                running.publish_retained(contract.META, contract.meta_data(META))
+                broker.hold = 1000
+            await until(lambda: broker.states[-1] == "offline", "the farewell")
+            assert broker.most_unanswered == 2
+
+    run(main())
+
+
+def test_a_bug_beside_the_delivery_ends_the_publisher_instead_of_hiding(
+    tmp_path: Path, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def main(mqtt: Mqtt) -> None:
+        for room, name in ((publisher.Publisher, "_find_better"), (delivery.Delivery, "_watch")):
+            with monkeypatch.context() as patch:
+                patch.setattr(room, name, broken)
+                with pytest.raises(ZeroDivisionError):
+                    await asyncio.wait_for(Publisher(mqtt, RENDERER, outbox).run(), PATIENCE_S)
+
+    with Broker(new_folder(tmp_path, "well")) as broker:
+        run(main(broker.mqtt()))
 
 
 def test_a_message_larger_than_the_broker_takes_is_put_aside_and_does_not_end_the_connection(
@@ -511,6 +687,45 @@ def test_a_command_that_waited_too_long_is_delivered_as_expired_only(broker: Bro
                 f"{ROOT}/evt/expired",
                 f"{ROOT}/evt/command",
             ]
+
+    run(main())
+
+
+def question(window_s: float) -> Draft:
+    said = Command("start", {"line": 3}, 0.93, "confirm", 10.0, words="start line 3")
+    until_ns = clock.boottime_ns() + round(window_s * clock.NS_PER_S)
+    return contract.pending_draft(Pending(new_id(), spoken(), HEARD, said, 1, until_ns), model="micro-en")
+
+
+def test_a_question_goes_before_the_backlog_like_a_live_command_and_the_broker_drops_it_with_its_window(
+    broker: Broker, outbox: Outbox
+) -> None:
+    async def main() -> None:
+        await outbox.append(*[transcript()] * 300)
+        with Subscriber(broker) as subscriber:
+            async with publishing(broker.mqtt(replay_per_s=100), outbox):
+                await received(subscriber, lambda got: len(events(got)) > 20, "the beginning of the backlog")
+                await outbox.append(transcript(), question(15.0), command(10))
+                await received(subscriber, lambda _: subscriber.on("/evt/command"), "the command")
+                (asked,) = subscriber.on("/evt/pending")
+                assert 12 <= asked.properties["MessageExpiryInterval"] <= 14
+                assert len(subscriber.on("/evt/transcript")) < 250
+                kinds = [message.topic.rpartition("/")[2] for message in events(subscriber.messages)]
+                assert kinds.index("pending") < kinds.index("command")
+
+    run(main())
+
+
+def test_a_question_that_nobody_can_answer_any_more_is_for_the_record_only(broker: Broker, outbox: Outbox) -> None:
+    async def main() -> None:
+        (sent,) = await outbox.append(question(1.9))
+        with Subscriber(broker) as subscriber:
+            async with publishing(broker.mqtt(), outbox):
+                await received(subscriber, lambda got: len(events(got)) == 1, "it")
+            (expired,) = subscriber.on("/evt/expired")
+            assert expired.data["pending_id"] == sent.data["pending_id"]
+            assert (expired.data["confirmed"], expired.data["expires_at"]) == (False, sent.data["confirm_until"])
+            assert "read_back" not in expired.data
 
     run(main())
 
@@ -663,13 +878,10 @@ def states(subscriber: Subscriber) -> list[str]:
 
 
 def test_birth_and_farewell_are_retained_and_every_connection_brings_them_again(broker: Broker, outbox: Outbox) -> None:
-    model = ("micro-en", "0" * 64, ("en",), "onnxruntime", "cpu", "cpu")
-    meta = contract.Meta("0.1.0", *model, {}, ("microphone",), 0, "a" * 64, ())
-
     async def main() -> None:
         with Subscriber(broker) as subscriber:
             async with publishing(broker.mqtt(), outbox) as running:
-                running.publish_retained(contract.META, contract.meta_data(meta))
+                running.publish_retained(contract.META, contract.meta_data(META))
                 await received(subscriber, lambda got: len(got) == 2, "the birth")
                 await asyncio.to_thread(broker.stop)
                 running.publish_retained(contract.STATUS, contract.status_data("degraded", "no audio; check the cable"))
@@ -850,7 +1062,7 @@ def trouble_of(mqtt: Mqtt, outbox: Outbox) -> str:
 def test_an_unknown_host_a_closed_port_and_a_foreign_port_are_named_with_the_remedy(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "_DIAL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(link, "_CONSENT_TIMEOUT_S", 0.2)
     port = free_port()
     assert "check mqtt.host and the name server" in trouble_of(Mqtt(host="no..such..host"), outbox)
     assert trouble_of(Mqtt(host="127.0.0.1", port=port), outbox) == (

@@ -23,8 +23,9 @@ from typing import NoReturn
 from edge_asr import clock, contract
 from edge_asr.contract import Renderer
 from edge_asr.events import Command, Draft, Message, Token, Transcript, Utterance, new_id
-from edge_asr.outbox import BALLAST_BYTES, Outbox, OutboxError
+from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.publisher import Publisher
+from edge_asr.reserve import BALLAST_BYTES
 from edge_asr.settings import Mqtt
 
 ROOT = "acme/hall-2/voice/edge01"
