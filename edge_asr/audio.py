@@ -123,7 +123,9 @@ def _as_float32(block: NDArray[Any]) -> NDArray[np.float32]:
     if block.dtype.kind == "f":
         return block.astype(np.float32, copy=False)
     if block.dtype.kind == "i":
-        return (block / -float(np.iinfo(block.dtype).min)).astype(np.float32)
+        scaled: NDArray[np.float32] = block.astype(np.float32)
+        scaled *= np.float32(-1 / np.iinfo(block.dtype).min)  # a power of two: exact
+        return scaled
     if block.dtype == np.uint8:
         return ((block.astype(np.float32) - 128) / 128).astype(np.float32)
     raise ValueError(f"samples of type {block.dtype} are not audio")

@@ -182,6 +182,7 @@ class Daemon:
             live=self.live,
         )
         self.pipeline.muted = self.standing.muted
+        self.pipeline.turned = self._turn
         self.show()
         self.watchdog = Watchdog([*self.microphones.values()], self.pipeline, self.outbox, self.worker)
         background = [
@@ -215,6 +216,10 @@ class Daemon:
                 self.outbox.close()
                 if self._recorder is not None:
                     self._recorder.close()
+
+    def _turn(self, source: str, speaking: bool) -> None:  # noqa: FBT001 - as the pipeline calls it
+        if source in self.microphones:
+            self.microphones[source].attend(speaking=speaking)
 
     def _note(self, heard: Understanding, timing: Timing) -> None:
         self._caretaker.metrics.count(heard, timing)

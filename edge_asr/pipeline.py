@@ -209,11 +209,12 @@ class Ear:
         """Close what is open: no frame will follow."""
         return self._gate.flush()
 
-    def ignore(self, frame: AudioFrame) -> None:
+    def ignore(self, frame: AudioFrame) -> list[Utterance]:
         """Take a frame while nobody may listen: only its level counts, and what was being said is forgotten."""
         self._gate.flush()
         self._expected = None
         self.meter.feed(frame, measure(frame.pcm))
+        return []
 
     def growing(self) -> Utterance | None:
         """The open utterance so far; None while nobody speaks."""
@@ -373,6 +374,8 @@ class Pipeline:
         self._live = live
         self.told: Callable[[Message], None] = lambda _message: None
         """Hears of every message right after its commit."""
+        self.turned: Callable[[str, bool], None] = lambda _source, _speaking: None
+        """Hears of a source when it is first listened to, and when somebody begins to speak there (true) or ends."""
         self.noted: Callable[[Understanding, Timing], None] = lambda _heard, _timing: None
         """Hears of every final right after its commit."""
         self.awaits_guests = False
@@ -513,12 +516,14 @@ class Pipeline:
         ear = self.ears[source.name]
         interval = round(self._options.partials.interval_s * SAMPLE_RATE)
         partials = self._options.partials.enabled and self._options.privacy.publish == "everything"
-        next_partial = 0
+        next_partial, spoke = 0, False
+        self.turned(source.name, spoke)
         async for frame in source.frames():
-            if self.muted:
-                ear.ignore(frame)
-                continue
-            for utterance in ear.feed(frame):
+            closed = ear.ignore(frame) if self.muted else ear.feed(frame)
+            if ear.speaking != spoke:
+                spoke = ear.speaking
+                self.turned(source.name, spoke)
+            for utterance in closed:
                 await self._close(utterance)
             kind: Kind = "foreseen"
             early = ear.foreseen()

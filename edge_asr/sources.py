@@ -62,8 +62,15 @@ _START_S: Final = 5.0
 """The first samples may take longer: Bluetooth headsets and suspended PulseAudio sources need 2 s."""
 
 _POLL_S: Final = 0.032
-_HOST_BUFFER_S: Final = 0.5
-"""What the driver keeps while the capture thread does not run; 0.2 s was not enough beside a busy interpreter."""
+"""Between two looks at the device while somebody speaks: what a look costs is added to every answer."""
+
+_IDLE_POLL_S: Final = 0.5
+"""While nobody does: most of what silence costs is waking up. A beginning is heard so much later and caught up with; an
+end is not, because by then somebody speaks."""
+
+_HOST_BUFFER_S: Final = 1.5
+"""What the driver is asked to keep while the capture thread does not run: a busy interpreter may hold it up for more
+than 0.2 s. Some cards have less."""
 
 _CLOSE_S: Final = 1.0
 _GAP_S: Final = 1.0
@@ -326,6 +333,11 @@ class _Stream:
             raise SourceError(f"{self.device.name!r} delivers nothing any more")
         return np.frombuffer(data, dtype=np.int16).reshape(-1, self._channel)[:, -1]
 
+    @property
+    def patience_s(self) -> float:
+        """How long it may be left alone: a third of what the driver really keeps."""
+        return float(self._raw.latency) / 3
+
     def _native_rate(self) -> int:
         """48 kHz where it is to be had, a multiple of ours; PortAudio's own choice is 44.1 kHz wherever possible."""
         sounddevice = self._portaudio.sounddevice
@@ -507,6 +519,9 @@ class Microphone:
         self._cutter = FrameCutter(settings.name)
         self._timeline = Timeline()
         self._stop = threading.Event()
+        self._attentive = True
+        self._roused = threading.Event()
+        """Set, the capture thread looks at once: somebody speaks, or it is to end."""
         self._thread: threading.Thread | None = None
         self._mailbox: _Mailbox | None = None
         self._failure: BaseException | None = None
@@ -522,19 +537,29 @@ class Microphone:
             while (frame := await self._mailbox.get()) is not None:
                 yield frame
         finally:
-            self._stop.set()
+            self._halt()
         if self._failure is not None:
             raise self._failure
 
+    def attend(self, *, speaking: bool) -> None:
+        """Say whether somebody speaks: then what is captured is handed on at once, else in larger pieces."""
+        self._attentive = speaking
+        if speaking:
+            self._roused.set()
+
     async def close(self) -> None:
         """Let go of the device; the frames that wait are still delivered. Returns within about a second."""
-        self._stop.set()
+        self._halt()
         await asyncio.to_thread(self._leave)
         atexit.unregister(self._leave)
         self.state = "closed"
 
-    def _leave(self) -> None:
+    def _halt(self) -> None:
         self._stop.set()
+        self._roused.set()
+
+    def _leave(self) -> None:
+        self._halt()
         if self._thread is None or self._mailbox is None:
             return
         self._thread.join(_CLOSE_S)
@@ -587,7 +612,7 @@ class Microphone:
         resampler = Resampler(stream.rate)
         reopened = self.device_name is not None
         rate = RateMeter(stream.rate)
-        while not (self._stop.wait(_POLL_S) or stream.stale):
+        while self._keep_on(stream):
             self.turned_ns = boottime_ns()
             block = stream.read()
             if not len(block):
@@ -608,6 +633,14 @@ class Microphone:
                 self.device_name, self.state, self.trouble = stream.device.name, "capturing", ""
             end = self._cutter.end + len(pcm) // BYTES_PER_SAMPLE
             self._hand_over(self._cutter.feed(pcm, self._timeline.captured_ns(end)), mailbox)
+
+    def _keep_on(self, stream: _Stream) -> bool:
+        """Let some audio gather; False: to be closed, or to step aside."""
+        self._roused.clear()
+        if not self._stop.is_set():
+            idle_s = min(_IDLE_POLL_S, max(_POLL_S, stream.patience_s))
+            self._roused.wait(_POLL_S if self._attentive else idle_s)
+        return not (self._stop.is_set() or stream.stale)
 
     def _hand_over(self, frames: list[AudioFrame], mailbox: _Mailbox) -> None:
         if frames:

@@ -310,6 +310,16 @@ def test_partials_of_who_speaks_precede_the_transcript_and_carry_its_id(assemble
     assert durations[0] < float(str(transcript.data["duration_s"]))  # the last may hold silence that the final drops
 
 
+def test_a_source_is_told_when_somebody_begins_and_ends_to_speak(assemble: Assemble) -> None:
+    async def play() -> list[tuple[str, bool]]:
+        rig, turns = assemble(Tape("tape", (CALL + QUIET) * 2)), list[tuple[str, bool]]()
+        rig.pipeline.turned = lambda source, speaking: turns.append((source, speaking))
+        await rig.run()
+        return turns
+
+    assert asyncio.run(play()) == [("tape", speaking) for speaking in (False, True, False, True, False)]
+
+
 def test_partials_can_be_turned_off(assemble: Assemble) -> None:
     async def play() -> Rig:
         rig = assemble(Tape("tape", CALL + QUIET), options={"partials": {"enabled": False}})

@@ -185,6 +185,27 @@ def test_closing_lets_go_of_the_thread_and_the_device(card: SoundCard) -> None:
     until(lambda: not card.recording(), "the device is still in use")
 
 
+def test_while_nobody_speaks_it_looks_rarely_and_at_once_when_somebody_begins_and_loses_nothing(
+    card: SoundCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_IDLE_POLL_S", 3.0)
+    monkeypatch.setattr(sources, "_HOST_BUFFER_S", 9.0)
+
+    async def main() -> None:
+        async with listening(source := microphone()) as frames:
+            await eventually(lambda: bool(frames), "no frames")
+            source.attend(speaking=False)
+            await eventually(lambda: boottime_ns() - frames[-1].captured_ns > NS_PER_S, "it does not rest")
+            rested = len(frames)
+            source.attend(speaking=True)
+            await eventually(lambda: len(frames) > rested + 25, "it was not roused", 1.5)
+        assert not any(jumps(frames))
+        assert source.lost_samples == 0
+
+    run(main())
+    assert card.environment  # held until here
+
+
 def test_a_microphone_closed_before_it_was_read_delivers_nothing(card: SoundCard) -> None:
     async def main() -> list[AudioFrame]:
         source = microphone()
