@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -31,6 +31,12 @@ Wave = NDArray[np.float32]
 WEIGHTS = {"kokoro": 4.0, "flite:rms": 1.2, "flite:slt": 1.2, "flite:awb": 1.2, "flite:kal16": 0.3, "festival:slt": 0.8}
 WEIGHTS |= {"festival:kal": 0.2, "festival:ked": 0.3, "espeak": 1.3, "people": 0.5}
 """How often a voice is drawn, against the others; the neural one most often, as it is nearest to people."""
+
+ENOUGH = 2000
+"""Utterances of a voice below which it is drawn less often, so that none is heard over and over."""
+
+KINDS = {"general": 0.45, "coffee": 0.14, "factory": 0.13, "free": 0.11, "digits": 0.07, "letters": 0.03, "short": 0.04}
+"""How often a kind of sentence is drawn; what is not listed (people) is the only kind of its voice."""
 
 LONGEST_S = 20.0
 
@@ -98,18 +104,26 @@ class Pool:
 
     def __init__(self, said: Sequence[Said], noises: Sequence[Noise], seed: int) -> None:
         self.random, self.generator = Random(seed), np.random.default_rng(seed)
-        voices = defaultdict[str, list[Said]](list)
+        voices = defaultdict[str, dict[str, list[Said]]](lambda: defaultdict(list))
         for each in said:
-            voices[each.voice if each.voice in WEIGHTS else each.voice.partition(":")[0]].append(each)
+            name = each.voice if each.voice in WEIGHTS else each.voice.partition(":")[0]
+            voices[name][each.kind].append(each)
         self.voices = list(voices.values())
-        self.weights = [WEIGHTS.get(name, 0.5) * min(1.0, len(who) / 200) for name, who in voices.items()]
+        self.weights = [
+            WEIGHTS.get(name, 0.5) * min(1.0, sum(map(len, kinds.values())) / ENOUGH) for name, kinds in voices.items()
+        ]
         kinds = defaultdict[str, list[Noise]](list)
         for noise in noises:
             kinds[noise.kind].append(noise)
         self.noises = list(kinds.values())
 
-    def speaker(self) -> Said:
-        return self.random.choice(self.random.choices(self.voices, self.weights)[0])
+    def voice(self) -> Mapping[str, Sequence[Said]]:
+        """What one voice said, by kind of sentence."""
+        return self.random.choices(self.voices, self.weights)[0]
+
+    def utterance(self, voice: Mapping[str, Sequence[Said]]) -> Said:
+        kind = self.random.choices(list(voice), [KINDS.get(kind, 1.0) for kind in voice])[0]
+        return self.random.choice(voice[kind])
 
     def noise(self, size: int) -> tuple[str, Wave]:
         """(event, [size] samples) of one kind, kinds equally often."""
@@ -121,7 +135,7 @@ class Pool:
         """Two to six people talking at once."""
         talk = np.zeros(size, np.float32)
         for _ in range(self.random.randint(2, 6)):
-            who = self.speaker().audio.astype(np.float32) / 32768
+            who = self.utterance(self.voice()).audio.astype(np.float32) / 32768
             talk += np.roll(np.resize(who, size), self.random.randrange(size)) * self.random.uniform(0.4, 1)
         return talk
 
@@ -147,15 +161,16 @@ class Pool:
     def _said(self) -> tuple[Wave, str]:
         """One utterance, or some of the same voice one after the other."""
         random = self.random
-        who = random.choices(self.voices, self.weights)[0]
+        voice = self.voice()
         count = random.choices((1, 2, 3, random.randint(4, 9)), (80, 12, 4, 4))[0]
-        if who[0].kind == "people":  # single digits of real people: joined to numbers of several
-            who = [each for each in who if each.voice == random.choice(who).voice] or list(who)
+        if "people" in voice:  # single digits of real people: joined to numbers of several
+            speaker = random.choice(voice["people"]).voice
+            voice = {"people": [each for each in voice["people"] if each.voice == speaker]}
             count = random.choices((1, 2, 3, 4, 6), (3, 2, 2, 2, 1))[0]
         factor = random.uniform(0.85, 1.2) if random.random() < 0.8 else 1.0
         pieces: list[Wave] = []
         words: list[str] = []
-        for each in random.choices(who, k=count):
+        for each in (self.utterance(voice) for _ in range(count)):
             audio = each.audio.astype(np.float32) / 32768
             if factor != 1.0:
                 audio = np.asarray(soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * factor, quality="MQ"), np.float32)

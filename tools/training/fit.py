@@ -49,6 +49,8 @@ class Plan:
     """Of the exponential moving average of the weights, which is what is exported."""
     tag_weight: float = 0.3
     checkpoint_minutes: float = 4.0
+    longest_step_s: float = 20.0
+    """A step counts for no more: a machine that was asleep or a process that was stopped has not learned."""
 
 
 SIZES = tuple(PACKAGES)
@@ -198,7 +200,7 @@ class Run:
             seen.append(self.step(batch, random))
             heard_s += float(batch.x_length.sum()) * 0.06
             now = time.monotonic()
-            self.elapsed_s, last = self.elapsed_s + now - last, now
+            self.elapsed_s, last = self.elapsed_s + min(now - last, self.plan.longest_step_s), now
             if self.steps % 25 == 0:
                 ctc, tags = np.mean(seen, 0)
                 line = f"{self.elapsed_s / 60:6.1f} min  {self.steps:5d} steps  {heard_s / 3600:.2f} h heard"

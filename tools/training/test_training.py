@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 from edge_asr import evaluation
 from training import examples, export, noise, restore, texts
+from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
+from training.voices import Said
 
 
 @given(st.integers(0, 10_000))
@@ -93,3 +96,18 @@ def test_nobody_speaks_exactly_where_nothing_is_written(seed: int) -> None:
 @cache
 def _small() -> Network:
     return Network(Shape(vocabulary=12, nospeech=5, speech=6)).eval()
+
+
+def test_a_voice_that_said_little_and_a_kind_that_is_common_are_not_heard_over_and_over() -> None:
+    def said(voice: str, kind: str, count: int) -> list[Said]:
+        return [Said(voice, kind, "so", np.ones(1600, np.int16)) for _ in range(count)]
+
+    pool = Pool(
+        [*said("kokoro", "general", 20), *said("espeak", "coffee", 3000), *said("espeak", "general", 300)], [], 0
+    )
+    drawn = Counter((each.voice, each.kind) for each in (pool.utterance(pool.voice()) for _ in range(4000)))
+    assert drawn["kokoro", "general"] / 4000 == pytest.approx(
+        WEIGHTS["kokoro"] * 20 / ENOUGH / (WEIGHTS["kokoro"] * 20 / ENOUGH + WEIGHTS["espeak"]), abs=0.02
+    )
+    heard = drawn["espeak", "general"] / drawn["espeak", "coffee"]
+    assert heard == pytest.approx(KINDS["general"] / KINDS["coffee"], rel=0.2)

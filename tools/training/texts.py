@@ -218,13 +218,13 @@ def digits(random: Random) -> Sentence:
 
 
 SHARES: Mapping[str, tuple[float, Callable[[Random], Sentence]]] = {
-    "factory": (0.17, lambda random: of_grammar(random, "factory.en")),
-    "coffee": (0.17, lambda random: of_grammar(random, "coffee.en")),
-    "fragment": (0.05, lambda random: fragment(random, random.choice(("factory.en", "coffee.en")))),
-    "free": (0.14, free),
-    "digits": (0.10, digits),
-    "short": (0.05, lambda random: sentence("short", random.choice(SHORT))),
-    "general": (0.32, general),
+    "factory": (0.08, lambda random: of_grammar(random, "factory.en")),
+    "coffee": (0.08, lambda random: of_grammar(random, "coffee.en")),
+    "fragment": (0.02, lambda random: fragment(random, random.choice(("factory.en", "coffee.en")))),
+    "free": (0.12, free),
+    "digits": (0.05, digits),
+    "short": (0.03, lambda random: sentence("short", random.choice(SHORT))),
+    "general": (0.62, general),
 }
 """Kind -> its share of the utterances, and how one is made."""
 
