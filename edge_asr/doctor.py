@@ -86,7 +86,7 @@ def _under_orders(options: Settings) -> tuple[Settings, Finding]:
 def _permissions(options: Settings) -> Finding:
     """Whether every file that the settings name can be read, and secrets by nobody else."""
     gateway = options.gateway
-    secrets = _there(gateway and gateway.key_file)
+    secrets = _there(gateway and gateway.key_file, gateway and gateway.ice_password_file)
     named = _there(options.model.signed_by, options.hotwords.file, options.recorder.public_key)
     named += _there(gateway and gateway.cert_file)
     for broker in (options.mqtt, *options.mqtt.brokers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -308,6 +309,17 @@ class Requests(_Section):
     """The MES answers every command with req/receipt within this time, or an alarm is raised; None: it need not."""
 
 
+def _address(text: str) -> str:
+    return str(ipaddress.ip_address(text))
+
+
+UdpPort = Annotated[int, Field(ge=1024, le=65_535)]
+IceServer = Annotated[
+    str,
+    Field(pattern=r"^(stun:[^\s?:]+(:\d{1,5})?|turns?:[^\s?:]+(:\d{1,5})?(\?transport=(udp|tcp))?)$"),
+]
+
+
 class Gateway(_Section):
     """Browsers, phones and headsets of the plant network as further sources; needs the extra ``gateway``."""
 
@@ -321,10 +333,18 @@ class Gateway(_Section):
     key_file: Path | None = None
     open: bool = False
     """True: this machine's own programs need no token; then ``host`` must be a loopback address."""
-    announce: str | None = None
+    announce: Annotated[str, AfterValidator(_address)] | None = None
     """Address by which WebRTC peers reach this machine behind a port mapping (containers); None: its own addresses."""
-    ice_servers: tuple[str, ...] = ()
-    """STUN servers to ask, e.g. ``stun:10.0.0.1``; none by default: nothing is contacted."""
+    udp_ports: tuple[UdpPort, UdpPort] | None = None
+    """First and last UDP port for WebRTC, e.g. ``[50000, 50099]``, as a firewall or a port mapping lets them through: a
+    call needs one for each address of this machine. None: whichever the kernel gives."""
+    ice_servers: tuple[IceServer, ...] = ()
+    """STUN and TURN servers to ask, e.g. ``stun:10.0.0.1``, ``turn:10.0.0.1?transport=tcp``; of each kind the first is
+    used. None by default: nothing is contacted."""
+    ice_username: str | None = None
+    """For the TURN server."""
+    ice_password_file: Path | None = None
+    """File whose first line is its password (systemd: LoadCredential=)."""
     origins: tuple[str, ...] = ()
     """Web pages of other hosts that may use it, e.g. ``https://mes.plant``; its own page always may."""
     max_sessions: Annotated[int, Field(ge=1, le=1000)] = 64
@@ -343,6 +363,16 @@ class Gateway(_Section):
             raise ValueError("without TLS, or open without tokens, host must be 127.0.0.1 (or ::1, localhost)")
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("cert_file and key_file belong together: set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _webrtc(self) -> Gateway:
+        if self.udp_ports is not None and self.udp_ports[0] > self.udp_ports[1]:
+            raise ValueError("udp_ports are the first and the last one, in this order")
+        if (self.ice_username is None) != (self.ice_password_file is None):
+            raise ValueError("ice_username and ice_password_file belong together: set both or neither")
+        if self.ice_username is None and any(server.startswith("turn") for server in self.ice_servers):
+            raise ValueError("a TURN server in ice_servers wants ice_username and ice_password_file")
         return self
 
 

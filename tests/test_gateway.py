@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,8 @@ class WhipClient:
 
     def __init__(self, running: Box, path: Path, *, channel: bool = True) -> None:
         self.running = running
+        self.only = ""
+        """Candidates of this type alone; empty: of every type."""
         self.peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self.player = MediaPlayer(str(path))
         assert self.player.audio
@@ -156,15 +159,19 @@ class WhipClient:
         if self.channel:
             self.channel.on("message", lambda text: self.events.put_nowait(json.loads(text)))
 
-    async def call(self, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+    async def offer(self, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
         await self.peer.setLocalDescription(await self.peer.createOffer())
-        response = await http.post(
+        return await http.post(
             f"{self.running.url}/whip",
             data=self.peer.localDescription.sdp.encode(),
             headers={"Content-Type": "application/sdp", "Authorization": f"Bearer {self.running.token}"},
         )
+
+    async def call(self, http: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+        response = await self.offer(http)
         assert response.status == 201, await response.text()
-        await self.peer.setRemoteDescription(RTCSessionDescription(await response.text(), "answer"))
+        answer = re.sub(rf"^a=candidate:.*typ (?!{self.only}).*\r?\n", "", await response.text(), flags=re.MULTILINE)
+        await self.peer.setRemoteDescription(RTCSessionDescription(answer, "answer"))
         return response
 
     async def until(self, kind: str) -> dict[str, Any]:

@@ -20,7 +20,12 @@ EXAMPLE = settings_reference.example()
 KEY = re.compile(r"^( *)#(?=[a-z-])", re.MULTILINE)
 SCHEMA = settings_reference.schema()
 KEYS = [at for at, text in enumerate(EXAMPLE.split("\n")) if KEY.match(text)]
-BELONGING = {"cert_file": "key_file", "key_file": "cert_file"}
+BELONGING = {
+    "cert_file": "key_file",
+    "key_file": "cert_file",
+    "ice_username": "ice_password_file",
+    "ice_password_file": "ice_username",
+}
 
 
 def test_the_shipped_example_is_current() -> None:

@@ -72,7 +72,7 @@ class Call:
         self.ended = asyncio.Event()
 
     async def answer(self, offer: str, *, controlled: bool) -> str:
-        """The answer to an SDP offer. Raises OfferError."""
+        """The answer to an SDP offer. Raises OfferError, BusyError."""
         _check(offer)
         self._controlled = controlled or "m=application" in offer
         try:
@@ -81,6 +81,9 @@ class Call:
             await self.close()
             raise OfferError(f"this offer cannot be answered ({type(error).__name__}: {error})"[:200]) from None
         answer = self._peer.localDescription.sdp
+        if "\na=candidate:" not in answer:
+            await self.close()
+            raise BusyError("no UDP port is free for another call; try again later")
         found = re.search(r"^a=ice-ufrag:(\S+)", answer, re.MULTILINE)
         self.etag = f'"{found[1] if found else ""}"'
         self._start(self._watch(), "watch")
@@ -230,4 +233,4 @@ def _announced(answer: str, address: str | None) -> str:
     """The answer with the address under which the other side can reach us, behind a port mapping."""
     if address is None:
         return answer
-    return re.sub(r"^(a=candidate:(?:\S+ ){4})\S+", rf"\g<1>{address}", answer, flags=re.MULTILINE)
+    return re.sub(r"^(a=candidate:(?:\S+ ){4})\S+( \d+ typ host)", rf"\g<1>{address}\g<2>", answer, flags=re.MULTILINE)

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from edge_asr import clock, contract, settings
 from edge_asr.events import Json, Message
-from edge_asr.gateway import GatewayError
+from edge_asr.gateway import GatewayError, ice
 from edge_asr.gateway.box import Box
 from edge_asr.gateway.certificates import Files
 from edge_asr.gateway.dashboard import KEPT, Dashboard, shortened
@@ -81,6 +81,9 @@ class Gateway:
     async def run(self, box: Box) -> None:
         """Let stations in until cancelled. Raises GatewayError."""
         door = self._open_door()
+        if self._options.udp_ports is not None:
+            first, last = self._options.udp_ports
+            ice.keep_within(range(first, last + 1), asyncio.get_running_loop())
         sessions = Sessions(self._options, self._tokens, box.pipeline)
         rules = Rules(self._options, self._tokens, door.admit)
         whip = Whip(self._options, sessions, rules)

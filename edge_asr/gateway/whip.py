@@ -6,16 +6,20 @@ begun and ended over the session's WebSocket. Without it the call is a session o
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from aiohttp import hdrs, web
 from aiortc import RTCIceServer
 
 from edge_asr import settings
+from edge_asr.gateway import GatewayError, ice
 from edge_asr.gateway.call import MAX_SDP_BYTES, Call, OfferError
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import Session, Sessions
+from edge_asr.gateway.session import BusyError, Session, Sessions
 from edge_asr.gateway.tokens import Station
+
+log = logging.getLogger(__name__)
 
 SDP: Final = "application/sdp"
 FRAGMENT: Final = "application/trickle-ice-sdpfrag"
@@ -54,10 +58,10 @@ class Whip:
     async def _offer(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
         offer = await _body(request, SDP, MAX_SDP_BYTES)
+        servers = self._ice_servers()
         self._calls = {key: call for key, call in self._calls.items() if not call.ended.is_set()}
         session, bound = self._session(request, station)
         try:
-            servers = [RTCIceServer(url) for url in self._options.ice_servers]
             call = Call(session, servers, self._options.announce, owns_session=not bound)
             answer = await call.answer(offer, controlled=bound)
         except OfferError as error:
@@ -68,6 +72,13 @@ class Whip:
             await before.close()
         headers = {hdrs.LOCATION: f"/whip/{session.id}", hdrs.ETAG: call.etag, "Accept-Patch": FRAGMENT}
         return web.Response(status=201, body=answer.encode(), content_type=SDP, headers=headers)
+
+    def _ice_servers(self) -> list[RTCIceServer]:
+        try:
+            return ice.servers(self._options)
+        except GatewayError as error:
+            log.error("no call can be made: %s", error)  # noqa: TRY400 - no bug, no traceback
+            raise BusyError("no call can be made now; the gateway's log says why") from None
 
     def _session(self, request: web.Request, station: Station) -> tuple[Session, bool]:
         """The session that the request names, or a new one; and whether it was named."""

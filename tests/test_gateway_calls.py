@@ -1,0 +1,162 @@
+"""By which ports and servers a call may look for its way: those of the settings, and none else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ifaddr
+import pytest
+
+from edge_asr.settings import Gateway
+from tests.broker import free_port, wait_until
+from tests.gateway import Box, box, recording, run, transcribed
+from tests.test_gateway import WhipClient
+
+STOP = recording("20-emergency-stop")
+SECRET = "kept in a file"  # noqa: S105 - of a relay that lives for one test
+
+
+def test_calls_take_the_ports_of_the_settings_and_without_one_left_nobody_is_let_in(tmp_path: Path) -> None:
+    port = free_port()
+
+    async def crowd(running: Box) -> tuple[str, list[int], str]:
+        bearer = {"Authorization": f"Bearer {running.token}"}
+        first, second = WhipClient(running, STOP), WhipClient(running, STOP)
+        async with running.http() as http:
+            response = await first.call(http)
+            refused = await second.offer(http)
+            statuses = [refused.status]
+            await http.delete(running.url + response.headers["Location"], headers=bearer)
+            statuses.append((await second.offer(http)).status)
+            answer = await response.text()
+        await first.peer.close()
+        await second.peer.close()
+        return answer, statuses, refused.headers["Retry-After"]
+
+    with box(tmp_path, udp_ports=[port, port], announce="10.3.7.20") as running:
+        answer, statuses, retry_after = run(lambda: crowd(running))
+    candidates = re.findall(r"^a=candidate:\S+ \d udp \d+ (\S+) (\d+) typ host", answer, re.MULTILINE)
+    assert set(candidates) == {("10.3.7.20", str(port))}
+    assert statuses == [503, 201]
+    assert retry_after == "5"
+
+
+def own_addresses() -> set[str]:
+    return {ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)}
+
+
+@contextlib.contextmanager
+def destinations(running: Box, log: Path) -> Iterator[set[str]]:
+    """The addresses to which the daemon sends or connects meanwhile, outside this machine."""
+    found: set[str] = set()
+    command = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+    tracer = subprocess.Popen([*command, "-p", str(running.process.pid)])
+    wait_until(lambda: "TracerPid:\t0\n" not in Path(f"/proc/{running.process.pid}/status").read_text(), "strace")
+    try:
+        yield found
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait(10)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        found |= set(re.findall(r'inet_addr\("([\d.]+)"\)', text)) | set(re.findall(r'AF_INET6, "([^"]+)"', text))
+        found -= own_addresses()
+
+
+def test_no_stun_or_turn_server_is_contacted_unless_the_settings_name_one(tmp_path: Path) -> None:
+    async def call(running: Box) -> str:
+        client = WhipClient(running, STOP)
+        async with running.http() as http:
+            await client.call(http)
+            await client.until("ready")
+        await client.peer.close()
+        return client.peer.connectionState
+
+    with box(tmp_path) as running, destinations(running, tmp_path / "strace") as contacted:
+        run(lambda: call(running))
+    assert contacted == set()
+    assert re.search(r'inet_addr\("', (tmp_path / "strace").read_text(encoding="utf-8"))  # it was watched
+
+
+@contextlib.contextmanager
+def relay(folder: Path) -> Iterator[str]:
+    """A real coturn on this machine; its address."""
+    port = free_port()
+    command = ["turnserver", "-n", f"--listening-port={port}", "--listening-ip=127.0.0.1", "--relay-ip=127.0.0.1"]
+    command += ["--lt-cred-mech", f"--user=press-07:{SECRET}", "--realm=plant", "--allow-loopback-peers", "--no-tls"]
+    command += ["--no-dtls", "--no-cli", f"--pidfile={folder / 'pid'}", "--log-file=stdout", "--simple-log"]
+    with (folder / "coturn.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    def listens() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        return False
+
+    try:
+        wait_until(listens, "coturn listens")
+        yield f"turn:127.0.0.1:{port}?transport=udp"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_servers_of_the_settings_are_asked_turn_relays_the_call_and_its_password_stands_in_no_log(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "password").write_text(f"{SECRET}\n", encoding="utf-8")
+
+    async def talk(running: Box) -> str:
+        client = WhipClient(running, STOP)
+        client.only = "relay"
+        async with running.http() as http:
+            await client.call(http)
+            await client.until("ready")
+            assert client.channel
+            client.channel.send(json.dumps({"type": "start", "talk": 1}))
+            said: str = (await client.until("transcript"))["text"]
+        await client.peer.close()
+        return said
+
+    async def call(running: Box) -> int:
+        client = WhipClient(running, STOP)
+        async with running.http() as http:
+            status = (await client.offer(http)).status
+        await client.peer.close()
+        return status
+
+    with relay(tmp_path) as turn, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stun:
+        stun.bind(("127.0.0.1", 0))
+        stun.settimeout(10)
+        section: dict[str, Any] = {"ice_servers": [f"stun:127.0.0.1:{stun.getsockname()[1]}", turn]}
+        section |= {"ice_username": "press-07", "ice_password_file": str(tmp_path / "password")}
+        with box(tmp_path, **section) as running:
+            assert run(lambda: talk(running)) == transcribed(STOP)[0]["text"]
+            assert stun.recv(100)[:2] == b"\0\1"  # a binding request
+            (tmp_path / "password").unlink()
+            assert run(lambda: call(running)) == 503
+            assert "ice_password_file" in running.log
+            assert SECRET not in running.log
+
+
+@pytest.mark.parametrize(
+    ("section", "complaint"),
+    [
+        ({"udp_ports": [50_099, 50_000]}, "udp_ports are the first and the last one"),
+        ({"udp_ports": [80, 90]}, "1024"),
+        ({"ice_servers": ["http://10.0.0.1"]}, "pattern"),
+        ({"ice_servers": ["turn:10.0.0.1"]}, "wants ice_username and ice_password_file"),
+        ({"ice_username": "press-07"}, "belong together"),
+        ({"announce": "voice.plant"}, "does not appear to be an IPv4 or IPv6 address"),
+    ],
+)
+def test_settings_of_calls_that_cannot_work_are_refused(section: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Gateway.model_validate(section)
