@@ -84,23 +84,31 @@ class Engine:
 
 
 def prepare_engine(options: Settings) -> tuple[Engine, str]:
-    """The engine, and what went wrong where a newly activated model had to make way; errors as of Engine.build."""
+    """The engine, and what went wrong where a newly activated model had to make way.
+
+    It has heard its golden recording rightly, else ModelError; other errors as of Engine.build.
+    """
     store = installation.Store(options.models_directory)
     if options.model.name is not None or store.proven:
-        return Engine.build(options), ""
+        return _proven_engine(options), ""
     candidate = store.active
     reason = f"the daemon ended {installation.TRIALS} times with it"
     if store.begin() is None:
         try:
-            engine = Engine.build(options)
-            trial.hear_golden(engine.recognizer, engine.files)
+            engine = _proven_engine(options)
         except ModelError as error:
             reason = str(error)
             store.roll_back()
         else:
             store.prove()
             return engine, ""
-    return Engine.build(options), f"{candidate} is not used, {store.active} is again: {reason}"
+    return _proven_engine(options), f"{candidate} is not used, {store.active} is again: {reason}"
+
+
+def _proven_engine(options: Settings) -> Engine:
+    engine = Engine.build(options)
+    trial.hear_golden(engine.recognizer, engine.files)
+    return engine
 
 
 def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:

@@ -1,7 +1,8 @@
 """Decides whether a model is fit to be activated: in a process of its own, which a native library may end.
 
 The child loads the model with the engine of the settings and hears its golden recording. sherpa-onnx and onnxruntime
-end the process on some files that are no model of theirs; the parent then says so in one line and lives on.
+end the process on some files that are no model of theirs; the parent then says so in one line and lives on. The daemon
+asks the same of its model at every start (``engine``): a sound file is not yet a sound model.
 """
 
 from __future__ import annotations
@@ -55,19 +56,26 @@ def hears_right(heard: str, said: str, *, exactly: bool) -> bool:
     return Levenshtein.distance(*words) <= (0 if exactly else WRONG_WORDS)
 
 
+def listen(recognizer: inference.OnnxRecognizer | inference.SherpaRecognizer, files: ModelFiles) -> str:
+    """What a loaded model hears in its golden recording, or in the bundled one whatever its language."""
+    known = golden_of(files)
+    recording = known[0] if known else model_store.bundled("recordings") / BUNDLED_GOLDEN.audio
+    try:
+        return recognizer.recognize(read_file(recording)).transcript.text
+    except (RecognizerError, AudioFileError) as error:
+        raise ModelError(f"{files.name}: fails on its golden recording ({error}); import the model again") from None
+
+
 def hear_golden(recognizer: inference.OnnxRecognizer | inference.SherpaRecognizer, files: ModelFiles) -> Verdict:
-    """Let a loaded model hear its golden recording. Raises ModelError if it hears something else."""
+    """Hold what a loaded model hears against what its golden recording is known to say. Raises ModelError."""
     golden = golden_of(files)
     spoken = recognizer.languages
     if golden is None or (files.manifest.golden is None and spoken and "en" not in spoken):
         return Verdict(None)
-    recording, said = golden
-    try:
-        heard = recognizer.recognize(read_file(recording)).transcript.text
-    except (RecognizerError, AudioFileError) as error:
-        raise ModelError(f"{files.name}: fails on its golden recording ({error}); import the model again") from None
+    heard, said = listen(recognizer, files), golden[1]
     if not hears_right(heard, said, exactly=files.manifest.golden is not None):
-        raise ModelError(f"{files.name}: hears {heard!r} where {said!r} is said; import the model again")
+        remedy = "import the model again, or one of the language in model.languages"
+        raise ModelError(f"{files.name}: hears {heard!r} where {said!r} is said; {remedy}")
     return Verdict(heard)
 
 

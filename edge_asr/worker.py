@@ -28,10 +28,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, NoReturn
 
-from edge_asr import clock, installation, model_store, trial
-from edge_asr.audio import read_file
+from edge_asr import installation, trial
 from edge_asr.engine import Engine, prepare_engine
-from edge_asr.events import Rejection, Utterance, new_id
+from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
@@ -64,6 +63,9 @@ _LOOK_S: Final = 0.5
 _OOM_SCORE: Final = 500
 """When memory runs out the kernel takes the worker, which can be replaced, and not the daemon."""
 
+_GOLDEN: Final = "golden"
+"""The request to hear the golden recording: by the model alone, whose text no hotword changes."""
+
 _PR_SET_PDEATHSIG: Final = 1
 _REFUSALS: Final = (ModelError, HotwordError, GrammarError)
 
@@ -84,17 +86,10 @@ class Facts:
     provider: str
     """The execution provider really in use, named as in the settings."""
     golden: str
-    """What it hears in the golden recording."""
+    """What it hears in the golden recording; right, where it is known what is right (``engine``)."""
     trouble: str
     """Why a newly activated model had to make way; empty: it had not."""
     resident_bytes: int
-
-
-def golden_utterance(files: ModelFiles) -> Utterance:
-    """The recording whose text every worker of a model must hear alike, whatever language it is in."""
-    known = trial.golden_of(files)
-    path = known[0] if known else model_store.bundled("recordings") / trial.BUNDLED_GOLDEN.audio
-    return Utterance(id=new_id(), source="golden", start=0, pcm=read_file(path), ended_ns=clock.boottime_ns())
 
 
 class Worker:
@@ -181,10 +176,14 @@ class Worker:
 
     def prove(self) -> None:
         """Listen to the golden recording; one that hears something else is replaced. Raises WorkerError."""
-        heard = self._understand(golden_utterance(self.facts.files), final=False, attempts=2)
-        if _text(heard) != self.facts.golden:
-            with self._turn:
-                self._replace("does not hear the golden recording rightly any more")
+        with self._turn:
+            try:
+                heard, _ = self._process.ask(_GOLDEN, WORK_LIMIT_S, LIMIT_S)
+            except _EndedError as error:
+                self._replace(str(error))  # the new one has proven itself by being there
+            else:
+                if heard != self.facts.golden:
+                    self._replace("does not hear the golden recording rightly any more")
 
     def close(self) -> None:
         """End worker and zygote."""
@@ -371,21 +370,19 @@ def _serve(connection: Connection) -> NoReturn:
         os._exit(code)
 
 
-def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool]) -> tuple[Engine, object]:
+def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] | str) -> tuple[Engine, object]:
     """The engine to go on with, and the answer. Raises ModelError, HotwordError, GrammarError."""
     if engine is None:
         assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
         engine, trouble = prepare_engine(request)
-        golden = _text(engine.understand(golden_utterance(engine.files), final=False))
+        golden = trial.listen(engine.recognizer, engine.files)
         return engine, Facts(engine.files, engine.recognizer.provider, golden, trouble, _resident_bytes())
     if isinstance(request, Settings):
         return engine.under(request), None
+    if isinstance(request, str):
+        return engine, trial.listen(engine.recognizer, engine.files)
     utterance, final = request
     return engine, engine.understand(utterance, final=final)
-
-
-def _text(heard: Understanding) -> str:
-    return heard.transcript.text if heard.transcript is not None else ""
 
 
 def _settle() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 
 from edge_asr import clock, engine, grammar, model_store, settings, worker
@@ -119,6 +122,30 @@ def test_the_golden_recording_is_heard_alike_by_every_worker(walled: Worker) -> 
     os.kill(walled.pid, signal.SIGKILL)
     walled.prove()
     assert walled.replaced == 1
+
+
+def test_a_model_of_damaged_weights_is_refused_at_the_start_though_its_files_are_as_listed(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_store.bundled("models") / model_store.EMBEDDED, tmp_path / "spoilt"))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    file = folder / model_store.read_manifest(folder / "manifest.json").model_file
+    loaded = onnx.load(file)
+    for weights in sorted(loaded.graph.initializer, key=lambda each: len(each.raw_data))[-6:]:
+        weights.raw_data = weights.raw_data[::-1]
+    onnx.save(loaded, file)
+    manifest["files"][file.name] = {"sha256": model_store.sha256_of(file), "size": file.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"hears '.*' where 'start conveyor three' is said; import the model again"):
+        Worker(settings.Settings(model=settings.Model(name=str(folder))))
+
+
+def test_a_hotword_in_the_golden_recording_makes_no_recognizer_distrusted(walled: Worker) -> None:
+    words = settings.Hotwords.model_validate({"phrases": ["CONVEYOR Three"]})
+    walled.reload(OPTIONS.model_copy(update={"hotwords": words}))
+    heard = walled.understand(said("golden.flac"), final=False)
+    assert heard.transcript is not None
+    assert heard.transcript.text == "start CONVEYOR Three"
+    walled.prove()
+    assert walled.replaced == 0
 
 
 def test_a_recognizer_that_goes_on_hearing_wrongly_is_no_longer_trusted(walled: Worker) -> None:
