@@ -31,6 +31,8 @@ class SenseVoice:
     vocabulary: int = 25055
     quantized: bool = True
     """Weights as unsigned bytes, one scale per tensor, like the released model; else floats."""
+    lengths: bool = False
+    """Whether the number of output frames is an output, too, as FunASR's own exports have it."""
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
@@ -55,6 +57,9 @@ class SenseVoice:
             for name in ("x_length", "language", "text_norm")
         ]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "T4", self.vocabulary])]
+        if self.lengths:
+            self.nodes.append(helper.make_node("Add", ["x_length", "four"], ["encoder_out_lens"]))
+            outputs.append(helper.make_tensor_value_info("encoder_out_lens", TensorProto.INT32, ["N"]))
         graph = helper.make_graph(self.nodes, "sense_voice", inputs, outputs, list(self.constants.values()))
         opset = [helper.make_opsetid("", 13)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=8)
