@@ -73,6 +73,7 @@ _HOST_BUFFER_S: Final = 1.5
 than 0.2 s. Some cards have less."""
 
 _CLOSE_S: Final = 1.0
+_PR_SET_NAME: Final = 15
 _GAP_S: Final = 1.0
 """Quiet between two recordings, so that the speech detector ends one before the next begins."""
 
@@ -569,7 +570,8 @@ class Microphone:
             self._mailbox.end()
 
     def _run(self, mailbox: _Mailbox) -> None:
-        """Body of the capture thread."""
+        """Body of the capture thread, which `top -H` and a core dump call by its name."""
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, threading.current_thread().name.encode())
         try:
             _portaudio()  # a missing library does not appear by waiting
             atexit.register(self._leave)  # after sounddevice's own hook, so before it at exit: it must meet no reader

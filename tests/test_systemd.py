@@ -529,6 +529,25 @@ def test_a_daemon_killed_over_an_order_obeys_it_after_the_restart(order: Sysbox)
     order.wait_for("nothing to be kept", lambda: order.show("edge-asr", "NFileDescriptorStore") == "0")
 
 
+def test_a_sound_driver_that_crashes_costs_a_moment_and_no_utterance_that_was_heard(order: Sysbox) -> None:
+    capturing(order)
+    order.run("kill", "-STOP", str(recognizer(order)))
+    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
+    crash(pid_outside(order, main_pid(order)), "capture-microph")
+    order.wait_for("a restart", lambda: restarts(order) == 1)
+    assert "Fatal Python error: Segmentation fault" in everything_logged(order)
+    recovers(order)
+    the_command_arrives(order)
+    order.wait_for("the microphone", lambda: everything_logged(order).count("capturing from") == 2)
+
+
+def crash(pid: int, thread: str) -> None:
+    """Let one thread of a process die of SIGSEGV the next time it waits, as a broken driver would."""
+    (task,) = (each for each in Path(f"/proc/{pid}/task").iterdir() if (each / "comm").read_text().strip() == thread)
+    segv = ["strace", "-qq", "-o", "/dev/null", "-e", "inject=futex:signal=SEGV:when=1", "-p", task.name]
+    subprocess.run(segv, check=False, timeout=30)
+
+
 @contextlib.contextmanager
 def standing_still(box: Sysbox, calls: str) -> Iterator[None]:
     """Let every thread of the daemon that makes one of these system calls stay in it."""
