@@ -32,7 +32,7 @@ from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine, grammar_paths
-from edge_asr.events import Category, Json
+from edge_asr.events import Category, Json, Message
 from edge_asr.gateway.box import Box, Broker
 from edge_asr.home_assistant import discovery
 from edge_asr.hotwords import HotwordError
@@ -54,6 +54,7 @@ from edge_asr.worker import Worker, WorkerError
 
 if TYPE_CHECKING:
     from edge_asr.gateway.server import Gateway
+    from edge_asr.traces import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,18 @@ def plan(options: Settings) -> Iterator[str]:
         yield f"let talk    through the gateway on {options.gateway.host}:{options.gateway.port}"
 
 
+def open_tracer(options: Settings) -> Tracer | None:
+    """The tracer that the settings ask for. Raises SettingsError."""
+    if options.tracing.endpoint is None:
+        return None
+    try:
+        from edge_asr.traces import Tracer  # noqa: PLC0415 - what only this extra brings
+    except ModuleNotFoundError as error:
+        remedy = "install them with `pip install 'edge-asr[otel]'`, or remove the section"
+        raise settings.SettingsError(f"tracing: needs packages that are not here ({error.name}); {remedy}") from None
+    return Tracer(options.tracing.endpoint, options.device)
+
+
 def open_outbox(options: Settings) -> Outbox:
     """The outbox; with an audit log where the settings ask for one. Raises OutboxError, AuditError."""
     if not options.audit.enabled:
@@ -161,6 +174,7 @@ class Daemon:
         self.outbox = open_outbox(options)
         self._recorder = open_recorder(options)
         self._gateway = open_gateway(options)
+        self._tracer = open_tracer(options)
         self.stopped = False
         """Whether somebody asked it to stop."""
 
@@ -216,6 +230,8 @@ class Daemon:
                 self.outbox.close()
                 if self._recorder is not None:
                     self._recorder.close()
+                if self._tracer is not None:
+                    await asyncio.to_thread(self._tracer.close)
 
     def _turn(self, source: str, speaking: bool) -> None:  # noqa: FBT001 - as the pipeline calls it
         if source in self.microphones:
@@ -223,6 +239,8 @@ class Daemon:
 
     def _note(self, heard: Understanding, timing: Timing) -> None:
         self._caretaker.metrics.count(heard, timing)
+        if self._tracer is not None:
+            self._tracer.note(heard, timing)
         if self._recorder is not None:
             self._recorder.offer(heard)
 
@@ -237,9 +255,15 @@ class Daemon:
             self.outbox,
             on_change=self._on_broker,
             on_request=self.attendant.take if options.requests.allow else None,
-            on_delivered=self._mirror.show if self._mirror is not None else lambda *_: None,
+            on_delivered=self._show_delivered,
             announcements=[found_by] if assistant.enabled else [],
         )
+
+    def _show_delivered(self, topic: str, message: Message, replayed: bool) -> None:  # noqa: FBT001 - the publisher's
+        if self._mirror is not None:
+            self._mirror.show(topic, message, replayed)
+        if self._tracer is not None:
+            self._tracer.delivered(topic, message)
 
     def _box(self) -> Box:
         """What the gateway sees of us."""

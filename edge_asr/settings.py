@@ -419,6 +419,13 @@ class Monitoring(_Section):
     """Of /metrics, /livez and /readyz. None: nobody may ask."""
 
 
+class Tracing(_Section):
+    """A trace per utterance for OpenTelemetry; needs the extra ``otel``. See docs/monitoring.md."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/]+/.+$")] | None = None
+    """Where a collector takes OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces. None: no traces."""
+
+
 class Sparkplug(_Section):
     """A mirror as Sparkplug B 3.0 for SCADA; needs the extra ``sparkplug``. See docs/scada.md."""
 
@@ -459,6 +466,7 @@ class Settings(_Section):
     hotwords: Hotwords = Hotwords()
     outbox: Outbox = Outbox()
     mqtt: Mqtt = Mqtt()
+    tracing: Tracing = Tracing()
     sparkplug: Sparkplug = Sparkplug()
     home_assistant: HomeAssistant = HomeAssistant()
     requests: Requests = Requests()

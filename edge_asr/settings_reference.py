@@ -66,6 +66,7 @@ EXAMPLES: Final[Mapping[str, object]] = {
         {"host": "broker.plant.example", "username": "press-07", "password_file": "/etc/edge-asr/mqtt-password"},
         {"host": "backup.hall-2.example"},
     ],
+    "tracing.endpoint": "http://127.0.0.1:4318/v1/traces",
     "sparkplug.group": "acme-hall-2",
     "requests.receipt_within_s": 30.0,
     "recorder.public_key": "/etc/edge-asr/recorder.pub",

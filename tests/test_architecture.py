@@ -51,7 +51,7 @@ ORDER = (
         "hearing",
         "thermal",
     ),
-    *("health", "pipeline", "metrics", "monitor", "recorder", "gateway", "engine", "worker", "watchdog"),
+    *("health", "pipeline", "metrics", "traces", "monitor", "recorder", "gateway", "engine", "worker", "watchdog"),
     *("standing", "attendant", "caretaker", "daemon"),
     *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
     *(
