@@ -6,6 +6,7 @@ clock is read once per message, for display, and never compared: gateways withou
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
 import functools
 import time
@@ -16,8 +17,11 @@ TimeQuality = Literal["synchronized", "unsynchronized"]
 
 NS_PER_S = 1_000_000_000
 
-# systemd-timesyncd and chrony's systemd unit both create a flag once the clock has been set from a server.
-_SYNCHRONIZED_FLAGS = (Path("/run/systemd/timesync/synchronized"), Path("/run/chrony/synchronized"))
+SET_BY_TIMESYNCD = Path("/run/systemd/timesync/synchronized")
+"""Made by systemd-timesyncd at its first success since boot. It is all that the service's sandbox lets us see."""
+
+STA_UNSYNC = 0x40
+"""In the kernel's ``timex.status``: no time service has set the clock, or none for hours."""
 
 
 def boottime_ns() -> int:
@@ -43,5 +47,28 @@ def boot_id() -> str:
 
 
 def time_quality() -> TimeQuality:
-    """Whether a time service has set the wall clock since boot."""
-    return "synchronized" if any(flag.exists() for flag in _SYNCHRONIZED_FLAGS) else "unsynchronized"
+    """Whether a time service has set the wall clock since boot.
+
+    Every time service (chrony, ntpd, timesyncd, PTP) tells the kernel, which tells us unless the sandbox forbids the
+    question: systemd's ProtectClock= does, see systemd/edge-asr.service.d/chrony.conf.example.
+    """
+    return "synchronized" if _kernel_trusts_it() or SET_BY_TIMESYNCD.exists() else "unsynchronized"
+
+
+class Timex(ctypes.Structure):
+    """``struct timex`` up to what is read here; the rest is room for the kernel to write into."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_long * 40),
+    )
+
+
+def _kernel_trusts_it() -> bool:
+    state = Timex(modes=0)  # changes nothing
+    return ctypes.CDLL(None).adjtimex(ctypes.byref(state)) != -1 and not state.status & STA_UNSYNC

@@ -1027,6 +1027,40 @@ def test_stopping_while_the_name_server_hangs_does_not_wait_for_it(
     answer.set()
 
 
+def test_dialling_that_hangs_is_given_up_and_never_becomes_a_connection_afterwards(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CONNECT that comes late would throw the connection out that has taken its place."""
+    monkeypatch.setattr(link, "_DIAL_TIMEOUT_S", 0.1)
+    answer = threading.Event()
+    connect = socket.create_connection
+
+    def hang(*arguments: Any, **more: Any) -> socket.socket:
+        answer.wait(PATIENCE_S)
+        return connect(*arguments, **more)
+
+    monkeypatch.setattr(socket, "create_connection", hang)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_S)
+        port = server.getsockname()[1]
+        mqtt = Mqtt(host="127.0.0.1", port=port, max_retry_s=3600)
+        assert "no connection within 0.1 s; check the name server" in trouble_of(mqtt, outbox)
+        answer.set()
+        late, _ = server.accept()
+        with late:
+            late.settimeout(PATIENCE_S)
+            assert late.recv(100) == b""
+
+
+def test_a_tls_handshake_that_nobody_answers_is_given_up(
+    outbox: Outbox, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_DIAL_TIMEOUT_S", 0.1)
+    with silent_server() as silent:
+        mqtt = Mqtt.model_validate({"host": "127.0.0.1", "port": silent, "tls": tls(pki)})
+        assert "no connection within" in trouble_of(mqtt, outbox)
+
+
 @contextlib.contextmanager
 def silent_server() -> Iterator[int]:
     """Accepts connections and says nothing."""
