@@ -86,6 +86,48 @@ def test_a_message_that_never_came_is_lost() -> None:
     assert account(sent, [delivery(sent[1])]).lost == 1
 
 
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken_s", "there_s", "killed_s", "fate"),
+    [
+        ("transcript", None, (0, 9), None, "lost"),
+        ("transcript", 0.1, (5, 9), None, "lost"),
+        ("transcript", 0.1, (0, 0.3), 0.3, "forgotten"),
+        ("transcript", 0.1, (0, 9), 0.3, "forgotten"),
+        ("transcript", 0.1, (0, 9), 5, "lost"),
+        ("command", 0.1, (0, 9), None, "lost"),
+        ("command", 0.1, (0, 0.3), None, "expired_at_broker"),
+        ("command", 0.1, (3, 9), None, "lost"),
+        ("command", 0.1, (9, 19), None, "expired_at_broker"),
+        ("command", 0.1, (9, 19), 1, "forgotten"),
+        ("command", None, (9, 19), None, "lost"),
+    ],
+)
+def test_what_never_came_is_excused_only_where_the_broker_had_it_and_the_consumer_could_not_get_it(
+    kind: str, taken_s: float | None, there_s: tuple[float, float], killed_s: float | None, fate: str
+) -> None:
+    one = Promise(1, new_id(), kind, 10 * SECOND)
+    found = settle(
+        Account("books"),
+        [one],
+        [],
+        acknowledged_ns={} if taken_s is None else {one.id: round(taken_s * SECOND)},
+        presence_ns=[(round(there_s[0] * SECOND), round(there_s[1] * SECOND))],
+        broker_kills_ns=[] if killed_s is None else [round(killed_s * SECOND)],
+    )
+    fates = ("lost", "forgotten", "expired_at_broker")
+    assert [getattr(found, each) for each in fates] == [int(each == fate) for each in fates]
+
+
+def test_only_what_stood_on_a_damaged_page_is_excused_for_it() -> None:
+    there, elsewhere = message(1), message(2)
+    promised = [Promise(one.seq, one.id, one.category, 0) for one in (there, elsewhere)]
+    found = settle(Account("books"), promised, [], damaged={there.id, new_id(), new_id()})
+    assert (found.unreadable, found.lost) == (1, 1)
+
+
 def test_a_second_delivery_is_a_duplicate_and_not_out_of_order() -> None:
     sent = [message(1), message(2)]
     found = account(sent, [delivery(one) for one in (*sent, *sent)])

@@ -2,8 +2,9 @@
 
 Law, for one device:
 
-- lost: ``append`` returned, and it never came. Not ours: a killed broker forgot what it had acknowledged
-  (``forgotten``), or rightly dropped a command whose life ended while it had it (``expired_at_broker``).
+- lost: ``append`` returned, and it never came. Not ours, if the broker had acknowledged it and the consumer was not
+  there to get it: a broker that was then killed forgot it (``forgotten``), or rightly dropped a command whose life
+  ended (``expired_at_broker``). Nor is what stood on the very pages that the rig damaged (``unreadable``).
 - reordered: at its first delivery something newer had come before. A live command may overtake, and only it; and what
   was in flight with a refused message may come before that.
 - duplicates: a second delivery under the same id. Under another id, or one id for two messages, it is ``foreign``.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,12 @@ from tests.payloads import complaint
 
 TRAVEL_NS = 100_000_000
 """From the end of a life to its message's arrival: nobody can call back what the network carries."""
+
+HANDED_ON_NS = 500_000_000
+"""A broker hands on at once what it acknowledges to a consumer that is there; so long it may take on a busy machine."""
+
+DROPPED_EARLY_NS = 2_000_000_000
+"""So long before the end of a command's life the broker may drop it: the message expiry counts whole seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +76,14 @@ class Consumer:
 
     def __init__(self, host: str, port: int) -> None:
         self.deliveries: list[Delivery] = []
+        self._came_and_went_ns: list[int] = []
+        """Connected at the even places, disconnected at the odd ones; CLOCK_BOOTTIME."""
         self._arrived = threading.Condition()
         self._subscribed = threading.Event()
         self._client = Client(CallbackAPIVersion.VERSION2, "books", protocol=MQTTProtocolVersion.MQTTv5)
         self._client.reconnect_delay_set(1, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"{ROOT}/evt/#", qos=1)
+        self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
         self._client.on_subscribe = lambda *_: self._subscribed.set()
         self._client.on_message = self._on_message
         session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -89,6 +100,12 @@ class Consumer:
         self._client.disconnect()
         self._client.loop_stop()
 
+    @property
+    def presence_ns(self) -> list[tuple[int, int]]:
+        """From when to when it was connected, up to now."""
+        moments = [*self._came_and_went_ns, clock.boottime_ns()]
+        return list(zip(moments[::2], moments[1::2], strict=False))
+
     def has(self, message_id: str) -> bool:
         """Whether that message has come; the newest are looked at first."""
         wanted = message_id.encode()
@@ -104,6 +121,15 @@ class Consumer:
         with self._arrived:
             if not self._arrived.wait_for(lambda: len(self.deliveries) >= count, limit_s):
                 raise TimeoutError(f"{len(self.deliveries)} of {count} messages came in {limit_s:.0f} s")
+
+    def _on_connect(self, client: Client, *_: object) -> None:
+        client.subscribe(f"{ROOT}/evt/#", qos=1)
+        if len(self._came_and_went_ns) % 2 == 0:
+            self._came_and_went_ns.append(clock.boottime_ns())
+
+    def _on_disconnect(self, *_: object) -> None:
+        if len(self._came_and_went_ns) % 2 == 1:
+            self._came_and_went_ns.append(clock.boottime_ns())
 
     def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
         now_ns = clock.boottime_ns()
@@ -169,16 +195,18 @@ def settle(
     promised: Sequence[Promise],
     delivered: Sequence[Delivery],
     *,
-    acknowledged: Collection[str] = (),
-    broker_killed: bool = False,
+    acknowledged_ns: Mapping[str, int] = MappingProxyType({}),
+    presence_ns: Sequence[tuple[int, int]] = (),
+    broker_kills_ns: Sequence[int] = (),
     broker_frozen: bool = False,
-    excused_lost: int = 0,
+    damaged: Collection[str] = (),
     in_flight_with: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Account:
     """Fill in the account.
 
-    ``acknowledged``: ids that the broker had taken; ``excused_lost``: so many were on the pages that the rig damaged;
-    ``in_flight_with``: by the id of a refused message what followed it before its refusal was known.
+    ``acknowledged_ns``: when the broker took a message, by its id; ``presence_ns``: when the consumer was there;
+    ``damaged``: ids that stood on the pages that the rig damaged; ``in_flight_with``: by the id of a refused message
+    what followed it before its refusal was known.
     """
     seen, invalid = _read(delivered)
     first: dict[str, _Seen] = {}
@@ -186,12 +214,14 @@ def settle(
         first.setdefault(one.id, one)
     missing = [promise for promise in promised if promise.id not in first]
     account.committed = len(promised)
-    taken = [promise.category for promise in missing if promise.id in acknowledged]
-    account.expired_at_broker = taken.count("command")
-    account.forgotten = len(taken) - account.expired_at_broker if broker_killed else 0
-    absent = len(missing) - account.expired_at_broker - account.forgotten
-    account.unreadable = min(absent, excused_lost)
-    account.lost = absent - account.unreadable
+    fates = Counter(
+        "unreadable"
+        if promise.id in damaged and promise.id not in acknowledged_ns
+        else _fate(promise, acknowledged_ns.get(promise.id), presence_ns, broker_kills_ns)
+        for promise in missing
+    )
+    account.expired_at_broker, account.forgotten = fates["expired at broker"], fates["forgotten"]
+    account.unreadable, account.lost = fates["unreadable"], fates["lost"]
     account.duplicates = len(seen) - len(first)
     account.reordered = _inversions(_as_meant(first.values(), in_flight_with))
     account.expired = sum(one.kind == "expired" for one in first.values())
@@ -203,6 +233,24 @@ def settle(
     )
     account.late_from_broker, account.stale = (late, 0) if broker_frozen else (0, late)
     return account
+
+
+def _fate(
+    promise: Promise, taken_ns: int | None, presence_ns: Sequence[tuple[int, int]], kills_ns: Sequence[int]
+) -> str:
+    """What became of a message that never came, by what the broker and the consumer can have done."""
+    if taken_ns is None:
+        return "lost"
+    killed_ns = min((kill_ns for kill_ns in kills_ns if kill_ns >= taken_ns), default=None)
+    ends_ns = [] if killed_ns is None else [killed_ns]
+    ends_ns += [promise.expires_ns - DROPPED_EARLY_NS] if promise.category == "command" else []
+    if not ends_ns:
+        return "lost"
+    until_ns = min(ends_ns)
+    together_ns = (min(until_ns, gone_ns) - max(taken_ns, came_ns) for came_ns, gone_ns in presence_ns)
+    if max(together_ns, default=0) > HANDED_ON_NS:
+        return "lost"
+    return "forgotten" if until_ns == killed_ns else "expired at broker"
 
 
 def _read(delivered: Sequence[Delivery]) -> tuple[list[_Seen], int]:

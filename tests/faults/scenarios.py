@@ -7,19 +7,21 @@ import datetime as dt
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from typing_extensions import Self
 
+from edge_asr import clock
 from edge_asr.outbox import OutboxError, read_statistics
 from tests.broker import Broker
 from tests.faults.books import Account, Consumer, promises, settle
@@ -177,19 +179,20 @@ class Stage:
         self,
         consumer: Consumer,
         *,
-        broker_killed: bool = False,
+        broker_kills_ns: Sequence[int] = (),
         broker_frozen: bool = False,
-        excused_lost: int = 0,
+        damaged: Collection[str] = (),
     ) -> Account:
         """The account, closed."""
         return settle(
             self.account,
             promises(self._journal),
             consumer.deliveries,
-            acknowledged=self.tap.acknowledged if self.tap else (),
-            broker_killed=broker_killed,
+            acknowledged_ns=self.tap.acknowledged_ns if self.tap else {},
+            presence_ns=consumer.presence_ns,
+            broker_kills_ns=broker_kills_ns,
             broker_frozen=broker_frozen,
-            excused_lost=excused_lost,
+            damaged=damaged,
         )
 
     @property
@@ -255,16 +258,18 @@ def broker_stop(stage: Stage) -> Account:
 
 def broker_kill(stage: Stage) -> Account:
     """SIGKILL of the broker; what it had acknowledged is its own loss, as the tap in between knows."""
+    kills_ns = []
     with tapped(stage) as (broker, consumer):
         stage.start()
         for _ in range(1 if stage.short else 6):
             stage.speak(0.5, 1.5)
             broker.kill()
+            kills_ns.append(clock.boottime_ns())
             stage.speak(0.2, 1.0)
             broker.start()
         stage.speak(0.5)
         stage.finish(consumer)
-        return stage.settled(consumer, broker_killed=True)
+        return stage.settled(consumer, broker_kills_ns=kills_ns)
 
 
 def broker_freeze(stage: Stage) -> Account:
@@ -405,7 +410,7 @@ def read_only_disk(stage: Stage) -> Account:
 
 def damaged_pages(stage: Stage) -> Account:
     """Some pages of the file become noise; only what stood on them may be missing."""
-    excused = 0
+    damaged: set[str] = set()
     with tapped(stage) as (broker, consumer):
         for _ in range(1 if stage.short else 3):
             broker.stop()
@@ -413,7 +418,7 @@ def damaged_pages(stage: Stage) -> Account:
             stage.speak(2.0)
             stage.expect_killed()
             stage.account.kills += 1
-            excused += _make_noise(stage)
+            damaged |= _make_noise(stage)
             broker.start()
             stage.start()
             stage.speak(2.0)
@@ -422,11 +427,15 @@ def damaged_pages(stage: Stage) -> Account:
         stage.finish(consumer)
         if not read_statistics(Path(stage.orders.outbox)).damages:
             stage.account.failures.append("the damage was not noticed")
-        return stage.settled(consumer, excused_lost=excused)
+        return stage.settled(consumer, damaged=damaged)
 
 
-def _make_noise(stage: Stage, pages: int = 3, page_bytes: int = 4096) -> int:
-    """Overwrite some leaf pages; the number of rows that they held."""
+_WAITING = re.compile(rb"([0-9a-f-]{36})[0-9a-f-]{36}evt/")
+"""Id, boot id and topic, as they follow each other in the row of a message and of nothing else."""
+
+
+def _make_noise(stage: Stage, pages: int = 3, page_bytes: int = 4096) -> set[str]:
+    """Overwrite some leaf pages; the ids of the messages that stood on them."""
     path = Path(stage.orders.outbox)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -437,7 +446,7 @@ def _make_noise(stage: Stage, pages: int = 3, page_bytes: int = 4096) -> int:
         for at in chosen:
             file.seek(at)
             file.write(stage.luck.randbytes(page_bytes))
-    return sum(int.from_bytes(content[at + 3 : at + 5], "big") for at in chosen)
+    return {found.decode() for at in chosen for found in _WAITING.findall(content[at : at + page_bytes])}
 
 
 # -- the clock

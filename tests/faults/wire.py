@@ -160,7 +160,8 @@ class Tap(_Server):
     def __init__(self, host: str, port: int) -> None:
         super().__init__()
         self._broker = host, port
-        self.acknowledged: set[str] = set()
+        self.acknowledged_ns: dict[str, int] = {}
+        """When the broker's answer passed, by the message's id; CLOCK_BOOTTIME."""
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_broker, to_broker = await asyncio.open_connection(*self._broker)
@@ -192,6 +193,6 @@ class Tap(_Server):
         while True:
             raw, kind, body = await _packet(reader)
             if kind == _PUBACK and (len(body) < 3 or body[2] < 0x80) and body[:2] in flying:
-                self.acknowledged.add(flying.pop(body[:2]))
+                self.acknowledged_ns[flying.pop(body[:2])] = clock.boottime_ns()
             writer.write(raw)
             await writer.drain()
