@@ -125,12 +125,14 @@ class Network(nn.Module):
         """
         best = logits[:, :, 1:].amax(-1) - logits[:, :, 0]
         written = (best - (1.0 - mask) * 1e4).amax(1)[:, None]
-        language, event = tags[:, 0], tags[:, 2]
         speech, nospeech = self.shape.speech, self.shape.nospeech
-        language = torch.cat(
-            [language[:, :nospeech], language.amax(1, keepdim=True) - written, language[:, nospeech + 1 :]], 1
-        )
-        event = torch.cat([event[:, :speech], event.amax(1, keepdim=True) + written, event[:, speech + 1 :]], 1)
+
+        def held_to(tag: Tensor, column: int, ahead: Tensor) -> Tensor:
+            before, after = tag[:, :column], tag[:, column + 1 :]
+            others = torch.cat([before, after], 1).amax(1, keepdim=True)
+            return torch.cat([before, others + ahead, after], 1)
+
+        language, event = held_to(tags[:, 0], nospeech, -written), held_to(tags[:, 2], speech, written)
         return torch.stack([language, tags[:, 1], event, tags[:, 3]], 1)
 
     def checkpoint(self) -> dict[str, Any]:

@@ -87,10 +87,10 @@ def test_nobody_speaks_exactly_where_nothing_is_written(seed: int) -> None:
     mask = torch.ones(3, 7)
     mask[1, 4:] = 0  # what is written in the padding is not written
     logits[1, :4, 0] += 9
-    tags = network.consistent(torch.randn(3, 4, 12, generator=generator), logits, mask)
+    tags = network.consistent(5 * torch.randn(3, 4, 12, generator=generator), logits, mask)
     written = ((logits.argmax(-1) != 0) & (mask > 0)).any(1)
     assert ((tags[:, 0].argmax(-1) == 5) == ~written).all()
-    assert ((tags[:, 2].argmax(-1) == 6) == written)[written].all()
+    assert ((tags[:, 2].argmax(-1) == 6) == written).all()
 
 
 @cache
