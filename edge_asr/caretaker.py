@@ -117,6 +117,7 @@ class Caretaker:
             muted=box.pipeline.muted,
             requests=RequestsHealth(asked.ok, asked.refused, asked.dropped),
         )
+        health = replace(health, provider=box.worker.facts.provider)
         if isinstance(box.outbox, AuditedOutbox):
             health = replace(health, audit_newest=box.outbox.audit.newest)
         return health

@@ -179,6 +179,8 @@ class Health:
     temperature_c: float | None
     broker: str | None = None
     """Host and port of the broker in use."""
+    provider: str | None = None
+    """The execution provider that the model really runs on."""
     audit_newest: str | None = None
     """``number:hash`` of the newest record of the audit log: whoever keeps it can prove what came before."""
 

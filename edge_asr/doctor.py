@@ -111,7 +111,9 @@ def _there(*named: Path | BaseModel | None) -> list[Path]:
 
 def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognizer], None]) -> Finding:
     try:
-        files = model_store.locate(installation.chosen(options), options.models_directory)
+        files = model_store.locate(
+            installation.chosen(options), options.models_directory, inference.reachable(options.model)
+        )
         graph = prepared.find(files, options.models_directory, options.model)
         recognizer = inference.open_recognizer(files, options.model, graph)
     except ModelError as error:

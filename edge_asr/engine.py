@@ -49,7 +49,10 @@ class Engine:
     @classmethod
     def build(cls, options: Settings) -> Engine:
         """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
-        files = model_store.locate(installation.chosen(options), options.models_directory)
+        provider = inference.reachable(options.model)
+        files = model_store.locate(installation.chosen(options), options.models_directory, provider)
+        if provider != "cpu" and files.model.name == model_store.WEIGHTS["cpu"][0]:
+            log.warning("%s has 8-bit weights only, slower on %s than others; see docs/jetson.md", files.name, provider)
         vad = model_store.locate_vad()
         graph = prepared.find(files, options.models_directory, options.model)
         recognizer = inference.open_recognizer(files, options.model, graph)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import kaldi_native_fbank as knf
 import numpy as np
@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from edge_asr.audio import at_speed, signal_to_noise_db, to_float
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Token, Transcript
-from edge_asr.model_store import ModelError
+from edge_asr.model_store import ModelError, Provider
 from edge_asr.optimization import LOG_POSTERIORS, LOGITS
 from edge_asr.posteriors import (
     FRAME_S,
@@ -255,8 +255,12 @@ class SherpaRecognizer:
         if "Nano" in session.get_modelmeta().custom_metadata_map.get("comment", ""):
             raise ModelError(f"{files.model}: sherpa-onnx takes its comment for FunASR-Nano's; use engine onnxruntime")
         self.table = load_tokens(files.tokens, contract.vocabulary)
-        self.provider = _sherpa_provider(Path(sherpa_onnx.__file__).parent, options.provider)
+        self.provider = reachable(options)
         """The one in use as far as sherpa-onnx lets one know, named as in the settings."""
+        if self.provider != options.provider:
+            log.warning(
+                "sherpa-onnx has no %s here: the model runs on the CPU; install a matching wheel", options.provider
+            )
         self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
         self._recognizer: Any = sherpa_onnx.OfflineRecognizer.from_sense_voice(
             model=str(files.model),
@@ -291,12 +295,18 @@ class SherpaRecognizer:
         return Recognition(transcript, None, signal_to_noise_db(samples))
 
 
-def _sherpa_provider(package: Path, wanted: Literal["cpu", "cuda", "tensorrt"]) -> Literal["cpu", "cuda", "tensorrt"]:
-    """What sherpa-onnx will use: asked for a provider that its wheel does not bring, it takes the CPU in silence."""
-    if wanted == "cpu" or list(package.rglob(f"libonnxruntime_providers_{wanted}.so*")):
-        return wanted
-    log.warning("sherpa-onnx has no %s here: the model runs on the CPU; install a matching wheel", wanted)
-    return "cpu"
+def reachable(options: settings.Model) -> Provider:
+    """The provider of the settings where the installed engine brings it, else the CPU; weights are chosen by it.
+
+    sherpa-onnx, asked for a provider that its wheel does not bring, takes the CPU in silence.
+    """
+    wanted = options.provider
+    if options.engine == "onnxruntime":
+        return wanted if _PROVIDERS[wanted] in ort.get_available_providers() else "cpu"
+    import sherpa_onnx  # noqa: PLC0415 - 30 MB that the default engine does not need
+
+    libraries = Path(sherpa_onnx.__file__).parent.rglob(f"libonnxruntime_providers_{wanted}.so*")
+    return wanted if wanted == "cpu" or list(libraries) else "cpu"
 
 
 class SileroDetector:
@@ -370,5 +380,6 @@ __all__ = [
     "check_contract",
     "load_tokens",
     "open_recognizer",
+    "reachable",
     "save_fused",
 ]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edge_asr.posteriors import TokenTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 MANIFEST = "manifest.json"
 TOKENS = "tokens.txt"
@@ -35,7 +35,18 @@ EMBEDDED = "micro-en"
 LANGUAGES: tuple[Language, ...] = ("zh", "en", "yue", "ja", "ko")
 """What SenseVoice's language tags can say."""
 
-_MODEL_NAMES = ("model.int8.onnx", "model.onnx")
+Provider = Literal["cpu", "cuda", "tensorrt"]
+"""What runs a model, named as in the settings."""
+
+_FLOATS = ("model.fp16.onnx", "model.onnx", "model.int8.onnx")
+WEIGHTS: Mapping[Provider, tuple[str, ...]] = {
+    "cpu": ("model.int8.onnx", "model.onnx", "model.fp16.onnx"),
+    "cuda": _FLOATS,
+    "tensorrt": _FLOATS,
+}
+"""Which of a model's files suits whom, the best first: 8-bit is the fastest on a CPU and slower than 32-bit on CUDA."""
+
+_MODEL_NAMES = WEIGHTS["cpu"]
 _CHUNK_BYTES = 1 << 20
 
 # onnx.proto: ModelProto.graph, and the highest field number in use (26) with room to grow.
@@ -93,17 +104,26 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
-        models = [name for name in self.files if name.endswith(".onnx")]
-        if len(models) != 1 or (self.kind == "sense-voice" and TOKENS not in self.files):
-            raise ValueError(f"files must list one .onnx file and, for a recognizer, {TOKENS}")
+        models = {name for name in self.files if name.endswith(".onnx")}
+        several = len(models) > 1 and models <= set(_MODEL_NAMES)
+        if (len(models) != 1 and not several) or (self.kind == "sense-voice" and TOKENS not in self.files):
+            either = f"one .onnx file (or some of {', '.join(_MODEL_NAMES)})"
+            raise ValueError(f"files must list {either} and, for a recognizer, {TOKENS}")
         if self.golden is not None and self.golden.audio not in self.files:
             raise ValueError(f"files must list golden.audio, {self.golden.audio}")
         return self
 
     @property
     def model_file(self) -> str:
-        """Name of the ONNX file."""
-        return next(name for name in self.files if name.endswith(".onnx"))
+        """Name of the ONNX file, of several the CPU's."""
+        return self.weights("cpu")
+
+    def weights(self, provider: Provider) -> str:
+        """Name of the ONNX file that suits a provider best."""
+        return next(
+            (name for name in WEIGHTS[provider] if name in self.files),
+            next(name for name in self.files if name.endswith(".onnx")),
+        )
 
     @property
     def verified(self) -> bool:
@@ -193,10 +213,11 @@ def manifests_in(folder: Path) -> tuple[Manifest, ...]:
         return tuple(read_manifest(path) for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")))
 
 
-def locate(name_or_path: str, installed: Path | None = None) -> ModelFiles:
+def locate(name_or_path: str, installed: Path | None = None, provider: Provider | None = None) -> ModelFiles:
     """Find a recognition model and check every file of it. Raises ModelError.
 
-    By its bundled name, its name in the folder of ``installed`` models, or the path of its directory.
+    By its bundled name, its name in the folder of ``installed`` models, or the path of its directory. With a
+    ``provider`` the weights are those that suit it, and files of others are not looked at; else the CPU's.
     """
     with _explained():
         folder = _folder(name_or_path, installed)
@@ -204,11 +225,11 @@ def locate(name_or_path: str, installed: Path | None = None) -> ModelFiles:
             manifest = read_manifest(folder / MANIFEST)
             if manifest.kind != "sense-voice":
                 raise ModelError(f"{folder}: is a {manifest.kind} model, not a recognizer; see `edge-asr models`")
-            _verify(folder, manifest)
+            _verify(folder, manifest, provider)
         else:
-            manifest = _recognize(folder)
+            manifest = _recognize(folder, provider)
         _check_tokens(folder / TOKENS)
-    name = manifest.model_file
+    name = manifest.weights(provider or "cpu")
     return ModelFiles(folder / name, folder / TOKENS, manifest, manifest.files[name].sha256)
 
 
@@ -258,9 +279,11 @@ def read_manifest(path: Path) -> Manifest:
         raise ModelError(f"{path}: {key + ': ' if key else ''}{problem['msg']}; install the model again") from None
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest."""
+def _verify(folder: Path, manifest: Manifest, provider: Provider | None = None) -> None:
+    """Compare every file with the manifest; of several weights, those of a provider alone."""
     for name, expected in manifest.files.items():
+        if provider is not None and name.endswith(".onnx") and name != manifest.weights(provider):
+            continue
         path = folder / name
         size, remedy = _size(path), f"install {manifest.name} {manifest.version} again"
         if size < expected.size:
@@ -270,13 +293,19 @@ def _verify(folder: Path, manifest: Manifest) -> None:
             raise ModelError(f"{path}: SHA-256 is {actual[:12]}..., {expected.sha256[:12]}... was released; {remedy}")
 
 
-def _recognize(folder: Path) -> Manifest:
+def _recognize(folder: Path, provider: Provider | None) -> Manifest:
     """Write the manifest that a directory lacks."""
-    model, tokens = _model_path(folder), folder / TOKENS
-    _check_onnx(model)
-    found = {path.name: ManifestFile(size=_size(path), sha256=sha256_of(path)) for path in (model, tokens)}
+    tokens = folder / TOKENS
+    models = [folder / name for name in WEIGHTS[provider or "cpu"] if (folder / name).exists()]
+    if not models:
+        raise ModelError(f"{folder / _MODEL_NAMES[0]}: missing; copy it from the model's archive")
+    if provider is not None:
+        del models[1:]
+    for model in models:
+        _check_onnx(model)
+    found = {path.name: ManifestFile(size=_size(path), sha256=sha256_of(path)) for path in (*models, tokens)}
     for release in PUBLIC_RELEASES:
-        if release.files["model.int8.onnx"].sha256 == found[model.name].sha256:
+        if release.files["model.int8.onnx"] == found.get("model.int8.onnx"):
             if release.files[TOKENS] != found[TOKENS]:
                 raise ModelError(f"{tokens}: is not the one of {release.name}; copy it from the model's archive")
             return release.model_copy(update={"files": found})
@@ -296,13 +325,6 @@ def plain_name(path: Path) -> str:
     """A name for a model that has none: of its folder or archive."""
     name = re.sub(r"\.(tar|tar\.gz|tgz|tar\.bz2|zip)$", "", path.resolve().name)
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-") or "model"
-
-
-def _model_path(folder: Path) -> Path:
-    for name in _MODEL_NAMES:
-        if (folder / name).exists():
-            return folder / name
-    raise ModelError(f"{folder / _MODEL_NAMES[0]}: missing; copy it from the model's archive")
 
 
 def _size(path: Path) -> int:

@@ -105,7 +105,7 @@ def _child(installed: str, options: str) -> dict[str, str | None]:
     wanted = settings.Model.model_validate_json(options)
     assert wanted.name is not None  # noqa: S101 - see run
     try:
-        files = model_store.locate(wanted.name, Path(installed))
+        files = model_store.locate(wanted.name, Path(installed), inference.reachable(wanted))
         return {"heard": hear_golden(inference.open_recognizer(files, wanted), files).heard, "error": None}
     except ModelError as error:
         return {"heard": None, "error": str(error)}

@@ -109,6 +109,20 @@ def sequence(messages: list[Received]) -> list[int]:
     return list(dict.fromkeys(m.data["seq"] for m in messages if "seq" in m.data))
 
 
+def test_a_provider_that_is_not_there_is_an_alarm_and_the_one_in_use_is_told(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        with running(write_settings(tmp_path, broker.port, model={"provider": "cuda"})) as box:
+            box.say(COMMAND)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command from the CPU")
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/alarm") for x in m), "an alarm")
+            subscriber.wait_for(lambda m: any(x.topic.endswith("/health") for x in m), "its health")
+        (alarm,) = subscriber.on("evt/alarm")
+        meta, health = subscriber.on("meta")[-1].data, subscriber.on("health")[-1].data
+    told = (alarm.data["kind"], alarm.data["state"], alarm.data["detail"])
+    assert told == ("provider-fallback", "raised", "the model runs on cpu instead of cuda")
+    assert (meta["provider"], meta["provider_wanted"], health["provider"]) == ("cpu", "cuda", "cpu")
+
+
 def test_spoken_commands_arrive_at_a_subscriber_as_the_labels_say(tmp_path: Path) -> None:
     spoken = labels()
     files = [str(RECORDINGS / label["audio"]) for label in spoken]

@@ -19,8 +19,16 @@ import sherpa_onnx
 from onnx import TensorProto, helper
 
 from edge_asr import audio, inference, model_store, settings
+from edge_asr.engine import Engine
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE
-from edge_asr.inference import OnnxRecognizer, RecognizerError, SherpaRecognizer, SileroDetector, open_recognizer
+from edge_asr.inference import (
+    OnnxRecognizer,
+    RecognizerError,
+    SherpaRecognizer,
+    SileroDetector,
+    open_recognizer,
+    reachable,
+)
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition
 
@@ -147,6 +155,23 @@ def test_a_provider_that_is_not_there_is_told_and_the_one_in_use_is_named(
         f"{engine} has no cuda here: the model runs on the CPU; install a matching wheel"
     ]
     assert recognizer.recognize(pcm_of(RECORDINGS[0])).transcript.text
+
+
+def test_weights_follow_the_provider_that_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded = model_store.locate(model_store.EMBEDDED).model.parent
+    folder = Path(shutil.copytree(embedded, tmp_path / "both", ignore=shutil.ignore_patterns("manifest.json")))
+    shutil.copy(folder / "model.int8.onnx", folder / "model.onnx")
+    wanted = settings.Settings(model=settings.Model(name=str(folder), provider="cuda"))
+    assert Engine.build(wanted).files.model.name == "model.int8.onnx", "there is no CUDA here"
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        assert reachable(wanted.model) == "cuda"
+        assert reachable(settings.Model()) == "cpu"
+    assert model_store.locate(str(folder), provider="cuda").model.name == "model.onnx"
+    assert model_store.locate(str(folder), provider="cpu").model.name == "model.int8.onnx"
+    assert set(model_store.locate(str(folder)).manifest.files) == {"model.int8.onnx", "model.onnx", "tokens.txt"}
+    (folder / "model.int8.onnx").unlink()
+    assert model_store.locate(str(folder), provider="cpu").model.name == "model.onnx"
 
 
 def test_the_cpu_needs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
