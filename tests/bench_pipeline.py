@@ -1,0 +1,140 @@
+"""How long after the gate closes an utterance is committed: SenseVoiceSmall's full graph, in real time.
+
+Recordings are played as fast as they were spoken to the product's pipeline, worker process and outbox; the clock runs
+from the moment at which the frame is handed over with which the gate closes. The weights are random, so the optimized
+graph is put in place unproven, texts are nonsense, and there is no grammar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_asr import clock, model_store, prepared, settings
+from edge_asr.audio import FrameCutter, quiet, read_file
+from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
+from edge_asr.inference import SileroDetector
+from edge_asr.model_store import ModelFiles
+from edge_asr.outbox import Outbox
+from edge_asr.pipeline import Pipeline, Timing, Understanding
+from edge_asr.prepared import FOLDER, Record
+from edge_asr.settings import Settings
+from edge_asr.speech import KEEP_SILENCE_S
+from edge_asr.worker import Worker
+from tests.bench_engine import machine, make_model
+
+NAMES = ("01-start-line-three", "03-set-mixer-speed", "05-set-oven-temperature", "13-set-conveyor-speed")
+
+
+def frames_for(seconds: float) -> int:
+    """Whole frames that hold so much audio."""
+    return -(-round(seconds * SAMPLE_RATE) // FRAME_SAMPLES)
+
+
+@dataclass
+class Spoken:
+    """A source that hands frames over when they would have been captured."""
+
+    name: str
+    pcm: bytes
+    handed_over_s: dict[int, float] = field(default_factory=dict)
+    """End of a frame -> when it was given away."""
+
+    async def frames(self) -> AsyncIterator[AudioFrame]:
+        began = time.monotonic()
+        for frame in FrameCutter(self.name).feed(self.pcm, clock.boottime_ns()):
+            await asyncio.sleep(max(0.0, began + frame.end / SAMPLE_RATE - time.monotonic()))
+            self.handed_over_s[frame.end] = time.monotonic()
+            yield frame
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def put_in_place(files: ModelFiles, options: Settings) -> None:
+    """Let the worker use the optimized graph, which nobody can prove on random weights."""
+    folder = options.models_directory / FOLDER / files.sha256
+    folder.mkdir(parents=True)
+    features = prepared.cpu_features()
+    prepared.rewrite(files.model, folder / "model.onnx", "close", features)
+    sha256 = model_store.sha256_of(folder / "model.onnx")
+    record = Record(key=prepared.key_of(files, features), model=files.name, variant="close", sha256=sha256)
+    (folder / "record.json").write_text(record.model_dump_json(), encoding="utf-8")
+
+
+async def commits(options: Settings, worker: Worker, outbox: Outbox, rounds: int) -> list[dict[str, float]]:
+    """Every utterance: its length, and from the gate's closing to the commit."""
+    recordings = [next(model_store.bundled("recordings").glob(f"{name}*")) for name in NAMES] * rounds
+    source = Spoken("bench", b"".join(read_file(path) + quiet(SAMPLE_RATE) for path in recordings))
+    vad = model_store.locate_vad()
+    pipeline = Pipeline(
+        options,
+        sources=[source],
+        new_detector=lambda: SileroDetector(vad),
+        engine=worker,
+        outbox=outbox,
+        live=lambda _topic, _data: None,
+    )
+    rest = (frames_for(options.vad.min_silence_s) - frames_for(KEEP_SILENCE_S)) * FRAME_SAMPLES
+    found: list[dict[str, float]] = []
+
+    def note(heard: Understanding, _timing: Timing) -> None:
+        utterance = heard.utterance
+        end = utterance.start + len(utterance.pcm) // BYTES_PER_SAMPLE + rest
+        with contextlib.suppress(KeyError):  # what the end of the recording closed has no such moment
+            waited = time.monotonic() - source.handed_over_s[end]
+            found.append({"audio_s": round(utterance.duration_s, 2), "to_commit_ms": round(1000 * waited, 1)})
+
+    pipeline.noted = note
+    await pipeline.run()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench pipeline", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="times each of four recordings is played")
+    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        files = make_model(arguments.model or folder / "model")
+        model = settings.Model(name=f"{files.model.parent}/", language="zh")  # nothing golden is known in it
+        tree = {"state_dir": folder / "state", "model": model.model_dump(), "commands": {"grammars": []}}
+        options = Settings.model_validate(tree)
+        put_in_place(files, options)
+        began = time.monotonic()
+        worker = Worker(options)
+        ready_s = time.monotonic() - began
+        try:
+            with closing(Outbox(folder / "outbox.db", 100_000_000)) as outbox:
+                found = asyncio.run(commits(options, worker, outbox, arguments.rounds))
+        finally:
+            worker.close()
+    waits = sorted(each["to_commit_ms"] for each in found)
+    figures: dict[str, Any] = {
+        "machine": machine(),
+        "worker_ready_s": round(ready_s, 2),
+        "utterances": len(found),
+        "audio_s": statistics.median(each["audio_s"] for each in found),
+        "to_commit_ms": {"p50": statistics.median(waits), "p95": waits[int(0.95 * (len(waits) - 1))]},
+        "load_after": round(os.getloadavg()[0], 1),
+    }
+    print(json.dumps(figures, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**figures, "each": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
