@@ -216,7 +216,8 @@ class Daemon:
             receipts = self._await_receipts(options.requests.receipt_within_s)
             background.append(asyncio.create_task(receipts, name="receipts"))
         if self._gateway is not None:
-            self.pipeline.told, self.pipeline.awaits_guests = self._gateway.told, True
+            self.pipeline.understood, self.pipeline.told = self._gateway.understood, self._gateway.told
+            self.pipeline.awaits_guests = True
             background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
         with self._signals():
             systemd.ready(self._status())

@@ -376,6 +376,8 @@ class Pipeline:
         """Hears of every message right after its commit."""
         self.turned: Callable[[str, bool], None] = lambda _source, _speaking: None
         """Hears of a source when it is first listened to, and when somebody begins to speak there (true) or ends."""
+        self.understood: Callable[[Utterance], None] = lambda _utterance: None
+        """Hears of every final right before the commit of what came of it."""
         self.noted: Callable[[Understanding, Timing], None] = lambda _heard, _timing: None
         """Hears of every final right after its commit."""
         self.awaits_guests = False
@@ -574,6 +576,7 @@ class Pipeline:
                 heard = _Heard(what, clock.boottime_ns(), clock.boottime_ns())
         self.real_time_factor = (heard.ended_ns - heard.began_ns) / clock.NS_PER_S / utterance.duration_s
         began_ns = clock.boottime_ns()
+        self.understood(utterance)
         committed = await self._append(heard.what)
         self._spool.settle(utterance)
         await self._work.settle(utterance)

@@ -1,8 +1,9 @@
 """What the gateway costs: latency to page and broker, sessions that one core sustains, memory and CPU of the silent.
 
 A real daemon held to one core, a real mosquitto, clients that send 20 ms of PCM every 20 ms. A latency begins when the
-sample has been sent with which the gate closes: the speech detector's configured silence is no part of it. On a busy
-machine wall times grow; thread CPU times and memory do not.
+sample has been sent with which the gate closes: the speech detector's configured silence is no part of it. Most of an
+utterance's work is done within that silence, so the stages are told apart from it. On a busy machine wall times grow;
+CPU times and memory do not.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc.mediastreams import AudioStreamTrack
 from paho.mqtt.client import Client as MqttClient
 from paho.mqtt.client import MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
@@ -30,7 +35,7 @@ from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.events import SAMPLE_RATE
 from edge_asr.inference import SileroDetector
 from edge_asr.pipeline import Ear
-from tests.broker import Broker
+from tests.broker import Broker, free_port
 from tests.gateway import Box, Client, box, recording
 
 PIECE_S = 0.02
@@ -175,6 +180,64 @@ async def silent(running: Box, count: int, seconds: float) -> dict[str, float]:
     }
 
 
+async def calls(running: Box, count: int, seconds: float) -> dict[str, float]:
+    """What sessions by WebRTC cost that send silence: while no talk has begun, and within one."""
+    pid = running.process.pid
+    before_mb = resident_mb(pid)
+    bearer = {"Authorization": f"Bearer {running.token}"}
+    async with running.http() as http, contextlib.AsyncExitStack() as stack:
+        channels = []
+        for _ in range(count):
+            peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+            stack.push_async_callback(peer.close)
+            peer.addTransceiver(AudioStreamTrack(), "sendonly")
+            channel, opened = peer.createDataChannel("events"), asyncio.Event()
+            channel.on("open", opened.set)
+            await peer.setLocalDescription(await peer.createOffer())
+            offer = peer.localDescription.sdp.encode()
+            headers = {"Content-Type": "application/sdp", **bearer}
+            answer = await http.post(f"{running.url}/whip", data=offer, headers=headers)
+            await peer.setRemoteDescription(RTCSessionDescription(await answer.text(), "answer"))
+            await opened.wait()
+            channels.append(channel)
+        await asyncio.sleep(2.0)
+        open_mb = (resident_mb(pid) - before_mb) / count
+        waiting = await cpu_share(pid, seconds) / count
+        for channel in channels:
+            channel.send(json.dumps({"type": "start", "talk": 1}))
+        talking = await cpu_share(pid, seconds) / count
+    return {
+        "sessions": count,
+        "mb": round(open_mb, 2),
+        "cpu_percent": round(100 * waiting, 2),
+        "talking_cpu_percent": round(100 * talking, 2),
+    }
+
+
+async def cpu_share(pid: int, seconds: float) -> float:
+    began_s, used_s = time.monotonic(), cpu_s(pid)
+    await asyncio.sleep(seconds)
+    return (cpu_s(pid) - used_s) / (time.monotonic() - began_s)
+
+
+def stages(port: int) -> dict[str, tuple[float, float]]:
+    """Stage -> (seconds, utterances) since the daemon began."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^edge_asr_stage_seconds_(sum|count)\{stage="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    values = {(stage, kind): float(value) for kind, stage, value in found}
+    return {stage: (values[stage, "sum"], values[stage, "count"]) for _, stage, _ in found}
+
+
+def means_ms(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """What an utterance spent in each stage in between."""
+    spent = {}
+    for stage in ("wait", "recognize", "interpret", "commit"):
+        (sum_0, count_0), (sum_1, count_1) = before[stage], after[stage]
+        spent[stage] = round(1000 * (sum_1 - sum_0) / max(1.0, count_1 - count_0), 1)
+    return spent
+
+
 async def read_on(client: Client) -> None:
     """Answer pings, and forget what comes."""
     while True:
@@ -212,20 +275,29 @@ def main() -> None:
     limits: dict[str, Any] = {"max_sessions": 1000, "max_sessions_per_token": 1000, "max_sessions_per_address": 1000}
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        with Broker(folder) as broker, box(folder, broker, **limits) as running, subscribed(broker) as arrivals:
+        port = free_port()
+        with (
+            Broker(folder) as broker,
+            box(folder, broker, monitoring=port, **limits) as running,
+            subscribed(broker) as arrivals,
+        ):
             for pid in (running.process.pid, *children(running.process.pid)):
                 os.sched_setaffinity(pid, {0})
             asyncio.run(sessions(running, 1, 2))  # everything is loaded
+            before = stages(port)
             heard = asyncio.run(sessions(running, 1, arguments.rounds))
             known = [arrivals[each.ident] - each.closed for each in heard if each.ident in arrivals]
             figures: dict[str, Any] = {
                 "machine": {"load": os.getloadavg()[0], "cores": os.cpu_count(), "held_to_cores": 1},
                 "to_page": quantiles_ms([each.at - each.closed for each in heard]),
                 "to_subscriber": quantiles_ms(known),
+                "stages_mean_ms": means_ms(before, stages(port)),
             }
             print(figures, flush=True)
             figures["silent"] = asyncio.run(silent(running, 32, 10.0))
             print(figures["silent"], flush=True)
+            figures["calls"] = asyncio.run(calls(running, 8, 10.0))
+            print(figures["calls"], flush=True)
             figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -130,6 +131,7 @@ def box(
     *,
     prefix: Sequence[str] = (),
     address: str = "localhost",
+    monitoring: int | None = None,
     **section: Any,
 ) -> Iterator[Box]:
     """Start `edge-asr run` with a gateway; ready when its door is open.
@@ -143,6 +145,7 @@ def box(
         "state_dir": str(folder / "state"),
         "sources": [],
         "gateway": {"port": port, **section},
+        "monitoring": {"port": monitoring},
     }
     if broker is not None:
         tree["mqtt"] = {"host": broker.host, "port": broker.port, "max_retry_s": 1}
@@ -170,8 +173,9 @@ def box(
             process.wait()
 
 
+@functools.cache
 def transcribed(path: Path) -> list[dict[str, Any]]:
-    """What `edge-asr transcribe` makes of a file."""
+    """What `edge-asr transcribe` makes of a file, which nobody changes."""
     done = subprocess.run(
         [sys.executable, "-m", "edge_asr.cli", "transcribe", str(path), "--json"], check=True, capture_output=True
     )

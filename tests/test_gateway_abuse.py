@@ -6,11 +6,17 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import resource
+import signal
 import socket
 import ssl
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -21,9 +27,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from edge_asr import clock
-from edge_asr.audio import read_file
+from edge_asr.audio import quiet, read_file
 from edge_asr.events import SAMPLE_RATE
-from edge_asr.gateway import wire
+from edge_asr.gateway import certificates, wire
 from edge_asr.gateway.call import Call, OfferError
 from edge_asr.gateway.container import Container, ContainerError, decode
 from edge_asr.gateway.rules import Pace
@@ -31,10 +37,13 @@ from edge_asr.gateway.session import BusyError, Session
 from edge_asr.gateway.talk import Talk
 from edge_asr.gateway.tokens import Station
 from edge_asr.gateway.vosk import _parsed, _rate
-from tests.gateway import Box, box, run, transcribed
+from tests.broker import wait_until
+from tests.gateway import Box, box, recording, run, transcribed
 from tests.test_gateway import STOP, encoded
 
 HALF_OPEN = 1000
+LOOK_S = 0.5
+"""What looking at the log adds."""
 WEBM = encoded(STOP, "webm")
 OGG = encoded(STOP, "ogg")
 OFFER = """v=0
@@ -151,6 +160,77 @@ def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
     detail, status, retry_after = run(crowd)
     assert detail == "tablet has 2 sessions open already"
     assert (status, retry_after) == (503, "5")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+@contextlib.contextmanager
+def stuck_recognizer(running: Box) -> Iterator[None]:
+    """The recognizer's process stands still, though not for so long that another takes its place."""
+    (zygote,) = children(running.process.pid)
+    (worker,) = children(zygote)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def test_when_the_recognizer_is_behind_nobody_new_comes_in_and_no_final_is_dropped(running: Box) -> None:
+    said = 10
+
+    async def talk() -> tuple[int, str, int, list[str]]:
+        async with running.client() as client, running.http() as http:
+            await client.until("ready")
+            with stuck_recognizer(running):
+                await client.say((read_file(STOP) + quiet(16_000)) * said)
+                await client.until("overloaded")
+                bearer = {"Authorization": f"Bearer {running.token}"}
+                refused = await http.get(f"{running.url}/ws", headers={**bearer, "Upgrade": "websocket"})
+                upload = await http.post(f"{running.url}/v1/audio/transcriptions", headers=bearer, data=b"")
+            await client.send(type="end")
+            await client.until("ended")
+            return (
+                refused.status,
+                refused.headers["Retry-After"],
+                upload.status,
+                [event["text"].split()[0] for event in client.of("transcript")],
+            )
+
+    assert run(talk) == (503, "5", 503, ["emergency"] * said)
+
+
+def test_a_peer_that_has_died_without_a_word_is_noticed_within_ten_seconds(running: Box, tmp_path: Path) -> None:
+    certificates.make(tmp_path, [])
+    files = certificates.Files(tmp_path)
+    command = [sys.executable, "-m", "tests.whip_by_ffmpeg", f"{running.url}/whip", running.tokens.add("phone", "talk")]
+    command += [str(recording("04-talk-about-the-game")), str(files.server), str(files.server_key)]
+
+    def since(words: str, began_s: float) -> float:
+        """Seconds until the log says so."""
+        wait_until(lambda: words in running.log, words)
+        return time.monotonic() - began_s
+
+    async def die(calling: subprocess.Popen[bytes]) -> tuple[float, float]:
+        async with running.http() as http, http.ws_connect(f"{running.url}/ws", autoping=False) as mute:
+            await mute.send_str(json.dumps({"type": "hello", "token": running.tokens.add("mute", "talk")}))
+            await mute.receive_str()
+            silent_s = time.monotonic()
+            await asyncio.to_thread(since, "phone: session opened by webrtc", silent_s)
+            calling.kill()
+            calling.wait()
+            killed_s = time.monotonic()
+            return await asyncio.gather(
+                asyncio.to_thread(since, "mute: the connection is gone", silent_s),
+                asyncio.to_thread(since, "phone: session closed", killed_s),
+            )
+
+    calling = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    mute_s, call_s = run(lambda: die(calling))
+    assert mute_s < 10 + LOOK_S
+    assert call_s < 10 + LOOK_S
 
 
 def test_no_secret_is_in_the_log(running: Box) -> None:

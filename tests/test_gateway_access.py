@@ -140,6 +140,19 @@ def test_the_command_line_makes_lists_and_revokes(tmp_path: Path) -> None:
     assert "neither a host name nor an IP address" in edge_asr("gateway", "cert", "a b", *state).stderr
 
 
+def test_without_its_packages_the_gateway_is_one_line_that_says_how_to_get_them(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['aiohttp'] = None; from edge_asr.cli import main; main()"
+    options = ["--set", f"state_dir={tmp_path}", "--set", "gateway={}", "--set", "sources=[]"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "run", *options], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 78
+    line = done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "needs packages that are not here (aiohttp)" in line
+    assert "pip install 'edge-asr[gateway]'" in line
+
+
 @pytest.mark.parametrize(
     ("section", "complaint"),
     [

@@ -241,6 +241,22 @@ def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(servi
     assert service.run("stat", "-c", "%a %F", "/var/lib/private/edge-asr/outbox.db").strip() == "600 regular file"
 
 
+def test_stations_talk_through_the_gateway_behind_all_the_walls(site: Sysbox) -> None:
+    site.write("/etc/edge-asr/settings.yaml", "device: box\nsources: []\nmqtt: {host: 127.0.0.1}\ngateway: {}\n")
+    program = ("env", "STATE_DIRECTORY=/var/lib/edge-asr", PYTHON, "-m", "edge_asr.cli", "gateway")
+    site.run(*program, "cert", "-s", "/etc/edge-asr/settings.yaml")
+    token = site.run(*program, "token", "add", "tablet", "-s", "/etc/edge-asr/settings.yaml").strip()
+    site.run("systemctl", "start", "edge-asr")
+    folder = "/var/lib/edge-asr/gateway"
+    upload = ("curl", "--silent", "--fail", "--cacert", f"{folder}/ca.crt", "-H", f"Authorization: Bearer {token}")
+    address = "https://localhost:8443"
+    text = site.run(*upload, "-F", "file=@/etc/edge-asr/order.wav", f"{address}/v1/audio/transcriptions")
+    assert "stop" in json.loads(text)["text"]
+    site.wait_for("its command", lambda: "command StopMachine" in journal_of_service(site))
+    assert token not in journal_of_service(site)
+    site.run("systemctl", "stop", "edge-asr")
+
+
 def asked(box: Sysbox, verb: str, body: dict[str, object]) -> dict[str, object]:
     """The data of the answer to a request."""
     request = ("mosquitto_rr", "-h", "127.0.0.1", "-W", "90", "-e", "answers", "-m", json.dumps(body))

@@ -33,7 +33,8 @@ MAX_SDP_BYTES: Final = 32 * 1024
 MAX_CANDIDATES: Final = 64
 ANSWER_S: Final = 10.0
 BITS_PER_S: Final = 64_000
-DEAD_S: Final = 10.0
+DEAD_S: Final = 9.0
+"""Looked at once a second, so noticed within 10 s."""
 BEFORE_S: Final = 0.3
 """Audio from before a talk's start that belongs to it: a first word begins before the thumb has landed."""
 

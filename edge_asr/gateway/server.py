@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from edge_asr import clock, contract, settings
-from edge_asr.events import Json, Message
+from edge_asr.events import Json, Message, Utterance
 from edge_asr.gateway import GatewayError, ice
 from edge_asr.gateway.box import Box
 from edge_asr.gateway.certificates import Files
@@ -62,6 +62,11 @@ class Gateway:
             self._load_certificate(self._tls)
         self._sessions: Sessions | None = None
         self._said: deque[Event] = deque(maxlen=KEPT)
+
+    def understood(self, utterance: Utterance) -> None:
+        """What comes of it is told next."""
+        if self._sessions is not None:
+            self._sessions.understood(utterance)
 
     def told(self, message: Message) -> None:
         """A message was committed."""

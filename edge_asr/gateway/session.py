@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edge_asr import clock, contract, settings
 from edge_asr.confirmation import ConfirmationError
-from edge_asr.events import Json
+from edge_asr.events import SAMPLE_RATE, Json, Utterance
 from edge_asr.gateway import wire
 from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
 from edge_asr.gateway.talk import Talk, from_pcm16
@@ -80,6 +80,8 @@ class Session:
         """Decodes it, where it comes as a file does."""
         self._skipping = False
         self._acked_s = 0.0
+        self.place = "", 0.0
+        """The utterance that was understood last, and how many seconds into its talk it began."""
         self.kind = ""
         """By what way it came, for the dashboard."""
         self._talks: asyncio.Queue[Talk | None] = asyncio.Queue()
@@ -295,11 +297,19 @@ class Sessions:
         except ConfirmationError as error:
             session.tell("error", {"detail": str(error)}, keep=False)
 
+    def understood(self, utterance: Utterance) -> None:
+        """Note where in its talk an utterance began, for what is told of it next."""
+        found = self._running.get(utterance.source)
+        if found is not None:
+            found[0].place = utterance.id, round(utterance.start / SAMPLE_RATE, 3)
+
     def told(self, kind: str, data: Mapping[str, Json]) -> None:
         """Pass what was committed on to the session that said it."""
         session = self._of(data)
         if session is not None:
-            session.tell(kind, data)
+            utterance_id, offset_s = session.place
+            here = data.get("utterance_id") == utterance_id
+            session.tell(kind, {**data, "offset_s": offset_s} if here else data)
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Pass a partial on to the session that speaks."""

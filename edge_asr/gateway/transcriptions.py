@@ -7,16 +7,14 @@ disk, and may be :data:`MAX_FILE_BYTES` and :data:`MAX_FILE_S` long.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import BodyPartReader, web
 
 from edge_asr.audio import AudioFileError, read_stream
-from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, Json
-from edge_asr.gateway import wire
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
+from edge_asr.gateway import formats, wire
 from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import Event, Sessions
@@ -24,7 +22,6 @@ from edge_asr.gateway.session import Event, Sessions
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_FILE_S: Final = 600.0
 MAX_FIELD_BYTES: Final = 4096
-FORMATS: Final = ("json", "text", "verbose_json")
 PIECE_SAMPLES: Final = SAMPLE_RATE // 2
 WHOLE_S: Final = 55.0
 """For everything; a little less than a request may take."""
@@ -54,8 +51,8 @@ class Transcriptions:
         self._sessions.check_room(request.remote or "")
         data, fields = await _form(request)
         shape = fields.get("response_format", "json")
-        if shape not in FORMATS:
-            raise web.HTTPBadRequest(text=f"response_format {shape[:40]!r} is not one of {', '.join(FORMATS)}")
+        if shape not in formats.KINDS:
+            raise web.HTTPBadRequest(text=f"response_format {shape[:40]!r} is not one of {', '.join(formats.KINDS)}")
         try:
             pcm = await asyncio.to_thread(_pcm, data, fields["filename"])
         except (AudioFileError, ContainerError) as error:
@@ -72,7 +69,10 @@ class Transcriptions:
             await session.settled(WHOLE_S)
         finally:
             session.close()
-        return _response(shape, heard.segments, len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE)
+        whole_s = len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE
+        grains = frozenset(fields.get("timestamp_granularities[]", "segment").split())
+        text, content_type = formats.written(shape, heard.segments, whole_s, grains)
+        return web.Response(text=text, content_type=content_type)
 
 
 class _Collected:
@@ -103,7 +103,9 @@ async def _form(request: web.Request) -> tuple[bytes, dict[str, str]]:
             if part.name == "file":
                 data, fields["filename"] = content, (part.filename or "upload")[:80]
             elif part.name is not None:
-                fields[part.name] = content.decode(errors="replace")
+                known = fields.get(part.name)  # a list comes as several fields of one name
+                value = content.decode(errors="replace")
+                fields[part.name] = value if known is None else f"{known} {value}"
     except (ValueError, AssertionError, RuntimeError) as error:
         raise web.HTTPBadRequest(text=f"this is no multipart form ({error})"[:200]) from None
     if not data:
@@ -128,19 +130,3 @@ def _pcm(data: bytes, name: str) -> bytes:
         stream.write(data)
         stream.flush()
         return read_stream(name, stream, max_s=MAX_FILE_S)
-
-
-def _response(shape: str, segments: list[Event], duration_s: float) -> web.Response:
-    text = " ".join(str(segment["text"]) for segment in segments)
-    if shape == "text":
-        return web.Response(text=text + "\n")
-    if shape == "json":
-        return web.json_response({"text": text}, dumps=_dumps)
-    languages = [segment["language"] for segment in segments]
-    language = max(languages, key=languages.count, default="nospeech")
-    whole = {"task": "transcribe", "language": language, "duration": round(duration_s, 3), "text": text}
-    return web.json_response(whole, dumps=_dumps)
-
-
-def _dumps(data: Mapping[str, Json]) -> str:
-    return json.dumps(data, ensure_ascii=False)

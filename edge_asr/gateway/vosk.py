@@ -15,6 +15,7 @@ from aiohttp import WSMsgType, web
 
 from edge_asr.events import Json
 from edge_asr.gateway import wire
+from edge_asr.gateway.formats import words_of
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import BusyError, Event, Session, Sessions
 
@@ -72,7 +73,8 @@ class _Conversation:
             self._partial = str(event["text"])
         elif event["type"] == "transcript":
             self._partial = ""
-            self._finished.append({"text": event["text"], "result": _words(event)})
+            words = words_of(event)
+            self._finished.append({"text": event["text"], **({"result": words} if words else {})})
 
     def cut(self, reason: str) -> None:
         """Nobody takes over such a session."""
@@ -111,24 +113,9 @@ class _Conversation:
         texts = [str(each["text"]) for each in self._finished]
         words: list[Json] = []
         for each in self._finished:
-            result = each["result"]
+            result = each.get("result")
             words += result if isinstance(result, list) else []
-        return {"text": " ".join(texts), "result": words}
-
-
-def _words(event: Event) -> list[Json]:
-    """Words with their times, put together from the tokens of a transcript."""
-    found: list[dict[str, Json]] = []
-    tokens = event["tokens"]
-    for token in tokens if isinstance(tokens, list) else []:
-        if not isinstance(token, dict):
-            continue
-        text, start_s = str(token["text"]), token["start_s"]
-        if text.startswith(" ") or not found:
-            found.append({"word": text.strip(), "start": start_s, "end": start_s, "conf": event["confidence"]})
-        else:
-            found[-1].update(word=f"{found[-1]['word']}{text}", end=start_s)
-    return [*found]
+        return {"text": " ".join(texts), **({"result": words} if words else {})}  # as there: no words, no key
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ HELLO_S: Final = 10.0
 
 CLOSE_S: Final = 2.0
 PING_S: Final = 3.0
-DEAD_S: Final = 10.0
-"""A peer that sends nothing for so long, not even the answer to a ping, is gone."""
+DEAD_S: Final = 9.0
+"""A peer that sends nothing for so long, not even the answer to a ping, is gone: noticed within 10 s."""
 
 MAX_OUTGOING: Final = 512
 """Events that may wait for a slow client; then the connection is cut, and the client may resume."""

@@ -1,0 +1,156 @@
+"""Programs that others have written talk to the gateway: FFmpeg by WHIP, curl as a client of OpenAI's interface."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_asr.audio import read_file
+from edge_asr.events import Json
+from edge_asr.gateway import certificates, formats
+from tests.broker import Broker, Subscriber
+from tests.gateway import Box, box, recording, run, transcribed
+
+STOP = recording("20-emergency-stop")
+SPEED = recording("03-set-mixer-speed")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Box, Subscriber]]:
+    folder = tmp_path_factory.mktemp("clients")
+    with Broker(folder) as broker, Subscriber(broker) as subscriber, box(folder, broker) as running:
+        yield running, subscriber
+
+
+def test_ffmpeg_calls_by_whip_and_its_command_reaches_the_broker(site: tuple[Box, Subscriber], tmp_path: Path) -> None:
+    running, subscriber = site
+    certificates.make(tmp_path, [])
+    files = certificates.Files(tmp_path)
+    command = [sys.executable, "-m", "tests.whip_by_ffmpeg", f"{running.url}/whip", running.token, str(STOP)]
+    done = subprocess.run(
+        [*command, str(files.server), str(files.server_key)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr + running.log
+    subscriber.wait_for(lambda _: subscriber.on("evt/command"), "its command")
+    (said,) = subscriber.on("evt/command")
+    assert (said.data["intent"], said.data["source"]) == ("EmergencyStop", "tablet")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two utterances with five seconds between the beginnings."""
+    first = read_file(STOP)
+    path = tmp_path_factory.mktemp("two") / "two.wav"
+    pcm = first + bytes(5 * 32_000 - len(first)) + read_file(SPEED)
+    soundfile.write(path, np.frombuffer(pcm, "<i2"), 16_000)
+    return path
+
+
+def uploaded(running: Box, path: Path, *fields: str) -> str:
+    """What curl gets for a file."""
+    command = ["curl", "--silent", "--show-error", "--fail", "--cacert", str(running.folder / "state/gateway/ca.crt")]
+    command += ["-H", f"Authorization: Bearer {running.token}", "-F", f"file=@{path}", "-F", "model=whisper-1"]
+    for field in fields:
+        command += ["-F", field]
+    command.append(f"{running.url}/v1/audio/transcriptions")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_an_upload_comes_back_in_every_format_with_the_times_at_which_it_was_said(
+    site: tuple[Box, Subscriber], two: Path
+) -> None:
+    running, _ = site
+    texts = [row["text"] for row in transcribed(two)]
+    assert len(texts) == 2
+    grains = ("timestamp_granularities[]=word", "timestamp_granularities[]=segment")
+    verbose = json.loads(uploaded(running, two, "response_format=verbose_json", *grains))
+    assert [segment["text"] for segment in verbose["segments"]] == texts
+    starts = [segment["start"] for segment in verbose["segments"]]
+    assert 0 <= starts[0] < 1
+    assert 5 <= starts[1] < 6
+    assert [word["word"] for word in verbose["words"]] == " ".join(texts).split()
+    assert all(one["start"] < one["end"] for one in verbose["words"])
+    assert "segments" not in json.loads(uploaded(running, two, "response_format=verbose_json", grains[0]))
+    assert uploaded(running, two, "response_format=text") == " ".join(texts) + "\n"
+    for kind, demuxer in (("srt", "srt"), ("vtt", "webvtt")):
+        cues = cues_of(uploaded(running, two, f"response_format={kind}"), demuxer)
+        assert [text for text, _, _ in cues] == texts
+        assert [round(start_s, 3) for _, start_s, _ in cues] == starts
+
+
+def cues_of(text: str, demuxer: str) -> list[tuple[str, float, float]]:
+    """Subtitles as FFmpeg reads them: text, start and end in seconds."""
+    found = []
+    with av.open(io.BytesIO(text.encode()), "r", format=demuxer) as container:
+        for packet in container.demux():
+            if packet.size and packet.pts is not None and packet.duration is not None and packet.time_base:
+                start = packet.pts * packet.time_base
+                found.append((bytes(packet).decode(), float(start), float(start + packet.duration * packet.time_base)))
+    return found
+
+
+WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
+EVENTS = st.lists(
+    st.builds(
+        lambda words, offset_s, duration_s, confidence: {
+            "text": " ".join(words),
+            "language": "en",
+            "confidence": confidence,
+            "offset_s": offset_s,
+            "duration_s": duration_s,
+            "tokens": [{"text": f" {word}", "start_s": at * 0.1} for at, word in enumerate(words)],
+        },
+        st.lists(WORDS, min_size=1, max_size=4),
+        st.integers(0, 500_000_000).map(lambda ms: ms / 1000),
+        st.floats(0.2, 30),
+        st.floats(0, 1),
+    ),
+    max_size=4,
+    unique_by=lambda event: event["offset_s"],
+)
+
+
+@given(EVENTS)
+def test_whatever_was_said_ffmpeg_reads_the_same_cues_from_either_kind_of_subtitles(
+    events: list[dict[str, Json]],
+) -> None:
+    events.sort(key=lambda event: float(str(event["offset_s"])))
+    read = {}
+    for kind, demuxer in (("srt", "srt"), ("vtt", "webvtt")):
+        text, _ = formats.written(kind, events, 1.0, frozenset())
+        read[kind] = cues_of(text, demuxer) if events else []
+    assert read["srt"] == read["vtt"]
+    assert [text for text, _, _ in read["srt"]] == [event["text"] for event in events]
+    for (_, start_s, _), event in zip(read["srt"], events, strict=True):
+        assert start_s == pytest.approx(event["offset_s"], abs=0.001)
+
+
+def test_what_holds_no_words_has_no_key_for_them_as_vosks_own_client_expects_it(
+    site: tuple[Box, Subscriber],
+) -> None:
+    running, _ = site
+
+    async def say_nothing() -> list[dict[str, Any]]:
+        async with (
+            running.http() as http,
+            http.ws_connect(f"{running.url}/vosk", headers={"Authorization": f"Bearer {running.token}"}) as socket,
+        ):
+            await socket.send_str('{ "config" : { "sample_rate" : 16000.000000 } }')
+            await socket.send_bytes(bytes(4000))
+            answers = [json.loads(await socket.receive_str())]
+            await socket.send_str('{"eof" : 1}')
+            return [*answers, json.loads(await socket.receive_str())]
+
+    assert run(say_nothing) == [{"partial": ""}, {"text": ""}]
