@@ -86,6 +86,8 @@ class Delivery:
         """Acknowledged by the broker, not yet removed from the outbox."""
         self._refused: list[tuple[Message, str, ReasonCode]] = []
         """With the topic that it left as."""
+        self._state_refused = ""
+        """Why the broker did not take a retained state."""
         self._leaving = False
         self._told = False
         """Whether the outbox knows what the broker refuses."""
@@ -166,9 +168,12 @@ class Delivery:
     async def _blame(self) -> None:
         """The connection has ended: find out whether it is always the same message over which it does."""
         flying = [flight.message for flight in self._link.in_flight.values()]
-        if self._link.ended_by_peer and flying:
-            suspect = flying[0]
-            if suspect is not None and len(flying) == 1 and self._window == 1:
+        if self._link.ended_by_peer and (flying or self._state_refused):
+            suspect = flying[0] if flying else None
+            if suspect is None:
+                reason = self._state_refused or self._link.ended
+                self._refusals.ended_over_state(reason, self._loop.time())
+            elif len(flying) == 1 and self._window == 1:
                 topic = self._left_as[suspect.seq]
                 if self._refusals.ended(suspect, topic, self._link.ended, self._loop.time()) == "aside":
                     await self._put_aside(suspect, topic, f"whenever it is sent, {self._link.ended}")
@@ -299,6 +304,10 @@ class Delivery:
                 self._refusals.taken(message, topic)
                 self.cautious = False
                 self.on_delivered(topic, message, message.seq <= self._backlog_end)
+        elif reason.is_failure:
+            self._state_refused = str(reason)
+        else:
+            self._refusals.state_taken()
         self.on_answer(message, reason)
 
 

@@ -39,8 +39,10 @@ _FIRST_HOLD_S: Final = 2.0
 Fate = Literal["again", "aside"]
 """What becomes of a message now: it keeps its place, or it is put aside as a dead letter."""
 
+NOT_AUTHORIZED: Final = 0x87
+
 _REMEDIES: Final = {
-    0x87: "let the device publish to its topics in the broker's access rules",
+    NOT_AUTHORIZED: "let the device publish to its topics in the broker's access rules",
     0x97: "raise the broker's quota for the device, or wait until it begins anew",
 }
 """By the reason code of a PUBACK."""
@@ -74,6 +76,8 @@ class Refusals:
         """Topics."""
         self._witness: int | None = None
         self._latest: Trouble | None = None
+        self._barren = 0
+        """Connections in a row that ended over a state."""
         self._holds = 0
         self.resume_at_s = 0.0
         """Until then nothing is sent."""
@@ -109,6 +113,18 @@ class Refusals:
         self._endings[message.seq] += 1
         exhausted = self._endings[message.seq] >= ENDINGS
         return self._judge(message, topic, f"{topic}: {reason}", HUNG_UP, now_s, exhausted=exhausted)
+
+    def state_taken(self) -> None:
+        """Take a PUBACK without an error for a retained state, which says nothing about messages."""
+        self._barren = 0
+
+    def ended_over_state(self, reason: str, now_s: float) -> None:
+        """Take the end of a connection, by the broker, over a retained state: messages did not get that far."""
+        self._barren += 1
+        if self._barren >= REFUSALS:
+            detail = f"the broker refuses everything, the device's state included: {reason}"
+            self._latest = Trouble(detail, _REMEDIES[NOT_AUTHORIZED])
+            self._hold(now_s)
 
     def taken(self, message: Message, topic: str) -> None:
         """Take a PUBACK without an error."""
@@ -189,7 +205,7 @@ class Refusals:
 
     def _believe(self) -> None:
         """The broker takes something."""
-        self._witness, self.accused, self._holds = None, None, 0
+        self._witness, self.accused, self._holds, self._barren = None, None, 0, 0
         if self.trouble is not None:
             self.trouble = None
             self.resume_at_s = 0.0

@@ -102,6 +102,11 @@ class Broker:
         self.kill()
         self.start()
 
+    def reload(self) -> None:
+        """Let it read its access rules again."""
+        assert self._process
+        self._process.send_signal(signal.SIGHUP)
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """The process stands still; its kernel still accepts connections and bytes."""

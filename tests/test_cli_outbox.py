@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from edge_asr import cli
 from edge_asr.outbox import Outbox, read_dead_letters, read_statistics
+from edge_asr.retention import Limits
 from tests.broker import Broker, Subscriber
 from tests.test_publisher import emptied, events, publishing, received, run, seqs, transcript, until
 
@@ -55,6 +56,20 @@ def test_status_counts_what_waits_and_what_was_refused(path: Path) -> None:
     assert "dead letters   2" in done.output
     assert "broker         none" in done.output
     assert json.loads(edge_asr(path, "status", "--json").output)["dead_letters"] == 2
+
+
+def test_status_says_what_was_given_up_why_and_what_the_broker_refuses(path: Path) -> None:
+    with closing(Outbox(path, 10_000_000, limits={"transcript": Limits(max_bytes=100_000)})) as outbox:
+        asyncio.run(outbox.append(*[transcript("x" * 1000)] * 200))
+        asyncio.run(outbox.append(transcript("one more")))
+        asyncio.run(outbox.note_refusal("the broker refuses everything, evt/transcript: Quota exceeded; raise it"))
+    shown = edge_asr(path, "status").output
+    assert "refused        command 0, transcript 2, rejection 0, alarm 0" in shown
+    assert "outdated       command 0, transcript 0, rejection 0, alarm 0" in shown
+    assert "refusal        the broker refuses everything, evt/transcript: Quota exceeded; raise it" in shown
+    numbers = json.loads(edge_asr(path, "status", "--json").output)
+    assert numbers["dropped"]["transcript"] > 0
+    assert numbers["class_bytes"]["transcript"] > 0
 
 
 def test_dead_letters_are_listed_with_their_reason_while_a_daemon_has_the_outbox_open(path: Path) -> None:

@@ -552,6 +552,32 @@ def test_a_broker_that_refuses_everything_makes_no_dead_letters_and_gets_all_in_
     run(main())
 
 
+def test_a_real_broker_whose_rules_forbid_everything_gets_it_all_once_they_are_mended(
+    tmp_path: Path, outbox: Outbox
+) -> None:
+    """The state is refused as well, and mosquitto 2.0.11 hangs up over it before any message is sent."""
+    folder = new_folder(tmp_path, "acl")
+    rules = folder / "rules"
+    rules.write_text("topic read #\n", encoding="ascii")
+    rules.chmod(0o600)
+
+    async def main() -> None:
+        with Broker(folder, extra=f"acl_file {rules}") as broker, Subscriber(broker) as subscriber:
+            await outbox.append(*[transcript()] * 3, rejection())
+            async with publishing(broker.mqtt(), outbox) as running:
+                await until(lambda: running.refusal, "the refusal to be noticed")
+                assert running.refusal
+                assert "access rules" in running.refusal.remedy
+                assert (await outbox.statistics()).dead_letters == 0
+                rules.write_text("topic readwrite #\n", encoding="ascii")
+                broker.reload()
+                await received(subscriber, lambda got: len(events(got)) >= 4, "everything")
+                await until(lambda: running.refusal is None, "the end of the refusal")
+            assert seqs(first_deliveries(events(subscriber.messages))) == [1, 2, 3, 4]
+
+    run(main())
+
+
 def test_one_forbidden_topic_goes_to_the_dead_letters_and_the_others_to_the_broker(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
