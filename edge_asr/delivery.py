@@ -21,12 +21,12 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Final, get_args
+from typing import Final
 
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_asr.contract import Renderer
-from edge_asr.events import Category, Message
+from edge_asr.events import Message
 from edge_asr.link import WINDOW, Link
 from edge_asr.outbox import Outbox, life_left_s
 from edge_asr.refusals import Refusals
@@ -244,14 +244,13 @@ class Delivery:
 
     async def _next_witness(self, accused: Message) -> Message | None:
         """What goes before a refused message, to see whether the broker takes anything at all."""
-        others = [category for category in get_args(Category) if category != accused.category]
-        unheard = [category for category in self._refusals.unheard if category in others]
-        for categories in (unheard, others):
-            found = [each for category in categories for each in await self._outbox.oldest(1, 0, category)]
-            if found:
-                return min(found, key=lambda message: message.seq)
-        for message in await self._outbox.oldest(1, accused.seq, accused.category):
-            return message
+        if self._refusals.called == 0:
+            found = [each for each in await self._outbox.oldest(2) if each.seq != accused.seq]
+        else:
+            kinds = self._refusals.unheard
+            found = [each for category in kinds for each in await self._outbox.oldest(1, 0, category)]
+        if found:
+            return min(found, key=lambda message: message.seq)
         self._refusals.no_witness(self._loop.time())
         self._wake_at(self._refusals.resume_at_s)
         return None

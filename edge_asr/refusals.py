@@ -5,10 +5,11 @@ Law:
 - A refused message is tried :data:`REFUSALS` times, in its place and alone; one over which, sent alone, the broker ends
   the connection, :data:`ENDINGS` times: a broker in trouble does that, too.
 - Then it is put aside if something else stands against it: a message that the broker has taken since the first of these
-  tries. Where none does, a *witness* is called: it is sent before its turn (see :attr:`Refusals.accused`).
-- If the witness is refused as well, the broker refuses everything, over a quota or a mistake in its access rules.
+  tries. Where none does, *witnesses* are called: the oldest other message is sent first, and if that is refused, too,
+  the oldest of a category of which nothing was refused.
+- If every witness is refused as well, the broker refuses everything, over a quota or a mistake in its access rules.
   Nothing is put aside for that; everything waits, each time twice as long, until something is taken. The message is
-  tried before the witness, so that the order holds when the broker changes its mind.
+  tried before the witnesses, so that the order holds when the broker changes its mind.
 - What may shed new light, a command or the first message of a category, ends a pause.
 - Once a message that had been refused is taken, the refusals were not about messages: all counts begin afresh.
 - After a message was put aside its topic is taken for forbidden, until a message of that topic is taken: the next
@@ -32,6 +33,9 @@ ENDINGS: Final = 10
 
 _TRY_AGAIN_S: Final = 0.25
 """Before the second try; doubled each time, so a message that nobody will ever take holds up the others for 1.75 s."""
+
+_WITNESSES: Final = 2
+"""Called in one round: the next in order, which costs the order nothing, and one of another kind."""
 
 _FIRST_HOLD_S: Final = 2.0
 """The first pause of a queue that is refused altogether; doubled each time."""
@@ -75,6 +79,10 @@ class Refusals:
         self._forbidden: set[str] = set()
         """Topics."""
         self._witness: int | None = None
+        self._defendant: Message | None = None
+        """Against whom the witness is heard."""
+        self.called = 0
+        """Witnesses since the last pause."""
         self._latest: Trouble | None = None
         self._barren = 0
         """Connections in a row that ended over a state."""
@@ -82,7 +90,7 @@ class Refusals:
         self.resume_at_s = 0.0
         """Until then nothing is sent."""
         self.accused: Message | None = None
-        """A witness is wanted against this one: one of another category or its own, sent before it."""
+        """A witness is wanted against this one, to be sent before it."""
         self.trouble: Trouble | None = None
         """None: the broker takes something, as far as we know."""
 
@@ -93,7 +101,7 @@ class Refusals:
 
     @property
     def unheard(self) -> list[Category]:
-        """Categories of which nothing was refused: their messages are the best witnesses."""
+        """Categories of which nothing was refused."""
         refused = {message.category for message in self._wanted.values()}
         return [category for category in get_args(Category) if category not in refused]
 
@@ -159,11 +167,11 @@ class Refusals:
 
     def summoned(self, seq: int) -> None:
         """The message with that number goes as the witness."""
-        self._witness, self.accused = seq, None
+        self._witness, self._defendant, self.accused = seq, self.accused, None
+        self.called += 1
 
     def no_witness(self, now_s: float) -> None:
         """Nothing else waits that could be sent."""
-        self.accused = None
         self._hold(now_s)
 
     def sheds_light(self) -> list[Category]:
@@ -184,16 +192,16 @@ class Refusals:
             self._latest = Trouble(
                 f"the broker refuses everything, {reason}", _REMEDIES.get(code, "see the broker's log")
             )
-            if message.seq == self._witness:
+        if message.seq == self._witness:
+            self._witness, self.accused = None, self._defendant
+            if self.called == _WITNESSES:
                 self._hold(now_s)
-            else:
-                self.accused = message
-        elif message.seq == self._witness:
-            self._hold(now_s)
+        elif exhausted or self.trouble is not None:
+            self.accused = message
         return "again"
 
     def _hold(self, now_s: float) -> None:
-        self._witness = None
+        self._witness, self.accused, self.called = None, None, 0
         self._holds += 1
         self._pause(now_s, min(self._longest_s, _FIRST_HOLD_S * 2.0 ** min(self._holds - 1, 20)))
         if self.trouble != self._latest:
@@ -205,7 +213,8 @@ class Refusals:
 
     def _believe(self) -> None:
         """The broker takes something."""
-        self._witness, self.accused, self._holds, self._barren = None, None, 0, 0
+        self._witness, self.accused, self.called = None, None, 0
+        self._holds, self._barren = 0, 0
         if self.trouble is not None:
             self.trouble = None
             self.resume_at_s = 0.0

@@ -513,10 +513,10 @@ def test_a_broker_that_refuses_everything_makes_no_dead_letters_and_gets_all_in_
     refuses = True
 
     def answer(seq: int) -> int | None:
-        """It changes its mind while the queue is held, after a witness."""
+        """It changes its mind while the queue is held, after the last witness."""
         nonlocal refuses
         answered = code if refuses else 0
-        refuses = refuses and (seq == 1 or not told or clock.boottime_ns() < expires_ns)
+        refuses = refuses and (seq != 2 or not told or clock.boottime_ns() < expires_ns)
         return answered
 
     told: list[refusals.Trouble | None] = []

@@ -85,18 +85,24 @@ class _Server:
 
 
 class MoodyBroker(_Server):
-    """Acknowledges late, refuses now and then (each message twice at most), hangs up, and never takes one message."""
+    """Acknowledges late, refuses now and then (each message twice at most), hangs up, and never takes one message.
+
+    For a spell it takes nothing at all, as over a quota.
+    """
 
     LATEST_S = 0.1
     REFUSED, HUNG_UP = 0.02, 0.01
     """Shares of the messages."""
     NEVER_TAKEN = 50
     """Sequence number."""
+    SPELL_FROM, SPELL_TRIES = 70, 6
+    """The sequence number at which the spell begins, and the tries of one message that end it."""
 
     def __init__(self, luck: random.Random) -> None:
         super().__init__()
         self._luck = luck
         self._refusals: Counter[str] = Counter()
+        self._in_spell: Counter[str] = Counter()
         self.accepted: list[Delivery] = []
         """Every PUBLISH of an event that is acknowledged without an error, in order."""
         self.in_flight_with: defaultdict[str, set[str]] = defaultdict(set)
@@ -129,6 +135,11 @@ class MoodyBroker(_Server):
         finally:
             answering.cancel()
 
+    @property
+    def spell_is_over(self) -> bool:
+        """Whether there was one."""
+        return max(self._in_spell.values(), default=0) >= self.SPELL_TRIES
+
     def _verdict(self, packet_id: bytes, sent: Delivery, following: dict[str, int]) -> tuple[bytes, int, str]:
         """The answer; ``following``: by the id of a message refused on this connection how many came since."""
         name = json.loads(sent.body)["data"]["id"]
@@ -137,8 +148,10 @@ class MoodyBroker(_Server):
             if count < WINDOW - 1:
                 self.in_flight_with[refused].add(name)
                 following[refused] = count + 1
-        never = b'"seq":%d,' % self.NEVER_TAKEN in sent.body
-        if never or (self._refusals[name] < 2 and self._luck.random() < self.REFUSED):
+        seq = json.loads(sent.body)["data"]["seq"]
+        spell = seq >= self.SPELL_FROM and not self.spell_is_over
+        self._in_spell[name] += spell
+        if spell or seq == self.NEVER_TAKEN or (self._refusals[name] < 2 and self._luck.random() < self.REFUSED):
             self._refusals[name] += 1
             following[name] = 0
             return packet_id, _QUOTA_EXCEEDED, ""
