@@ -1,11 +1,11 @@
 """Decides which graph of a model runs on this CPU: the model's own, or a faster one that was made and proven here.
 
 Law: a prepared graph is used only if it was proven against the model's own graph on this CPU with this onnxruntime:
-over the bundled recordings at least :data:`AGREEMENT` of the tokens are the same and posteriors are at most
-:data:`FARTHEST` apart (the exact variant: equal in every bit), and it needs less CPU time. Else the model's own graph
-runs, and the record says why. What was found is kept beside the models under a key of model, CPU and onnxruntime, so
-that another processor or version asks for a new proof. A process of its own does the work, because a native library
-may end it (``trial``), one graph in memory at a time.
+it hears the same in the golden recording, over the bundled recordings at least :data:`AGREEMENT` of the tokens are the
+same and posteriors are at most :data:`FARTHEST` apart (the exact variant: equal in every bit), and it needs less CPU
+time. Else the model's own graph runs, and the record says why. What was found is kept beside the models under a key of
+model, CPU and onnxruntime, so that another processor or version asks for a new proof. A process of its own does the
+work, because a native library may end it (``trial``), one graph in memory at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rapidfuzz.distance import Levenshtein
 
-from edge_asr import inference, model_store, onnx_file, optimization, settings
+from edge_asr import inference, model_store, onnx_file, optimization, settings, trial
 from edge_asr.audio import read_file
 from edge_asr.inference import OnnxRecognizer, RecognizerError
 from edge_asr.installation import SPARE_BYTES, Store
@@ -60,6 +60,7 @@ ROUNDS: Final = 3
 LIMIT_S: Final = 600.0
 """For all of it, on the slowest supported board."""
 
+_RECORDINGS: Final = model_store.bundled("recordings")
 FOLDER: Final = ".prepared"
 _RECORD: Final = "record.json"
 _GRAPH: Final = "model.onnx"
@@ -99,6 +100,7 @@ class Record(BaseModel):
 class Heard:
     """What one graph made of the recordings."""
 
+    golden: str
     tokens: list[list[str]]
     posteriors: list[NDArray[np.float32]]
     cpu_s: float
@@ -132,6 +134,7 @@ def find(files: ModelFiles, installed: Path, options: settings.Model) -> Path | 
         log.info("%s is not prepared for this CPU; `edge-asr models optimize` makes it faster", files.name)
         return None
     if found.variant == "own":
+        log.info("%s runs its own graph: %s", files.name, "; ".join(found.refused))
         return None
     try:
         if sha256_of(folder / _GRAPH) == found.sha256:
@@ -249,8 +252,9 @@ def _proven(files: ModelFiles, made: Path) -> Record:
 def _listen(files: ModelFiles, graph: Path | None) -> Heard:
     """Let one graph hear the bundled recordings."""
     recognizer = OnnxRecognizer(files, settings.Model(), graph)
+    known = trial.golden_of(files) or (_RECORDINGS / trial.BUNDLED_GOLDEN.audio, "")
     tokens, posteriors, cpu_s = [], [], 0.0
-    for recording in sorted(model_store.bundled("recordings").glob("*.flac")):
+    for recording in dict.fromkeys([known[0], *sorted(_RECORDINGS.glob("*.flac"))]):
         pcm, times = read_file(recording), []
         for _ in range(ROUNDS):
             began = time.thread_time()
@@ -260,7 +264,7 @@ def _listen(files: ModelFiles, graph: Path | None) -> Heard:
         tokens.append([token.text for token in heard.transcript.tokens])
         posteriors.append(heard.log_posteriors)
         cpu_s += statistics.median(times)
-    return Heard(tokens, posteriors, cpu_s)
+    return Heard("".join(tokens[0]), tokens, posteriors, cpu_s)
 
 
 def _distance(own: Heard, other: Heard) -> float:
@@ -278,6 +282,8 @@ def _agreement(own: Heard, other: Heard) -> float:
 
 def objection(variant: Variant, own: Heard, heard: Heard) -> str:
     """Why a graph must not take the place of the model's own; empty: it may."""
+    if heard.golden != own.golden:
+        return f"hears {heard.golden!r} in the golden recording, where its own graph hears {own.golden!r}"
     agreement = _agreement(own, heard)
     if not agreement >= AGREEMENT:
         return f"{agreement:.1%} of the tokens are the same, less than {AGREEMENT:.0%}"

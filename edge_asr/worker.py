@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, NoReturn
 
-from edge_asr import installation, trial
+from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
@@ -83,6 +83,8 @@ class Facts:
     """What a worker says of itself once its model is loaded."""
 
     files: ModelFiles
+    graph: prepared.Record | None
+    """What was known of a faster graph when it was loaded."""
     provider: str
     """The execution provider really in use, named as in the settings."""
     golden: str
@@ -150,11 +152,12 @@ class Worker:
     def reload(self, options: Settings) -> None:
         """Take over model, hotwords and commands of other settings between two utterances.
 
-        Another model is loaded beside the old one, which goes on working until then. Raises ModelError, HotwordError,
-        GrammarError (then nothing has changed), WorkerError.
+        Another model, or another graph of it, is loaded beside the old one, which goes on working until then. Raises
+        ModelError, HotwordError, GrammarError (then nothing has changed), WorkerError.
         """
         chosen = installation.chosen(options)
-        if options.model != self._options.model or chosen != self._chosen:
+        graph = prepared.record_of(self.facts.files, options.models_directory)
+        if options.model != self._options.model or chosen != self._chosen or graph != self.facts.graph:
             fresh = self._begin(options)
             with self._turn:
                 old, self._process = self._process, fresh
@@ -201,7 +204,8 @@ class Worker:
             self._process = self._begin(self._options)
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
-        if self.facts.files.sha256 == old.facts.files.sha256 and self.facts.golden != old.facts.golden:
+        same_ears = (self.facts.files.sha256, self.facts.graph) == (old.facts.files.sha256, old.facts.graph)
+        if same_ears and self.facts.golden != old.facts.golden:
             raise WorkerError(f"a new recognizer hears {self.facts.golden!r} in the golden recording")
 
     def _begin(self, options: Settings) -> _Process:
@@ -375,8 +379,9 @@ def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] 
     if engine is None:
         assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
         engine, trouble = prepare_engine(request)
+        graph = prepared.record_of(engine.files, request.models_directory)
         golden = trial.listen(engine.recognizer, engine.files)
-        return engine, Facts(engine.files, engine.recognizer.provider, golden, trouble, _resident_bytes())
+        return engine, Facts(engine.files, graph, engine.recognizer.provider, golden, trouble, _resident_bytes())
     if isinstance(request, Settings):
         return engine.under(request), None
     if isinstance(request, str):

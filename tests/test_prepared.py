@@ -113,7 +113,7 @@ def test_a_prepared_graph_that_is_not_what_was_proven_is_not_used(
 def heard(*words: str, cpu_s: float = 1.0, shift: float = 0.0) -> Heard:
     """One recording, one word per frame, with ``shift`` of the probability elsewhere."""
     row = np.log(np.array([[1 - 0.1 - shift, 0.1 + shift]], np.float32))
-    return Heard([list(words)], [np.repeat(row, max(1, len(words)), axis=0)], cpu_s)
+    return Heard(words[0], [list(words)], [np.repeat(row, max(1, len(words)), axis=0)], cpu_s)
 
 
 SAID = [f"word{index}" for index in range(200)]
@@ -126,6 +126,11 @@ WRONG = ["wrong"] * 3
         ("close", heard(*SAID, cpu_s=0.5, shift=0.01), ""),
         ("close", heard(*SAID[:-2], "wrong", "wrong", cpu_s=0.5), ""),
         ("close", heard(*SAID[:-3], *WRONG, cpu_s=0.5), "98.5% of the tokens are the same, less than 99%"),
+        (
+            "close",
+            heard("other", *SAID[1:]),
+            "hears 'other' in the golden recording, where its own graph hears 'word0'",
+        ),
         ("close", heard(*SAID, cpu_s=0.5, shift=0.05), "posteriors differ by 0.050, more than 0.02"),
         ("close", heard(*SAID, cpu_s=0.99), "needs 0.99 of the CPU time"),
         ("close", heard(*SAID, cpu_s=0.5, shift=float("nan")), "posteriors differ by nan, more than 0.02"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edge_asr import clock, engine, grammar, model_store, settings, worker
+from edge_asr import clock, engine, grammar, model_store, prepared, settings, worker
 from edge_asr.audio import read_file
 from edge_asr.events import Command, Rejection, Utterance, new_id
 from edge_asr.model_store import ModelError
@@ -204,3 +204,21 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_graph_that_was_optimized_meanwhile_is_used_from_the_next_reload_on(tmp_path: Path) -> None:
+    options = OPTIONS.model_copy(update={"state_dir": tmp_path})
+    walled = Worker(options)
+    try:
+        before, facts = walled.pid, walled.facts
+        assert facts.graph is None
+        record = prepared.prepare(walled.name, options.models_directory)
+        walled.reload(options)
+        assert walled.pid != before
+        assert walled.facts.graph == record
+        assert isinstance(walled.understand(STOP, final=True).decision, Command)
+        before = walled.pid
+        walled.reload(options)
+        assert walled.pid == before
+    finally:
+        walled.close()
