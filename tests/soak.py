@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import socket
@@ -60,15 +61,20 @@ def long_speech(seconds: float) -> Iterator[Utterance]:
     yield from ear.flush()
 
 
-def growth(worker: Worker, utterances: Iterator[Utterance], warm: int = WARM) -> dict[str, float]:
+def growth(
+    worker: Worker, utterances: Iterator[Utterance], warm: int = WARM, limit_s: float = math.inf
+) -> dict[str, float]:
     """Megabytes of the worker after the first ``warm`` utterances, at most and at the end, and how many there were."""
-    sizes = []
+    sizes, began = [], time.monotonic()
     for utterance in utterances:
+        if time.monotonic() - began > limit_s:
+            break
         worker.understand(utterance, final=True)
         sizes.append(resident_bytes(worker.pid) / 2**20)
     base = sizes[min(warm, len(sizes)) - 1]
     return {
         "utterances": len(sizes),
+        "took_s": round(time.monotonic() - began, 1),
         "base_mb": round(base, 1),
         "most_mb": round(max(sizes), 1),
         "end_mb": round(sizes[-1], 1),
@@ -130,13 +136,15 @@ def service(model: str | None, idle_s: float) -> dict[str, float]:
             while b"READY=1" not in manager.recv(4096):
                 pass
             ready_s = time.monotonic() - began
+            ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
             threading.Thread(target=_listen, args=[manager], daemon=True).start()
             time.sleep(5)  # the microphone opens, the first probe is over
             pids = family(daemon.pid)
             quiet = idle(pids, idle_s)
             memory = sum(map(proportional_mb, pids))
             daemon.terminate()
-        return {"ready_s": round(ready_s, 2), "memory_mb": round(memory), **quiet}
+        ready = {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
+        return {**ready, "memory_mb": round(memory), **quiet}
 
 
 def _listen(manager: socket.socket) -> None:
@@ -152,6 +160,7 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=10_000)
     parser.add_argument("--speech-s", type=float, default=300.0)
     parser.add_argument("--idle-s", type=float, default=60.0)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="of the short utterances, however many")
     parser.add_argument("--model")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.machine(), "service": service(arguments.model, arguments.idle_s)}
@@ -159,7 +168,7 @@ def main() -> None:
     with closing(Worker(options)) as worker:
         found["model"] = worker.name
         found["long_speech"] = growth(worker, long_speech(arguments.speech_s), warm=2)
-        found["short_utterances"] = growth(worker, short_utterances(arguments.utterances))
+        found["short_utterances"] = growth(worker, short_utterances(arguments.utterances), limit_s=arguments.limit_s)
     print(json.dumps(found, indent=2))
 
 
