@@ -160,7 +160,10 @@ def models_activate(options: Settings, name: str, **_: object) -> None:
     click.echo(f"{name}: {tested}; active from the next reload on: `systemctl reload edge-asr`")
     _warn_of_settings(options)
     if options.model.optimized:
-        click.echo(f"{name}: {_optimized(name, store)}")
+        try:
+            click.echo(f"{name}: {_optimized(name, store)}")
+        except ModelError as error:  # it is active all the same
+            click.echo(f"not optimized: {error}", err=True)
 
 
 @models.command("optimize", epilog=example("edge-asr models optimize && systemctl reload edge-asr"))

@@ -10,9 +10,11 @@ work, because a native library may end it (``trial``), one graph in memory at a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import signal
@@ -298,6 +300,9 @@ def objection(variant: Variant, own: Heard, heard: Heard) -> str:
 
 
 def _child(name_or_path: str, installed: str) -> str:
+    os.nice(10)  # beside a daemon that listens
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")  # before it, too
     try:
         return _prepare(model_store.locate(name_or_path, Path(installed)), Path(installed)).model_dump_json()
     except (ModelError, OSError) as error:
