@@ -64,6 +64,7 @@ LIMIT_S: Final = 600.0
 
 _RECORDINGS: Final = model_store.bundled("recordings")
 FOLDER: Final = ".prepared"
+_MAKING: Final = ".making-"
 _RECORD: Final = "record.json"
 _GRAPH: Final = "model.onnx"
 
@@ -199,10 +200,12 @@ def _prepare(files: ModelFiles, installed: Path) -> Record:
     store = Store(installed)
     with store.changing():
         (installed / FOLDER).mkdir(exist_ok=True)
+        for left in (installed / FOLDER).glob(f"{_MAKING}*"):  # by one that was killed
+            shutil.rmtree(left)
     needed = 2 * files.model.stat().st_size + SPARE_BYTES
     if shutil.disk_usage(installed).free < needed:
         raise ModelError(f"{installed}: preparing {files.name} needs {needed >> 20} MiB of room; free space first")
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=installed / FOLDER))
+    made = Path(tempfile.mkdtemp(prefix=_MAKING, dir=installed / FOLDER))
     try:
         made.chmod(0o755)  # the service's user is another one
         record = _proven(files, made)

@@ -27,7 +27,11 @@ def files() -> ModelFiles:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("state") / "models"
+    """Where somebody was killed while preparing a model."""
+    folder = tmp_path_factory.mktemp("state") / "models"
+    (folder / FOLDER / ".making-half").mkdir(parents=True)
+    (folder / FOLDER / ".making-half/model.fused").write_bytes(b"half")
+    return folder
 
 
 @pytest.fixture(scope="module")
