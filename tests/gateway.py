@@ -207,20 +207,30 @@ def chromium(running: Box, microphone: Path | None, *, asks: bool = False, **con
     certificate = x509.load_pem_x509_certificate((running.folder / "state/gateway/server.crt").read_bytes())
     key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     trusted = base64.b64encode(hashlib.sha256(key).digest()).decode()
-    arguments = [
-        f"--ignore-certificate-errors-spki-list={trusted}",
+    arguments = [f"--ignore-certificate-errors-spki-list={trusted}"]
+    with browsing(running.folder, microphone, *arguments, asks=asks, **context) as browser:
+        yield browser
+
+
+@contextlib.contextmanager
+def browsing(
+    folder: Path, microphone: Path | None, *arguments: str, asks: bool = False, **context: Any
+) -> Iterator[BrowserContext]:
+    """A real browser with a microphone, and a profile of its own in a folder."""
+    arguments = (
+        *arguments,
         *(["--deny-permission-prompts"] if asks else ["--use-fake-ui-for-media-stream"]),
         "--use-fake-device-for-media-stream",
         *([f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []),
         "--disable-background-networking",
         "--no-first-run",
-    ]
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
-            str(running.folder / f"profile-{os.urandom(4).hex()}"),
+            str(folder / f"profile-{os.urandom(4).hex()}"),
             executable_path=CHROMIUM,
             headless=True,
-            args=arguments,
+            args=list(arguments),
             chromium_sandbox=False,
             locale=context.pop("locale", "en-GB"),
             **context,
