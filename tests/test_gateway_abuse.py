@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,25 @@ def test_a_first_message_that_is_no_good_hello_ends_the_connection(running: Box,
 # ---------------------------------------------------------------- any bytes at all
 
 
+FUZZ_S = 60.0
+"""For all parsers together."""
+
+PARSERS = 9
+
+
+def for_a_while(test: Callable[[], None]) -> Callable[[], None]:
+    """Have Hypothesis look for its share of the time, again and again from another seed."""
+
+    def fuzz() -> None:
+        deadline = time.monotonic() + FUZZ_S / PARSERS
+        while time.monotonic() < deadline:
+            test()
+
+    fuzz.__name__ = test.__name__
+    return fuzz
+
+
+@for_a_while
 @given(
     st.text()
     | st.binary().map(bytes.hex)
@@ -275,6 +294,7 @@ def test_any_text_is_a_message_or_a_wire_error(text: str) -> None:
         wire.read(text)
 
 
+@for_a_while
 @given(
     st.fixed_dictionaries(
         {"type": st.sampled_from(["hello", "start", "end", "answer", "ping"])},
@@ -295,6 +315,7 @@ def test_any_fields_are_a_message_within_its_bounds_or_a_wire_error(fields: dict
             assert 0 <= message.age_ms <= wire.MAX_AGE_MS
 
 
+@for_a_while
 @given(st.binary(max_size=64))
 def test_any_binary_message_is_audio_or_a_wire_error(data: bytes) -> None:
     try:
@@ -305,12 +326,14 @@ def test_any_binary_message_is_audio_or_a_wire_error(data: bytes) -> None:
         assert data == struct.pack("<I", position) + bytes(audio)
 
 
+@for_a_while
 @given(st.text(max_size=60))
 def test_any_order_of_a_vosk_client_is_one_or_a_wire_error(text: str) -> None:
     with contextlib.suppress(wire.WireError):
         _rate(_parsed(text).get("sample_rate", 16_000))
 
 
+@for_a_while
 @given(
     st.lists(st.tuples(st.integers(0, 40_000), st.integers(0, 4000)), max_size=20),
     st.sampled_from([8000, 16_000, 44_100, 48_000]),
@@ -338,8 +361,9 @@ def damaged(data: bytes, cut: int, place: int, noise: bytes) -> bytes:
     return (data[:place] + noise + data[place + len(noise) :])[: max(1, cut % (2 * len(data)))]
 
 
+@for_a_while
 @given(st.sampled_from([WEBM, OGG]), st.integers(0, 10**6), st.integers(0, 10**6), st.binary(max_size=40))
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=25)
 def test_any_damaged_stream_ends_its_talk_and_nothing_else(data: bytes, cut: int, place: int, noise: bytes) -> None:
     async def scenario() -> None:
         talk = Talk("tablet", 1, rate=48_000)
@@ -357,11 +381,12 @@ def test_any_damaged_stream_ends_its_talk_and_nothing_else(data: bytes, cut: int
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
+@for_a_while
 @given(
     st.binary(max_size=200)
     | st.builds(damaged, st.just(WEBM), st.integers(0, 10**6), st.integers(0, 10**6), st.binary())
 )
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=25)
 def test_any_upload_is_audio_or_a_container_error(data: bytes) -> None:
     with contextlib.suppress(ContainerError):
         assert len(decode(data, 10.0)) <= 11 * 2 * SAMPLE_RATE
@@ -376,12 +401,13 @@ def mangled(lines: list[str], place: int, other: str) -> str:
 SDP_LINES = OFFER.split("\r\n")
 
 
+@for_a_while
 @given(
     st.text()
     | st.builds(mangled, st.just(SDP_LINES), st.integers(0, 100), st.text(max_size=40) | st.sampled_from(SDP_LINES))
     | st.integers(0, len(OFFER)).map(lambda end: OFFER[:end])
 )
-@hypothesis_settings(max_examples=80)
+@hypothesis_settings(max_examples=25)
 def test_any_offer_is_answered_or_refused(offer: str) -> None:
     async def scenario() -> None:
         session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
@@ -396,6 +422,41 @@ def test_any_offer_is_answered_or_refused(offer: str) -> None:
             await call.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+CANDIDATE = ["1", "1", "udp", "2130706431", "127.0.0.1", "9", "typ", "host"]
+PARTS = st.sampled_from(
+    [*CANDIDATE, "tcp", "-1", "::1", "256.1.1.1", "99999999999", "srflx", "raddr", "rport", "tcptype"]
+)
+
+
+@for_a_while
+@given(
+    st.lists(
+        st.builds("a=candidate:{}".format, st.lists(PARTS | st.text(max_size=5), max_size=12).map(" ".join))
+        | st.builds(lambda place, other: f"a=candidate:{mangled_words(place, other)}", st.integers(0, 7), PARTS)
+        | st.sampled_from(["a=mid:0", "a=mid:1", "a=end-of-candidates", "a=ice-ufrag:x"])
+        | st.text(max_size=20).filter(lambda text: ".local" not in text),
+        max_size=6,
+    )
+)
+@hypothesis_settings(max_examples=25)
+def test_any_fragment_of_candidates_is_taken_or_refused(lines: list[str]) -> None:
+    async def scenario() -> None:
+        session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+        call = Call(session, [], None, owns_session=True)
+        try:
+            await call.answer(OFFER, controlled=False)
+            with contextlib.suppress(OfferError):
+                await call.trickle("\r\n".join(lines))
+        finally:
+            await call.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def mangled_words(place: int, other: str) -> str:
+    return " ".join([*CANDIDATE[:place], other, *CANDIDATE[place + 1 :]])
 
 
 def test_an_address_may_make_so_many_requests_and_then_as_many_as_refill() -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.whip_by_ffmpeg URL TOKEN RECORDING CERTIFICATE KEY
 
-The certificate is for DTLS: what FFmpeg makes by itself with GnuTLS is on a curve that OpenSSL refuses.
+The certificate is for DTLS, on P-256: the one that FFmpeg makes by itself with GnuTLS is refused by OpenSSL.
 """
 
 from __future__ import annotations
