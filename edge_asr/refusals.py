@@ -112,7 +112,7 @@ class Refusals:
         tries = self._tries[message.seq]
         exhausted = tries >= REFUSALS
         fate = self._judge(message, topic, f"{topic}: {reason}", code, now_s, exhausted=exhausted)
-        if fate == "again" and not exhausted:
+        if fate == "again" and not exhausted and self.accused is None:
             self._pause(now_s, _TRY_AGAIN_S * 2.0 ** (tries - 1))
         return fate
 
