@@ -71,4 +71,9 @@ class Timex(ctypes.Structure):
 
 def _kernel_trusts_it() -> bool:
     state = Timex(modes=0)  # changes nothing
-    return ctypes.CDLL(None).adjtimex(ctypes.byref(state)) != -1 and not state.status & STA_UNSYNC
+    return _libc().adjtimex(ctypes.byref(state)) != -1 and not state.status & STA_UNSYNC
+
+
+@functools.lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

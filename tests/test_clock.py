@@ -42,7 +42,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, in
     monkeypatch.setattr(clock, "SET_BY_TIMESYNCD", tmp_path / "synchronized")
 
     def answers(status: int, answer: int) -> None:
-        monkeypatch.setattr(ctypes, "CDLL", lambda _: Kernel(status, answer))
+        monkeypatch.setattr(clock, "_libc", lambda: Kernel(status, answer))
 
     return answers
 
