@@ -489,8 +489,8 @@ def test_a_broker_that_dies_now_and_then_makes_no_dead_letters(outbox: Outbox, m
 def test_late_acknowledgements_in_any_order_are_waited_for_within_the_window(outbox: Outbox) -> None:
     async def main() -> None:
         async with ScriptedBroker(lambda _: 0) as broker:
-            async with publishing(broker.mqtt, outbox) as running:
-                await until(lambda: running.connected, "a connection")
+            async with publishing(broker.mqtt, outbox):
+                await until(lambda: broker.states, "the answer to the birth")
                 broker.hold = WINDOW
                 await asyncio.gather(*(outbox.append(transcript()) for _ in range(WINDOW * 6)))
                 await until(lambda: emptied(outbox), "an empty outbox")
