@@ -223,6 +223,30 @@ def test_a_microphone_pulled_out_is_an_alarm_with_its_remedy(tmp_path: Path) -> 
     assert "plug it in" in alarm.data["remedy"]
 
 
+def test_a_broker_that_refuses_everything_is_an_alarm_until_it_takes_messages_again(tmp_path: Path) -> None:
+    rules, outbox = tmp_path / "rules", tmp_path / "state" / "outbox.db"
+    rules.write_text("topic read #\n", encoding="ascii")
+    rules.chmod(0o600)
+
+    def alarms(messages: list[Received]) -> list[tuple[str, str]]:
+        return [(m.data["kind"], m.data["state"]) for m in messages if m.topic.endswith("evt/alarm")]
+
+    with (
+        Broker(tmp_path, extra=f"acl_file {rules}") as broker,
+        Subscriber(broker) as subscriber,
+        running(write_settings(tmp_path, broker.port)) as box,
+    ):
+        box.say(COMMAND)
+        wait_until(lambda: outbox.exists() and read_statistics(outbox).refusal, "the outbox knows")
+        box.wait_for_log("alarm broker-refused raised")
+        rules.write_text("topic readwrite #\n", encoding="ascii")
+        broker.reload()
+        subscriber.wait_for(lambda m: ("broker-refused", "over") in alarms(m), "the end of it", 2 * PATIENCE_S)
+        assert ("broker-refused", "raised") in alarms(subscriber.messages)
+        wait_until(lambda: not read_statistics(outbox).refusal, "the outbox knows")
+        assert read_statistics(outbox).dead_letters == 0
+
+
 def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     hum = from_float(rng.normal(0, 10 ** (-45 / 20), 12 * SAMPLE_RATE))
