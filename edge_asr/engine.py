@@ -49,6 +49,7 @@ class Engine:
     @classmethod
     def build(cls, options: Settings) -> Engine:
         """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
+        grammar_paths(options.commands)  # a wrong name is told at once, not after a model was loaded
         provider = inference.reachable(options.model)
         files = model_store.locate(installation.chosen(options), options.models_directory, provider)
         if provider != "cpu" and files.model.name == model_store.WEIGHTS["cpu"][0]:
