@@ -15,6 +15,7 @@ from typing import Any
 import ifaddr
 import pytest
 
+from edge_asr.gateway.call import _announced
 from edge_asr.settings import Gateway
 from tests.broker import free_port, wait_until
 from tests.gateway import Box, box, recording, run, transcribed
@@ -22,31 +23,6 @@ from tests.test_gateway import WhipClient
 
 STOP = recording("20-emergency-stop")
 SECRET = "kept in a file"  # noqa: S105 - of a relay that lives for one test
-
-
-def test_calls_take_the_ports_of_the_settings_and_without_one_left_nobody_is_let_in(tmp_path: Path) -> None:
-    port = free_port()
-
-    async def crowd(running: Box) -> tuple[str, list[int], str]:
-        bearer = {"Authorization": f"Bearer {running.token}"}
-        first, second = WhipClient(running, STOP), WhipClient(running, STOP)
-        async with running.http() as http:
-            response = await first.call(http)
-            refused = await second.offer(http)
-            statuses = [refused.status]
-            await http.delete(running.url + response.headers["Location"], headers=bearer)
-            statuses.append((await second.offer(http)).status)
-            answer = await response.text()
-        await first.peer.close()
-        await second.peer.close()
-        return answer, statuses, refused.headers["Retry-After"]
-
-    with box(tmp_path, udp_ports=[port, port], announce="10.3.7.20") as running:
-        answer, statuses, retry_after = run(lambda: crowd(running))
-    candidates = re.findall(r"^a=candidate:\S+ \d udp \d+ (\S+) (\d+) typ host", answer, re.MULTILINE)
-    assert set(candidates) == {("10.3.7.20", str(port))}
-    assert statuses == [503, 201]
-    assert retry_after == "5"
 
 
 def own_addresses() -> set[str]:
@@ -70,19 +46,37 @@ def destinations(running: Box, log: Path) -> Iterator[set[str]]:
         found -= own_addresses()
 
 
-def test_no_stun_or_turn_server_is_contacted_unless_the_settings_name_one(tmp_path: Path) -> None:
-    async def call(running: Box) -> str:
-        client = WhipClient(running, STOP)
-        async with running.http() as http:
-            await client.call(http)
-            await client.until("ready")
-        await client.peer.close()
-        return client.peer.connectionState
+def test_calls_take_the_ports_of_the_settings_and_ask_no_server_that_these_do_not_name(tmp_path: Path) -> None:
+    port = free_port()
 
-    with box(tmp_path) as running, destinations(running, tmp_path / "strace") as contacted:
-        run(lambda: call(running))
+    async def crowd(running: Box) -> tuple[str, list[int], str]:
+        bearer = {"Authorization": f"Bearer {running.token}"}
+        first, second = WhipClient(running, STOP), WhipClient(running, STOP)
+        async with running.http() as http:
+            response = await first.call(http)
+            await first.until("ready")
+            refused = await second.offer(http)  # no port is left
+            statuses = [refused.status]
+            await http.delete(running.url + response.headers["Location"], headers=bearer)
+            statuses.append((await second.offer(http)).status)
+            answer = await response.text()
+        await first.peer.close()
+        await second.peer.close()
+        return answer, statuses, refused.headers["Retry-After"]
+
+    with box(tmp_path, udp_ports=[port, port]) as running, destinations(running, tmp_path / "strace") as contacted:
+        answer, statuses, retry_after = run(lambda: crowd(running))
+    assert set(re.findall(r"^a=candidate:\S+ \d udp \d+ \S+ (\d+) typ host", answer, re.MULTILINE)) == {str(port)}
+    assert statuses == [503, 201]
+    assert retry_after == "5"
     assert contacted == set()
     assert re.search(r'inet_addr\("', (tmp_path / "strace").read_text(encoding="utf-8"))  # it was watched
+
+
+def test_an_announced_address_stands_in_for_our_own_and_not_for_a_relays() -> None:
+    own = "a=candidate:1 1 udp 2130706431 172.17.0.2 50000 typ host\r\n"
+    relayed = "a=candidate:2 1 udp 16777215 10.0.0.1 49152 typ relay raddr 172.17.0.2 rport 50001\r\n"
+    assert _announced(own + relayed, "10.3.7.20") == own.replace("172.17.0.2", "10.3.7.20") + relayed
 
 
 @contextlib.contextmanager
