@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker import Broker
-from tests.test_daemon import COMMAND, running, write_settings
-
 CHECKOUT = Path(__file__).parent.parent
 KINDS = re.findall(
     r"^\| `([a-z-]+)` \| (?:critical|warning) \|",
@@ -29,13 +26,3 @@ def test_the_documentation_lists_every_alarm_that_can_be_raised() -> None:
 def test_every_alarm_is_provoked_by_a_test(kind: str) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (CHECKOUT / "tests").glob("test_*.py"))
     assert re.search(rf'[" ]{kind}[" ]', tests)
-
-
-def test_a_broker_that_refuses_everything_is_an_alarm(tmp_path: Path) -> None:
-    rules = tmp_path / "acl"
-    states = "".join(f"topic write acme/voice/press-07/{each}\n" for each in ("status", "meta", "health"))
-    rules.write_text(f"topic read #\n{states}", encoding="utf-8")
-    rules.chmod(0o600)
-    with Broker(tmp_path, extra=f"acl_file {rules}") as broker, running(write_settings(tmp_path, broker.port)) as box:
-        box.say(COMMAND)
-        box.wait_for_log("alarm broker-refused raised: ")
