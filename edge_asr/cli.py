@@ -51,6 +51,7 @@ from edge_asr.pipeline import Understanding
 from edge_asr.settings import Settings
 from edge_asr.sources import SourceError, audio_files, levels, list_devices, record
 from edge_asr.subscriber import Screen, Subscriber
+from edge_asr.text_matching import TextMatcher
 
 _EPILOG = 'Shell completion:  eval "$(_EDGE_ASR_COMPLETE=bash_source edge-asr)"   (zsh_source, fish_source)'
 
@@ -364,14 +365,14 @@ def grammar_say(name: str, count: int, seed: int) -> None:
 @click.argument("name")
 @click.argument("text")
 def grammar_parse(name: str, text: str) -> None:
-    """Show what a text means, word for word; exit code 1 if nothing or not one thing."""
+    """Show what a text means, word for word or by the sound of its names; exit code 1 if nothing or not one thing."""
     with one_line_errors():
         graph = commands.load_graph(list(grammar_paths(settings.Commands(grammars=(name,))).values()))
-        readings = commands.TextMatcher(graph).readings(text)
-        for reading in readings:
-            click.echo(str(reading))
-        if len(readings) != 1:
-            click.echo("ambiguous" if readings else "no command", err=True)
+        understood = TextMatcher(graph).understood(text)
+        for reading, confidence in understood:
+            click.echo(f"{reading}{'' if confidence == 1 else f', by sound, confidence {confidence:.2f}'}")
+        if len(understood) != 1:
+            click.echo("ambiguous" if understood else "no command", err=True)
             raise SystemExit(EXIT_FOUND)
 
 

@@ -6,13 +6,12 @@ confidence is the probability of both: P(a command was said) times P(it was this
 above the intent's ``min_confidence`` it is accepted. In doubt the audio is listened to again, slower. Number words
 stand apart: every listening must hear each as if no grammar had been there, and no sentence with another number may
 come near (else ``unsafe-number``).
-Without posteriors (sherpa-onnx) the words of the text must be a sentence of the grammar exactly.
+Without posteriors (sherpa-onnx) the words of the text must be a sentence of the grammar, see ``text_matching``.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,8 @@ from edge_asr import grammar, settings
 from edge_asr.biasing import GrammarDecoder, GrammarMatch, Hypothesis, combined, matched
 from edge_asr.events import Command, Rejection
 from edge_asr.grammar import CommandGraph, Expectation, Reading, words_of
-from edge_asr.numbers import respell
 from edge_asr.posteriors import Recognition, TokenTable, foreign
-from edge_asr.wordgraph import Arc, Mark, Step
+from edge_asr.text_matching import TextMatcher
 
 NO_SPEECH = "nospeech"
 """The language tag of audio in which nobody speaks."""
@@ -136,13 +134,16 @@ class Interpreter:
         return bool(match.best.numerals) or _probability(evidence) * _probability(_margin(match)) < SURE
 
     def _from_text(self, text: str) -> Command | Rejection:
-        readings = self._texts.readings(text)
-        if not readings:
+        understood = self._texts.understood(text)
+        if not understood:
             return Rejection("not-understood", f"heard {text!r}, no command")
-        if len(readings) > 1:
-            candidates = tuple(map(str, readings))
+        candidates = tuple(str(reading) for reading, _ in understood)
+        if len(understood) > 1:
             return Rejection("ambiguous", " or ".join(candidates), 0.0, candidates)
-        return self._command(readings[0], 1.0, " ".join(words_of(text)))
+        [(reading, confidence)] = understood
+        if confidence < self._threshold(reading):
+            return Rejection("not-understood", f"heard {text!r}, no command", confidence, candidates)
+        return self._command(reading, confidence, " ".join(words_of(text)))
 
     def _threshold(self, reading: Reading) -> float:
         own = self._graph.intents[reading.intent, reading.language].min_confidence
@@ -185,33 +186,6 @@ def _probability(nats: float) -> float:
     return 1 / (1 + math.exp(min(-nats / TEMPERATURE, 700.0)))
 
 
-class TextMatcher:
-    """Reads texts, word for word, as sentences of the grammars."""
-
-    def __init__(self, graph: CommandGraph) -> None:
-        self._endings = graph.words.endings
-        self._next: dict[tuple[int, str], list[Arc]] = defaultdict(list)
-        for arc in graph.words.arcs:
-            self._next[arc.source, arc.step.word].append(arc)
-        self._languages = sorted({language for _, language in graph.intents})
-
-    def readings(self, text: str) -> list[Reading]:
-        """Every meaning of a text, with digits in it read as spoken numbers; empty: it is no sentence."""
-        found: dict[Reading, None] = {}
-        for spelling in dict.fromkeys([text, *(respell(text, language) for language in self._languages)]):
-            for steps, marks in self._paths(words_of(spelling)):
-                found.setdefault(grammar.read(steps, marks))
-        return list(found)
-
-    def _paths(self, words: Sequence[str]) -> list[tuple[tuple[Step, ...], tuple[Mark, ...]]]:
-        paths: list[tuple[int, tuple[Step, ...]]] = [(0, ())]
-        for word in words:
-            paths = [
-                (arc.target, (*steps, arc.step)) for node, steps in paths for arc in self._next.get((node, word), ())
-            ]
-        return [(steps, ending) for node, steps in paths if steps for ending in self._endings.get(node, ())]
-
-
 def load_graph(paths: Sequence[Path]) -> CommandGraph:
     """Read and compile grammar files. Raises GrammarError, one line per problem."""
     return grammar.compile_graph({str(path): grammar.load(path) for path in paths})
@@ -222,7 +196,7 @@ def failed_expectations(graph: CommandGraph, tests: Sequence[Expectation]) -> Ma
     matcher = TextMatcher(graph)
     failed: dict[str, str] = {}
     for test in tests:
-        readings = matcher.readings(test.say)
+        readings = [reading for reading, _ in matcher.understood(test.say)]
         wanted = [(test.intent, dict(test.slots))] if test.intent is not None else []
         if [(r.intent, dict(r.slots)) for r in readings] != wanted:
             failed[test.say] = " or ".join(map(str, readings)) or "no command"

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edge_asr.events import Answer, Risk, SlotValue
 from edge_asr.numbers import LIMIT, MAX_DECIMALS, Language, digits_of, spoken_digits, spoken_forms, value_of
+from edge_asr.phonetics import missing_package
 from edge_asr.settings import explain, parse_yaml, problems
 from edge_asr.wordgraph import Automaton, Mark, Meaning, Number, Sketch, Step, Value, WordGraph, minimal_trie
 
@@ -69,6 +70,8 @@ class Enumeration(_Part):
 
     values: Annotated[tuple[tuple[str, Annotated[tuple[str, ...], Field(min_length=1)]], ...], Field(min_length=1)]
     """Each value with the templates of what people say for it."""
+    match: Literal["words", "sound"] = "words"
+    """``sound``: the values are names, and a text that is no sentence word for word may hold one by its sound."""
 
     @field_validator("values", mode="before")
     @classmethod
@@ -374,6 +377,15 @@ def _filled(template: _Template) -> list[str]:
     return list(itertools.chain.from_iterable(below))
 
 
+def _kinds(template: _Template) -> Iterator[str]:
+    """The slots of a template by the names of their definitions."""
+    if isinstance(template, _Slot):
+        yield template.kind
+    elif not isinstance(template, _Text):
+        for part in template.parts:
+            yield from _kinds(part)
+
+
 def _spelled(piece: str) -> _Template:
     """One written word as the words of the graph."""
     words = tuple(words_of(piece))
@@ -395,8 +407,11 @@ def words_of(text: str) -> list[str]:
 class _Compiler:
     """Appends templates to a sketch of the graph."""
 
-    def __init__(self, sketch: Sketch, grammar: Grammar, where: str) -> None:
-        self._sketch, self._grammar, self._where = sketch, grammar, where
+    def __init__(
+        self, sketch: Sketch, grammar: Grammar, where: str, places: dict[str, NamePlace] | None = None
+    ) -> None:
+        """With ``places``, slots with ``match: sound`` become single words, which are explained there."""
+        self._sketch, self._grammar, self._where, self._places = sketch, grammar, where, places
 
     def add(self, template: _Template, source: int) -> int:
         """Append a template after ``source`` and return the node where it ends."""
@@ -432,6 +447,8 @@ class _Compiler:
 
     def _slot(self, slot: _Slot, source: int) -> int:
         definition = self._grammar.slots[slot.kind]
+        if self._places is not None and _is_by_sound(definition):
+            return self._sketch.word(source, self._place(slot, self._places))
         end = self._sketch.node()
         if isinstance(definition, Enumeration):
             parser = _TemplateParser(self._grammar, f"{self._where}: slots.{slot.kind}")
@@ -456,6 +473,42 @@ class _Compiler:
             self._sketch.empty[own[final]].append(((), end))
         return end
 
+    def _place(self, slot: _Slot, places: dict[str, NamePlace]) -> str:
+        """A word that nobody says, for all names of a slot."""
+        if package := missing_package(self._grammar.language):
+            where = f"{self._where}: slots.{slot.kind}"
+            raise GrammarError(f"{where}: `match: sound` needs a package; pip install '{package}'")
+        place = NamePlace(
+            slot.name,
+            self._grammar.language,
+            tuple(
+                (value, tuple(words_of(phrase)))
+                for value, template in _enumerated(self._grammar, slot.kind)
+                for phrase in expansions(template, self._grammar)
+            ),
+            ids_of(self._grammar),
+        )
+        word = next((known for known, other in places.items() if other == place), f"{{{len(places)}}}")
+        places[word] = place
+        return word
+
+
+def _is_by_sound(definition: Enumeration | NumberRange | Digits) -> bool:
+    return isinstance(definition, Enumeration) and definition.match == "sound"
+
+
+def _enumerated(grammar: Grammar, kind: str) -> Iterator[tuple[str, str]]:
+    definition = grammar.slots[kind]
+    if isinstance(definition, Enumeration):
+        yield from definition.phrases()
+
+
+def ids_of(grammar: Grammar) -> frozenset[str]:
+    """Words that the names and rules of a file write in capitals, and their letters."""
+    templates = [template for kind in grammar.slots for _, template in _enumerated(grammar, kind)]
+    written = " ".join([*templates, *grammar.rules.values()])
+    return frozenset(word.lower() for word in re.findall(r"\b[A-Z][A-Z0-9]*\b", written))
+
 
 @functools.lru_cache(maxsize=64)
 def _number_graph(values: tuple[Decimal, ...], language: Language) -> Automaton:
@@ -468,12 +521,27 @@ def _digit_graph(count: int, language: Language) -> Automaton:
     return minimal_trie(f for n in range(10**count) for f in spoken_digits(f"{n:0{count}d}", language))
 
 
+@dataclass(frozen=True, slots=True)
+class NamePlace:
+    """Where a name stands that may be known by its sound: a slot with ``match: sound`` in one file's sentences."""
+
+    slot: str
+    language: Language
+    names: tuple[tuple[str, tuple[str, ...]], ...]
+    """Each value with the words of one way to say it."""
+    ids: frozenset[str]
+    """Words that the file writes in capitals; they stand for themselves, not for a sound."""
+
+
 @dataclass(frozen=True)
 class CommandGraph:
     """Every sentence of every grammar file, and what is known of its intents."""
 
     words: WordGraph
     intents: Mapping[tuple[str, Language], Intent]
+    frames: WordGraph
+    """The sentences that hold a name of a slot with ``match: sound``, with a word of :attr:`places` in its stead."""
+    places: Mapping[str, NamePlace]
 
 
 def expansions(template: str, grammar: Grammar, limit: int = 64) -> list[str]:
@@ -491,9 +559,10 @@ def is_number_word(word: str, language: Language) -> bool:
 
 def compile_graph(grammars: Mapping[str, Grammar]) -> CommandGraph:
     """All sentences of all files (name -> grammar) as one graph. Raises GrammarError."""
-    sketch = Sketch()
-    final = sketch.node()
+    sketch, frames = Sketch(), Sketch()
+    final, framed = sketch.node(), frames.node()
     intents: dict[tuple[str, Language], Intent] = {}
+    places: dict[str, NamePlace] = {}
     for name, grammar in grammars.items():
         for intent_name, intent in grammar.intents.items():
             key = (intent_name, grammar.language)
@@ -501,8 +570,11 @@ def compile_graph(grammars: Mapping[str, Grammar]) -> CommandGraph:
                 raise GrammarError(f"{name}: intents.{intent_name}: defined twice for language {grammar.language}")
             intents[key] = intent
             where = f"{name}: intents.{intent_name}"
-            compiler = _Compiler(sketch, grammar, where)
+            compiler, framer = _Compiler(sketch, grammar, where), _Compiler(frames, grammar, where, places)
+            meaning = (Meaning(intent_name, grammar.language),)
             for sentence in intent.sentences:
-                end = compiler.add(_TemplateParser(grammar, where).sentence(sentence), 0)
-                sketch.empty[end].append(((Meaning(intent_name, grammar.language),), final))
-    return CommandGraph(sketch.finish(final), intents)
+                template = _TemplateParser(grammar, where).sentence(sentence)
+                sketch.empty[compiler.add(template, 0)].append((meaning, final))
+                if any(_is_by_sound(grammar.slots[kind]) for kind in _kinds(template)):
+                    frames.empty[framer.add(template, 0)].append((meaning, framed))
+    return CommandGraph(sketch.finish(final), intents, frames.finish(framed), places)

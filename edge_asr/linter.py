@@ -1,7 +1,8 @@
 """Looks through a grammar for what will go wrong on the shop floor: words never heard, sound-alikes, double meanings.
 
 Sound is compared by Metaphone for English, by pinyin with tones for Chinese characters (an approximation for
-Cantonese), by jamo for Korean, and by the written characters for Japanese.
+Cantonese), by jamo for Korean, and by the written characters for Japanese; slots with ``match: sound`` as ``phonetics``
+compares them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from edge_asr import commands, grammar
 from edge_asr.biasing import spellings
 from edge_asr.grammar import Enumeration, Grammar
 from edge_asr.numbers import Language
+from edge_asr.phonetics import likeness, name_of
 from edge_asr.posteriors import TokenTable
+from edge_asr.text_matching import NEAR, TextMatcher
 
 ALIKE = 0.8
 """Similarity of two phrases' sounds from which a noisy hall makes them one (0..1)."""
@@ -99,13 +102,24 @@ def _sound_alikes(loaded: Grammar) -> Iterator[Remark]:
         for (value, phrase), (other_value, other) in itertools.combinations(phrases, 2):
             if value == other_value or _differ_in_a_number(phrase, other, loaded.language):
                 continue
-            here, there = sounds(phrase, loaded.language), sounds(other, loaded.language)
-            alike = Levenshtein.normalized_similarity(here, there)
-            if alike >= ALIKE and alike > worst.get((value, other_value), (0.0, "", ""))[0]:
+            alike = _alike(phrase, other, loaded, name)
+            if alike and alike > worst.get((value, other_value), (0.0, "", ""))[0]:
                 worst[value, other_value] = alike, phrase, other
         for (value, other_value), (alike, phrase, other) in worst.items():
             remark = f"slots.{name}: {phrase!r} ({value}) and {other!r} ({other_value}) sound alike, {alike:.2f}"
             yield Remark("warning", f"{remark}; choose other words for one")
+
+
+def _alike(phrase: str, other: str, loaded: Grammar, slot: str) -> float:
+    """How alike two phrases sound; 0 where they can be told apart. Names by sound as they will be matched."""
+    definition = loaded.slots[slot]
+    if isinstance(definition, Enumeration) and definition.match == "sound":
+        ids = grammar.ids_of(loaded)
+        here, there = (name_of(grammar.words_of(each), loaded.language, ids) for each in (phrase, other))
+        alike = likeness(here, there)
+        return alike if alike >= NEAR else 0.0
+    alike = Levenshtein.normalized_similarity(sounds(phrase, loaded.language), sounds(other, loaded.language))
+    return alike if alike >= ALIKE else 0.0
 
 
 def _differ_in_a_number(phrase: str, other: str, language: Language) -> bool:
@@ -115,7 +129,7 @@ def _differ_in_a_number(phrase: str, other: str, language: Language) -> bool:
 
 
 def _doubts(graph: grammar.CommandGraph) -> Iterator[Remark]:
-    matcher = commands.TextMatcher(graph)
+    matcher = TextMatcher(graph)
     random = Random(0)  # noqa: S311 - samples, no secrets
     seen: set[frozenset[str]] = set()
     for _ in range(SAMPLES):

@@ -10,9 +10,22 @@ import pytest
 import edge_asr
 
 ORDER = (
-    *("events", "clock", "settings", "audio", "speech", "posteriors", "numbers", "wordgraph", "grammar", "biasing"),
+    *(
+        "events",
+        "clock",
+        "settings",
+        "audio",
+        "speech",
+        "posteriors",
+        "numbers",
+        "phonetics",
+        "wordgraph",
+        "grammar",
+        "biasing",
+    ),
     *(
         "hotwords",
+        "text_matching",
         "commands",
         "linter",
         "confirmation",

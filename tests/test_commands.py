@@ -328,3 +328,16 @@ def test_the_shipped_grammars_can_be_heard_by_the_shipped_model() -> None:
         commands.load_graph([model_store.bundled("grammars") / "factory.zh.yaml"]), table, settings.Commands()
     )
     assert all(re.search("[^a-z]", word) for word in lost.unspellable)
+
+
+def test_a_text_with_a_name_by_its_sound_is_a_command_that_is_less_sure() -> None:
+    slots = {**SITE["slots"], "machine": {**SITE["slots"]["machine"], "match": "sound"}}
+    by_sound = compile_graph({"site.yaml": Grammar.model_validate({**SITE, "slots": slots})})
+    got = command(Interpreter(by_sound, TABLE, settings.Commands()).interpret(said("start the mixxer")))
+    assert (got.slots, got.words) == ({"machine": "mixer"}, "start the mixxer")
+    assert 0.8 < got.confidence < 1
+    refused = rejection(
+        Interpreter(by_sound, TABLE, settings.Commands(min_confidence=0.99)).interpret(said("start the mixxer"))
+    )
+    assert (refused.reason, refused.candidates) == ("not-understood", ("Start(machine=mixer)",))
+    assert rejection(interpreter().interpret(said("start the mixxer"))).reason == "not-understood"

@@ -55,6 +55,19 @@ def test_numbered_names_are_no_sound_alikes(tmp_path: Path) -> None:
     assert remarks(tmp_path, GOOD.replace("press, mixer", "line three, line four")) == []
 
 
+def test_names_that_are_matched_by_sound_are_compared_as_they_will_be(tmp_path: Path) -> None:
+    by_words = GOOD.replace("press, mixer", "kovalsky, kowalski, left loader, right loader")
+    found = remarks(tmp_path, by_words.replace("{values", "{match: sound, values"))
+    assert [text for _, text in found if "sound alike" in text] == [
+        "slots.machine: 'kovalsky' (kovalsky) and 'kowalski' (kowalski) sound alike, 0.94; choose other words for one"
+    ]
+    people = "language: zh\nintents: {Call: {sentences: ['呼叫{who}']}}\n"
+    slots = "slots: {who: {match: sound, values: [张伟, 章伟, 王芳, 甲泵, 乙泵]}}\n"
+    assert [text for _, text in remarks(tmp_path, people + slots) if "alike" in text] == [
+        "slots.who: '张伟' (张伟) and '章伟' (章伟) sound alike, 1.00; choose other words for one"
+    ]
+
+
 def test_sound_ignores_spelling_and_keeps_tones() -> None:
     assert sounds("night", "en") == sounds("knight", "en")
     assert sounds("四号", "zh") != sounds("十号", "zh")

@@ -20,6 +20,7 @@ from edge_asr import audio, commands, grammar, model_store, trial
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, Command
 from edge_asr.settings import Settings
+from edge_asr.text_matching import TextMatcher
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDINGS = ROOT / "examples" / "recordings"
@@ -109,7 +110,7 @@ def test_the_recordings_are_small_enough_to_ship() -> None:
 
 
 def test_every_text_means_to_the_factory_grammar_what_the_manifest_says() -> None:
-    matcher = commands.TextMatcher(commands.load_graph([GRAMMAR]))
+    matcher = TextMatcher(commands.load_graph([GRAMMAR]))
     for line in LINES:
         meant = [] if line["intent"] is None else [(line["intent"], line["slots"])]
         assert [(reading.intent, dict(reading.slots)) for reading in matcher.readings(line["text"])] == meant, line
