@@ -102,9 +102,11 @@ def test_every_request_of_the_page_is_done(broker: Broker, device: Box) -> None:
 
 
 @contextlib.contextmanager
-def consumer(broker: Broker, folder: Path, *more: str, printed: Path | None = None) -> Iterator[Path]:
-    """The consumer of the page, running; the file with what it prints."""
-    (line,) = lines("python3", "broker.plant 1883")
+def consumer(
+    broker: Broker, folder: Path, *more: str, printed: Path | None = None, script: str = "consumer.py"
+) -> Iterator[Path]:
+    """A consumer of the page, running; the file with what it prints."""
+    (line,) = lines("python3", "broker.plant 1883", script)
     printed = printed or folder / "printed"
     typed = [*words(line, broker, **{"broker.plant 1883": f"{HOST} {broker.port}"}), *more]
     with printed.open("a", encoding="utf-8") as output:
@@ -192,8 +194,9 @@ def test_the_consumer_does_not_act_on_what_came_too_late(broker: Broker, tmp_pat
         assert answers(subscriber, 2) == [("c1", "rejected it came too late"), ("c2", "accepted")]
 
 
+@pytest.mark.parametrize("script", ["consumer.py", "minimal.py"])
 def test_the_consumer_acts_once_on_each_command_also_on_what_came_while_it_was_away(
-    broker: Broker, device: Box, tmp_path: Path
+    script: str, broker: Broker, device: Box, tmp_path: Path
 ) -> None:
     outbox = tmp_path / "state" / "outbox.db"
 
@@ -201,14 +204,14 @@ def test_the_consumer_acts_once_on_each_command_also_on_what_came_while_it_was_a
         return outbox.exists() and read_statistics(outbox).receipts["accepted"] == count
 
     with Subscriber(broker) as subscriber:
-        with consumer(broker, tmp_path) as printed:
+        with consumer(broker, tmp_path, script=script) as printed:
             wait_until((tmp_path / "done.db").exists, "the consumer has begun")
             device.say(COMMAND)
             wait_until(lambda: accepted(1), f"its receipt; it said {printed.read_text(encoding='utf-8')}")
         command = first(subscriber, "evt/command")
         device.say(COMMAND)  # nobody is there: the broker keeps it
         first(subscriber, "evt/command", 2)
-        with consumer(broker, tmp_path):
+        with consumer(broker, tmp_path, script=script):
             wait_until(lambda: accepted(2), "the receipt for what came meanwhile")
             publish.single(
                 f"{ROOT}/evt/command", json.dumps(command.payload), 1, hostname=HOST, port=broker.port, protocol=MQTTv5
