@@ -250,6 +250,7 @@ class Outbox:
                 jobs[0].future.set_exception(error)
             return
         if database.newest > self._last_seq:
+            database.note_newest()
             with self._lock:
                 self._last_seq = database.newest
             self._wake()
@@ -307,6 +308,10 @@ class _Database:
         if self._connection is not None:
             self._connection.close()
         self._mark.close()
+
+    def note_newest(self) -> None:
+        """Remember outside the file how far it goes."""
+        self._mark.note(self.newest)
 
     def transact(self, works: Sequence[Callable[[_Database], Any]], *, durable: bool) -> list[Any]:
         """Run the works in one transaction, mending what can be mended on the way. Raises OutboxError."""
@@ -482,6 +487,7 @@ class _Database:
     def _open(self) -> None:
         outbox_file.swap_in_rescued(self._path)
         try:
+            self._require_all()
             self._connection = self._connect()
         except outbox_file.FILE_ERRORS as error:
             if self._ballast.needed():
@@ -493,6 +499,13 @@ class _Database:
             self._connection = self._connect()
         self._synchronous = ""
         self.newest = outbox_file.last_seq(self._connection)
+
+    def _require_all(self) -> None:
+        """SQLite takes a log up to its first spoilt byte and drops the commits behind it without a word."""
+        if self._mark.committed and self._path.exists() and self._path.stat().st_size:
+            found = outbox_file.peek_last_seq(self._path)
+            if found < self._mark.committed:
+                raise sqlite3.DatabaseError(f"it ends at {found}, and {self._mark.committed} was committed")
 
     def _connect(self) -> sqlite3.Connection:
         connection = outbox_file.connect(outbox_file.private(self._path))
@@ -515,6 +528,7 @@ class _Database:
         if known < self._mark.value - (0 if is_new else SEQ_BLOCK):
             known = self._mark.value
             log.error("%s: lost or older than it was; numbering continues after %d", self._path, known)
+            connection.execute("INSERT INTO damage VALUES (?, 0, '')", (clock.wall_ns(),))
         if known != outbox_file.last_seq(connection):
             outbox_file.continue_after(connection, known)
 

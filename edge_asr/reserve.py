@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -15,9 +16,15 @@ BALLAST_BYTES: Final = 4 * 1024 * 1024
 SEQ_BLOCK: Final = 1000
 """Sequence numbers reserved at a time in the lock file, so that a lost database cannot make them start again."""
 
+_LINE_BYTES: Final = 21
+
 
 class Mark:
-    """The lock file: held for as long as the outbox is open, and its text is the highest sequence number in reserve."""
+    """The lock file: held for as long as the outbox is open.
+
+    Its first line is the highest sequence number in reserve, its second the highest of which it is known that it was
+    committed: a log that ends at a spoilt byte reads like one that was never longer, and only this tells.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises BlockingIOError where another process has it."""
@@ -27,9 +34,12 @@ class Mark:
         except BlockingIOError:
             os.close(self._file)
             raise
-        text = os.pread(self._file, 32, 0).strip()
-        self.value = int(text) if text.isdigit() else 0
-        if not text:
+        text = os.pread(self._file, 2 * _LINE_BYTES, 0)
+        reserved, self.committed = (
+            int(line) if line.strip().isdigit() else 0 for line in (text[:_LINE_BYTES], text[_LINE_BYTES:])
+        )
+        self.value = max(reserved, self.committed)
+        if not text.strip():
             self._write(0)  # on a disk that fills up later, the file has its size already
 
     def reserve(self, seq: int) -> None:
@@ -38,6 +48,12 @@ class Mark:
             value = seq - 1 + SEQ_BLOCK
             self._write(value)
             self.value = value
+
+    def note(self, seq: int) -> None:
+        """Remember that ``seq`` is committed; not synced, so after a power cut it may be less, but never more."""
+        with contextlib.suppress(OSError):  # it comes after the commit and must not look like its failure
+            os.pwrite(self._file, b"%20d\n" % seq, _LINE_BYTES)
+        self.committed = seq
 
     def _write(self, value: int) -> None:
         os.pwrite(self._file, b"%20d\n" % value, 0)
