@@ -41,6 +41,10 @@ BEST_TOKENS = 8
 PAUSE_FRAMES = 3
 """Frames (of 60 ms) around what the free text hears in which a hotword may sound; all else is a pause."""
 
+FLAT = math.log(0.02)
+"""Log-posterior of the best token below which a frame hears nothing: it is spread over the whole vocabulary. See
+tools/hotwords-benchmark for the flattest frame of real recordings: 0.08."""
+
 MARGIN = 12.0
 """Nats that a prefix or a token may lie behind the best one before it is dropped without a look."""
 
@@ -323,7 +327,9 @@ def best_tokens(log_posteriors: Floats, count: int) -> Ints:
     table = log_posteriors[:, : rows * columns].reshape(frames, rows, columns)
     chosen = np.argpartition(-table.max(axis=1), count - 1, axis=1)[:, :count]
     rest = np.broadcast_to(np.arange(rows * columns, size), (frames, size - rows * columns))
-    candidates = np.hstack([(chosen[:, None, :] + columns * np.arange(rows)[:, None]).reshape(frames, -1), rest])
+    candidates = np.hstack(
+        [(chosen[:, None, :] + columns * np.arange(rows)[:, None]).reshape(frames, count * rows), rest]
+    )
     scores = np.take_along_axis(log_posteriors, candidates, axis=1)
     best = np.argpartition(-scores, count - 1, axis=1)[:, :count]
     found: Ints = np.take_along_axis(candidates, best, axis=1)
@@ -333,15 +339,19 @@ def best_tokens(log_posteriors: Floats, count: int) -> Ints:
 def _telling(log_posteriors: Floats) -> NDArray[np.bool_]:
     """Which frames the search looks at.
 
-    Idle ones say nothing after another idle one. In silence even a good model gives its favourite words a few percent:
-    a hotword may replace what was heard there, but not fill a pause.
+    Idle ones say nothing after another idle one, and flat ones, each of which would cost more than a word, never do. In
+    silence even a good model gives its favourite words a few percent: a hotword may replace what was heard there, but
+    not fill a pause.
     """
-    heard = log_posteriors.argmax(axis=1) != BLANK
+    best = log_posteriors.argmax(axis=1)
+    flat = log_posteriors[np.arange(len(best)), best] < FLAT
+    heard = (best != BLANK) & ~flat
     near = np.convolve(heard, np.ones(2 * PAUSE_FRAMES + 1))[PAUSE_FRAMES : PAUSE_FRAMES + len(heard)] > 0
     idle = (log_posteriors[:, BLANK] > IDLE) | ~near
     telling: NDArray[np.bool_] = ~idle
     telling[0] = True
     telling[1:] |= ~idle[:-1]
+    telling &= ~flat
     return telling
 
 

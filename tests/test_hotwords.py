@@ -190,6 +190,22 @@ def test_a_hotword_does_not_fill_a_pause() -> None:
     assert text_of(listed("belt", weight=20.0), "▁the", "▁drum", *pause) == "the drum belt"
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.5])
+def test_frames_spread_over_the_whole_vocabulary_hear_nothing_and_hide_nothing(spread: float) -> None:
+    table = TokenTable((*TABLE.pieces, *(f"filler{i}" for i in range(20_000))))
+    logits = np.random.default_rng(0).normal(0, spread, (40, len(table)))
+    noise = log_softmax(logits.astype(np.float32))
+    assert noise.max() < math.log(0.02)
+    eager = Hotwords([Hotword("belt", 20.0)], table)
+    alone = Recognition(transcribe(noise, ["en", "", ""], table), noise)
+    assert eager.apply(alone) is alone
+    speech = heard("▁the", "▁drum", "▁b", DOUBTFUL_ELT, table=table).log_posteriors
+    assert speech is not None
+    between = np.concatenate([noise, speech, noise])
+    found = eager.apply(Recognition(transcribe(between, ["en", "", ""], table), between))
+    assert found.transcript.text.endswith("the drum belt")
+
+
 def test_weight_zero_corrects_the_spelling_and_nothing_else() -> None:
     hotwords = listed("Conveyor Belt", weight=0.0)
     assert text_of(hotwords, "▁con", "vey", "or", "▁b", DOUBTFUL_ELT) == "conveyor bs"
