@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.broker import wait_until
 from tests.faults.link import Link, isolate
 from tests.gateway import browsing, microphone_file
+from tests.payloads import check
 
 PORT = 8443
 
@@ -64,7 +65,7 @@ def follow(folder: Path, address: str, prefix: Sequence[str]) -> dict[str, str]:
             with subprocess.Popen([*prefix, *watch], stdout=subprocess.PIPE, text=True) as subscriber:
                 said = talk(folder, url, link[0], made.stdout)
                 assert subscriber.stdout
-                command = json.loads(subscriber.stdout.read())["data"]
+                command = check("voice/press-07/evt/command", json.loads(subscriber.stdout.read()))
         finally:
             running.terminate()
             running.wait(20)

@@ -20,6 +20,7 @@ from paho.mqtt.client import MQTTv5
 from edge_asr import asyncapi, contract, requests
 from edge_asr.outbox import read_statistics
 from tests.broker import HOST, PATIENCE_S, Broker, Subscriber, wait_until
+from tests.payloads import complaint
 from tests.sysbox import CHECKOUT
 from tests.test_attendant import START, first, question
 from tests.test_daemon import COMMAND, Box, running, write_settings
@@ -226,4 +227,6 @@ def test_a_looker_on_sees_what_the_page_says(broker: Broker, device: Box) -> Non
     with subprocess.Popen([*words(line, broker), "-C", "2", "-W", "20"], stdout=subprocess.PIPE, text=True) as looking:
         device.say(COMMAND)
         said, _ = looking.communicate(timeout=2 * PATIENCE_S)
-    assert [each.split(" ", 1)[0] for each in said.splitlines()] == [f"{ROOT}/evt/transcript", f"{ROOT}/evt/command"]
+    seen = [each.split(" ", 1) for each in said.splitlines()]
+    assert [topic for topic, _ in seen] == [f"{ROOT}/evt/transcript", f"{ROOT}/evt/command"]
+    assert [complaint(topic, json.loads(payload)) for topic, payload in seen] == ["", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import random
@@ -32,6 +33,7 @@ from edge_asr.publisher import Publisher
 from edge_asr.refusals import ENDINGS, REFUSALS
 from edge_asr.settings import Mqtt
 from tests.broker import PATIENCE_S, Broker, Pki, Received, Subscriber, free_port
+from tests.payloads import complaint
 
 ROOT = "acme/hall-2/voice/edge01"
 RENDERER = Renderer(ROOT, "edge01")
@@ -337,6 +339,7 @@ class ScriptedBroker:
         self._unanswered: list[tuple[bytes, int]] = []
         self.hold = 1
         """Answers are kept back until so many are due, and are then given last first."""
+        self._invalid: list[str] = []
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
@@ -346,6 +349,7 @@ class ScriptedBroker:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         await self._server.wait_closed()
+        assert self._invalid == []
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._unanswered.clear()
@@ -355,14 +359,17 @@ class ScriptedBroker:
                 if kind == 1:
                     writer.write(self._connack)
                 elif kind == 3:
+                    topic_ends = 2 + int.from_bytes(body[:2], "big")
+                    topic = body[2:topic_ends].decode()
+                    problem = complaint(topic, json.loads(body[body.index(b'{"') :]))
+                    self._invalid += [problem] if problem else []
                     state = re.search(rb'"state":"(\w+)"', body)
                     self.states += [state[1].decode()] if state else []
                     if not flags & 6:  # QoS 0
                         continue
-                    topic_ends = 2 + int.from_bytes(body[:2], "big")
                     packet_id = body[topic_ends : topic_ends + 2]
                     seq = re.search(rb'"seq":(\d+)', body)
-                    code = self._answer(int(seq[1]), body[2:topic_ends].decode()) if seq else 0
+                    code = self._answer(int(seq[1]), topic) if seq else 0
                     if code is None:
                         return
                     self._unanswered.append((packet_id, code))

@@ -12,13 +12,15 @@ import socket
 import subprocess
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_asr import systemd
 from tests.broker import Pki
+from tests.payloads import check
 from tests.sysbox import CHECKOUT, PYTHON, Sysbox, booted
 
 UNIT = CHECKOUT / "systemd/edge-asr.service"
@@ -223,12 +225,10 @@ def journal_of_service(box: Sysbox) -> str:
     return box.run("journalctl", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={invocation}")
 
 
-def received(box: Sysbox, topic: str) -> dict[str, object]:
+def received(box: Sysbox, topic: str) -> Mapping[str, Any]:
     """The data of the next, or the retained, message of a topic as a foreign client gets it."""
     subscribe = ("mosquitto_sub", "-h", "127.0.0.1", "-V", "mqttv5", "-q", "1", "-C", "1", "-W", "30")
-    data = json.loads(box.run(*subscribe, "-t", f"voice/box/{topic}"))["data"]
-    assert isinstance(data, dict)
-    return data
+    return check(f"voice/box/{topic}", json.loads(box.run(*subscribe, "-t", f"voice/box/{topic}")))
 
 
 def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(service: Sysbox) -> None:
