@@ -224,6 +224,8 @@ def _of_the_outbox(outbox: Statistics | None) -> Iterator[Metric]:
             family.add_metric([category], count)
         yield family
     yield _gauge("outbox_dead_letters", "Kept of what the broker refused for good.", outbox.dead_letters)
+    about = "Times a damaged file was put aside; what was not readable in it is in no other count."
+    yield CounterMetricFamily("edge_asr_outbox_damages", about, value=outbox.damages)
     yield _gauge("outbox_bytes", "In use in the file.", outbox.bytes)
     yield _gauge("outbox_oldest_age_seconds", "Age of the oldest waiting message; 0: none.", outbox.oldest_age_s or 0)
     yield CounterMetricFamily("edge_asr_outbox_messages_committed", "Sequence number.", value=outbox.last_seq)
