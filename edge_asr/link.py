@@ -30,6 +30,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_asr import clock
 from edge_asr.contract import Payload
 from edge_asr.events import Message
 from edge_asr.settings import Broker, Mqtt, Tls
@@ -44,6 +45,8 @@ _DIAL_TIMEOUT_S = 10.0
 
 _CONSENT_TIMEOUT_S = 10.0
 """From CONNECT to CONNACK."""
+
+_LIFE_ENDED = "no acknowledgement before a command's life ended"
 
 _SIGNS_OF_THE_NETWORK = ("timed out", "nreachable", "No route")
 """In the texts of socket errors that do not come from the broker."""
@@ -200,8 +203,7 @@ class Link:
         elif qos:
             deadline = None
             if deadline_s is not None:
-                reason = "no acknowledgement before a command's life ended"
-                deadline = self._loop.call_later(deadline_s, self.abort, reason)
+                deadline = self._loop.call_later(deadline_s, self.abort, _LIFE_ENDED)
             self.in_flight[sent.mid] = Flight(message, deadline)
 
     async def hang_up(self) -> None:
@@ -266,6 +268,14 @@ class Link:
     def _keep_alive(self) -> None:
         self._tick = self._loop.call_later(1.0, self._keep_alive)
         self._client.loop_misc()
+        self._look_at_lives()
+
+    def _look_at_lives(self) -> None:
+        """While the box is suspended lives go on, and the loop's timers do not."""
+        now_ns = clock.boottime_ns()
+        limited = (flight.message for flight in self.in_flight.values() if flight.deadline is not None)
+        if any(message and message.expires_ns and message.expires_ns <= now_ns for message in limited):
+            self.abort(_LIFE_ENDED)
 
     def _end(self, reason: str) -> None:
         if self.ended:

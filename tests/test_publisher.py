@@ -845,6 +845,24 @@ def test_a_command_in_flight_to_a_broker_that_does_not_answer_ends_the_connectio
     run(main())
 
 
+def test_a_command_in_flight_while_the_box_was_suspended_ends_the_connection_when_it_wakes(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = clock.boottime_ns
+
+    async def main() -> None:
+        await outbox.append(command(600))
+        async with ScriptedBroker(lambda _seq: 0) as broker:
+            broker.hold = 1000  # it never answers
+            async with publishing(broker.mqtt, outbox) as running:
+                await until(lambda: broker.topics.get(1, "").endswith("evt/command"), "it to be sent")
+                monkeypatch.setattr(clock, "boottime_ns", lambda: now_ns() + 3600 * clock.NS_PER_S)
+                await until(lambda: "life ended" in running.trouble, "the end of the connection")
+                await until(lambda: broker.topics[1].endswith("evt/expired"), "what became of it")
+
+    run(main())
+
+
 class Cable:
     """Two network namespaces joined by a cable that can be cut."""
 
