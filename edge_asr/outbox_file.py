@@ -13,10 +13,11 @@ import contextlib
 import importlib.resources
 import logging
 import os
+import shutil
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,10 @@ def rescue(path: Path, highest_seq: int, reason: str) -> None:
     unfinished.unlink(missing_ok=True)
     with contextlib.closing(connect(private(unfinished))) as target:
         migrate(target, 0)
-        target.execute("BEGIN")
-        rescued = _copy_readable(path, target, highest_seq)
+        roots = {root for (root,) in target.execute("SELECT rootpage FROM sqlite_master")}
+        with _readable_schema(path, unfinished.read_bytes(), roots) as readable:
+            target.execute("BEGIN")
+            rescued = _copy_readable(readable, target, highest_seq)
         continue_after(target, highest_seq)
         target.execute("INSERT INTO damage VALUES (?, ?, ?)", (clock.wall_ns(), rescued, kept_as.name))
         target.execute("COMMIT")
@@ -189,6 +192,45 @@ def _damaged_files(path: Path) -> list[Path]:
     """Oldest first."""
     found = (file for file in path.parent.glob(f"{path.name}.damaged-*") if not file.name.endswith(("-wal", "-shm")))
     return sorted(found, key=lambda file: file.stat().st_mtime_ns)
+
+
+_PAGE_BYTES, _HEADER_BYTES = 4096, 100
+
+
+@contextlib.contextmanager
+def _readable_schema(path: Path, fresh: bytes, roots: Collection[int]) -> Iterator[Path]:
+    """The damaged file, or a copy in which the pages that name its tables are those of a new file.
+
+    ``roots``: the pages of the new file that hold the tables themselves.
+
+    Without these pages, beyond the first, SQLite finds no table at all. A file that this version made has them where a
+    new one has them, and the same first page but for the header; of any other file nothing is replaced.
+    """
+    with contextlib.closing(connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as source:
+        try:
+            source.execute("SELECT sql FROM sqlite_master").fetchall()
+            sound = True
+        except FILE_ERRORS:
+            sound = False
+    with path.open("rb") as file:
+        same = file.read(_PAGE_BYTES)[_HEADER_BYTES:] == fresh[_HEADER_BYTES:_PAGE_BYTES]
+    if sound or not same:
+        yield path
+        return
+    copy = beside(path, ".readable")
+    try:
+        for ending in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(beside(path, ending), private(beside(copy, ending)))
+        with copy.open("r+b") as file:
+            for page in set(range(2, len(fresh) // _PAGE_BYTES + 1)).difference(roots):
+                start = (page - 1) * _PAGE_BYTES
+                file.seek(start)
+                file.write(fresh[start : start + _PAGE_BYTES])
+        yield copy
+    finally:
+        for ending in ("", "-wal", "-shm"):
+            beside(copy, ending).unlink(missing_ok=True)
 
 
 def _copy_readable(path: Path, target: sqlite3.Connection, highest_seq: int) -> int:

@@ -873,6 +873,27 @@ def test_a_damaged_page_takes_no_message_along_that_stands_on_another(path: Path
     asyncio.run(main())
 
 
+def test_no_damaged_leaf_takes_more_along_than_stood_on_it_whatever_it_held(path: Path, tmp_path: Path) -> None:
+    """One after the other: messages, counters, and the pages that name the tables."""
+    originals = committed_file(path, 100)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    leaves = [at for at in range(4096, len(content), 4096) if content[at] == 0x0D]
+    assert len(leaves) > 20
+
+    async def left(damaged: Path) -> list[Message]:
+        with opened(damaged) as outbox:
+            return await waiting(outbox)
+
+    for at in leaves:
+        damaged = tmp_path / str(at) / path.name
+        shutil.copytree(path.parent, damaged.parent)
+        damaged.write_bytes(content[:at] + random.Random(at).randbytes(4096) + content[at + 4096 :])  # noqa: S311
+        hidden = [message for message in originals if message.id.encode() in content[at : at + 4096]]
+        assert asyncio.run(left(damaged)) == [message for message in originals if message not in hidden], at
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), spots=st.integers(1, 6), length=st.sampled_from([1, 30, 600]))
 def test_whatever_bytes_change_no_message_is_delivered_that_was_not_written(
