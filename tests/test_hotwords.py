@@ -358,5 +358,5 @@ def test_a_bundled_recording_is_transcribed_in_the_spelling_of_the_site() -> Non
 
 def test_the_embedded_model_spells_words_it_was_never_taught() -> None:
     files = locate("micro-en")
-    table = load_tokens(files.tokens, 426)
+    table = load_tokens(files.tokens)
     assert Hotwords([Hotword(word, 1.0) for word in ("Kowalski", "XK-47", "flux capacitor")], table).unspellable == ()

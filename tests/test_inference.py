@@ -33,6 +33,8 @@ from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition
 
 MICRO = model_store.bundled("models") / "micro-en"
+VOCABULARY = 526
+"""Of the embedded model."""
 RECORDINGS = sorted(model_store.bundled("recordings").glob("*.flac"))
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COMMON = [
@@ -97,7 +99,7 @@ def test_a_recognition_is_complete() -> None:
     assert 0.8 < heard.transcript.confidence <= 1
     assert heard.log_posteriors is not None
     frames, vocabulary = heard.log_posteriors.shape
-    assert vocabulary == len(onnx_recognizer().table) == 426
+    assert vocabulary == len(onnx_recognizer().table) == VOCABULARY
     assert frames == pytest.approx(len(pcm) / 2 / SAMPLE_RATE / FRAME_S, abs=TAG_FRAMES)
     assert "".join(token.text for token in heard.transcript.tokens).strip() == "emergency stop"
     starts = [token.start_s for token in heard.transcript.tokens]
@@ -278,7 +280,7 @@ def tiny(
 
 
 OURS: dict[str, list[Any]] = {"x": ["N", "T", 560], "x_length": ["N"], "language": ["N"], "text_norm": ["N"]}
-LOGITS = ("logits", ["N", "T", 426])
+LOGITS = ("logits", ["N", "T", VOCABULARY])
 NOT_A_NUMBER = ",".join(["nan"] * 560)
 
 FOREIGN: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
@@ -287,9 +289,9 @@ FOREIGN: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "64-bit lengths": (lambda: tiny(OURS, LOGITS, TensorProto.INT64), "inputs are"),
     "flat features": (lambda: tiny({**OURS, "x": ["N", 560]}, LOGITS), "CMVN has 560 values for"),
     "other features": (lambda: tiny({**OURS, "x": ["N", "T", 80]}, LOGITS), "CMVN has 560 values for"),
-    "another output": (lambda: tiny(OURS, ("probs", ["N", "T", 426])), "has no output logits"),
-    "a flat output": (lambda: tiny(OURS, ("logits", ["N", 426])), "has no output logits"),
-    "another vocabulary": (lambda: tiny(OURS, ("logits", ["N", "T", 5])), "has no output logits [.., .., 426]"),
+    "another output": (lambda: tiny(OURS, ("probs", ["N", "T", VOCABULARY])), "has no output logits"),
+    "a flat output": (lambda: tiny(OURS, ("logits", ["N", VOCABULARY])), "has no output logits"),
+    "another vocabulary": (lambda: tiny(OURS, ("logits", ["N", "T", 5])), "has no output logits [.., .., 526]"),
     "no CMVN": (lambda: with_metadata(neg_mean=None), "metadata 'neg_mean' is missing"),
     "no languages": (lambda: with_metadata(lang_yue=None), "metadata 'lang_yue' is missing"),
     "a window that is no number": (lambda: with_metadata(lfr_window_size="seven"), "metadata is damaged"),
@@ -344,8 +346,8 @@ def test_a_missing_model_is_one_line(folder: Path) -> None:
     ("content", "complaint"),
     [
         (None, "not a tokens file"),
-        (b"", "0 tokens for a model of 426"),
-        (b"<blank> 0\n<unk> 1\n", "2 tokens for a model of 426; take tokens.txt of the same release"),
+        (b"", "0 tokens for a model of 526"),
+        (b"<blank> 0\n<unk> 1\n", "2 tokens for a model of 526; take tokens.txt of the same release"),
         (b"\xff\xfe\x00", "not a tokens file"),
         (b"<blank>\t0.0\n", "line 1: '<blank>\\t0.0' is not `piece 0`"),
     ],

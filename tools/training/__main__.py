@@ -38,15 +38,19 @@ def prepare(work: Path) -> None:
 
 def train(work: Path, options: argparse.Namespace) -> None:
     recorded = [each for path in options.people for each in people.utterances(path, options.without)]
-    plan = fit.Plan(minutes=options.minutes, size=options.size)
+    rates = {"head_rate": options.rates[0], "encoder_rate": options.rates[1]} if options.rates else {}
+    alone = {"head_alone": 0.0} if options.start else {}  # a head that has learned need not wait for the encoder
+    plan = fit.Plan(minutes=options.minutes, size=options.size, **rates, **alone)
     torch.set_num_threads(options.threads)
     run = fit.Run(work, options.name, plan, options.start)
-    run.train(fit.Stream(work, options.noise, plan.frames, recorded, options.folds))
+    run.train(fit.Stream(work, options.noise, plan, recorded, options.folds, last=options.last))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
-    parser.add_argument("step", choices=("all", "synthesize", "prepare", "train", "export", "prove", "evaluate"))
+    parser.add_argument(
+        "step", choices=("all", "synthesize", "prepare", "train", "blend", "export", "prove", "evaluate")
+    )
     parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
     parser.add_argument("--folds", default="0123456789", help="train on noise whose names start with one of these")
@@ -56,7 +60,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=tuple(fit.SIZES), default="base", help="Whisper's encoder (default: %(default)s)"
     )
+    parser.add_argument("--rates", type=float, nargs=2, metavar=("HEAD", "ENCODER"), help="peaks of the learning rates")
+    parser.add_argument("--last", action="store_true", help="more commands and more people: for a last, short run")
     parser.add_argument("--start", type=Path, help="a checkpoint to begin with, for a second run")
+    parser.add_argument(
+        "--of", nargs=2, action="append", default=[], metavar=("NAME", "SHARE"), help="a checkpoint to blend"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="model", help="of the checkpoint and the folder of the export")
     parser.add_argument("--shared", type=Path, default=SHARED, help="validation recordings, where there are any")
@@ -80,6 +89,8 @@ def main() -> None:
             prepare(work)
         elif step == "train":
             train(work, options)
+        elif step == "blend":
+            fit.blend({work / f"{name}.pt": float(share) for name, share in options.of}, work / f"{options.name}.pt")
         elif step == "export":
             export.export(work / f"{options.name}.pt", tokens.Tokenizer(work / "pieces.model"), model)
         elif step == "prove":

@@ -38,6 +38,18 @@ ENOUGH = 2000
 KINDS = {"general": 0.45, "coffee": 0.14, "factory": 0.13, "free": 0.11, "digits": 0.07, "letters": 0.03, "short": 0.04}
 """How often a kind of sentence is drawn; what is not listed (people) is the only kind of its voice."""
 
+LAST_KINDS = {
+    "general": 0.18,
+    "coffee": 0.34,
+    "factory": 0.18,
+    "free": 0.12,
+    "digits": 0.08,
+    "letters": 0.04,
+    "short": 0.06,
+}
+LAST_PEOPLE = 8.0
+"""The same in a last, short run: what the model is for, and the few recordings of people."""
+
 LONGEST_S = 20.0
 
 
@@ -102,7 +114,10 @@ def opus(audio: Wave) -> Wave:
 class Pool:
     """Everything an example is made of."""
 
-    def __init__(self, said: Sequence[Said], noises: Sequence[Noise], seed: int) -> None:
+    def __init__(self, said: Sequence[Said], noises: Sequence[Noise], seed: int, *, last: bool = False) -> None:
+        """``last``: for the last run."""
+        self.kinds, self.babbling = (LAST_KINDS, 0.22) if last else (KINDS, 0.12)
+        worth = WEIGHTS | {"people": LAST_PEOPLE} if last else WEIGHTS
         self.random, self.generator = Random(seed), np.random.default_rng(seed)
         voices = defaultdict[str, dict[str, list[Said]]](lambda: defaultdict(list))
         for each in said:
@@ -110,7 +125,7 @@ class Pool:
             voices[name][each.kind].append(each)
         self.voices = list(voices.values())
         self.weights = [
-            WEIGHTS.get(name, 0.5) * min(1.0, sum(map(len, kinds.values())) / ENOUGH) for name, kinds in voices.items()
+            worth.get(name, 0.5) * min(1.0, sum(map(len, kinds.values())) / ENOUGH) for name, kinds in voices.items()
         ]
         kinds = defaultdict[str, list[Noise]](list)
         for noise in noises:
@@ -122,7 +137,7 @@ class Pool:
         return self.random.choices(self.voices, self.weights)[0]
 
     def utterance(self, voice: Mapping[str, Sequence[Said]]) -> Said:
-        kind = self.random.choices(list(voice), [KINDS.get(kind, 1.0) for kind in voice])[0]
+        kind = self.random.choices(list(voice), [self.kinds.get(kind, 1.0) for kind in voice])[0]
         return self.random.choice(voice[kind])
 
     def noise(self, size: int) -> tuple[str, Wave]:
@@ -207,7 +222,7 @@ class Pool:
 
     def _with_noise(self, audio: Wave) -> Wave:
         random = self.random
-        noise = self.babble(audio.size) if random.random() < 0.12 else self.noise(audio.size)[1]
+        noise = self.babble(audio.size) if random.random() < self.babbling else self.noise(audio.size)[1]
         if random.random() < 0.3:
             noise = noise / np.sqrt(loudest(noise)) + self.noise(audio.size)[1] * random.uniform(0.01, 0.1)
         return mixed(audio, np.asarray(noise, np.float32), random.triangular(-3, 30, 6))

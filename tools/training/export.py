@@ -72,8 +72,12 @@ def write_float(network: Network, path: Path) -> None:
     _described(path, network)
 
 
-def quantize(source: Path, path: Path, network: Network, *, signed: bool = True) -> None:
-    """Weights of every MatMul to 8 bits but for the map of powers, whose eight decades they cannot hold."""
+def quantize(source: Path, path: Path, network: Network) -> None:
+    """Weights of every MatMul to 7 bits, signed, each column its own scale; but for the map of powers.
+
+    Its eight decades 8 bits cannot hold. Seven bits cost no accuracy here, and without VNNI x86 adds products of two
+    8-bit numbers in 16 bits, where 255 * 127 * 2 is too much.
+    """
     graph = onnx.load(source).graph
     shapes = {weight.name: list(weight.dims) for weight in graph.initializer}
     kept = [node.name for node in graph.node if any(shapes.get(name) == [80, 80] for name in node.input)]
@@ -83,19 +87,20 @@ def quantize(source: Path, path: Path, network: Network, *, signed: bool = True)
         source,
         path,
         op_types_to_quantize=["MatMul"],
-        per_channel=signed,
-        weight_type=QuantType.QInt8 if signed else QuantType.QUInt8,
+        per_channel=True,
+        reduce_range=True,
+        weight_type=QuantType.QInt8,
         nodes_to_exclude=kept,
     )
     _described(path, network)
 
 
-def export(checkpoint: Path, tokenizer: Tokenizer, out: Path, *, signed: bool = True) -> None:
+def export(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> None:
     """Write OUT/model.int8.onnx and OUT/tokens.txt."""
     network = Network.restored(torch.load(checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "model.onnx"
         write_float(network, whole)
-        quantize(whole, out / "model.int8.onnx", network, signed=signed)
+        quantize(whole, out / "model.int8.onnx", network)
     tokenizer.write(out / "tokens.txt")

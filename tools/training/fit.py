@@ -8,7 +8,7 @@ interrupted goes on from its last one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -35,8 +35,8 @@ class Plan:
 
     minutes: float
     size: str = "base"
-    frames: int = 1100
-    """Per step: 66 s of audio."""
+    frames: int = 700
+    """Per step: 42 s of audio."""
     head_alone: float = 0.12
     """The share of the time in which the encoder stays frozen."""
     frozen_layers: int = 2
@@ -63,11 +63,28 @@ def load_front(path: Path) -> tuple[dict[str, Tensor], Contract]:
     return front, Contract(7, 6, 32768.0, mean, deviation, LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, 0)
 
 
+def blend(parts: Mapping[Path, float], out: Path) -> None:
+    """The weighted mean of checkpoints of runs that began with each other (model soups: Wortsman et al., 2022)."""
+    saved = {path: torch.load(path) for path in parts}
+    first = next(iter(saved.values()))
+    total = sum(parts.values())
+    model = {
+        name: sum(parts[path] / total * each["model"][name] for path, each in saved.items())
+        if value.is_floating_point()
+        else value
+        for name, value in first["model"].items()
+    }
+    torch.save({"shape": first["shape"], "model": model}, out)
+
+
 class Stream(IterableDataset[Batch]):
     """Batches from a process of their own."""
 
-    def __init__(self, work: Path, noise_folders: list[Path], frames: int, people: list[Said], folds: str) -> None:
-        self.work, self.noise_folders, self.frames, self.people, self.folds = work, noise_folders, frames, people, folds
+    def __init__(
+        self, work: Path, noise_folders: list[Path], plan: Plan, people: list[Said], folds: str, *, last: bool
+    ) -> None:
+        self.work, self.noise_folders, self.plan, self.people = work, noise_folders, plan, people
+        self.folds, self.last = folds, last
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -77,8 +94,8 @@ class Stream(IterableDataset[Batch]):
         for folder in self.noise_folders:
             noises += recordings(folder, self.folds)
         _, contract = load_front(self.work / "front.pt")
-        pool = Pool(said, noises, seed)
-        yield from batches(pool, contract, Tokenizer(self.work / "pieces.model"), self.frames)
+        pool = Pool(said, noises, seed, last=self.last)
+        yield from batches(pool, contract, Tokenizer(self.work / "pieces.model"), self.plan.frames)
 
 
 def masked(x: Tensor, lengths: Tensor, random: Random) -> Tensor:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_asr import evaluation
-from training import examples, export, noise, restore, texts
+from training import examples, export, fit, noise, restore, texts
 from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
 from training.voices import Said
@@ -111,3 +111,13 @@ def test_a_voice_that_said_little_and_a_kind_that_is_common_are_not_heard_over_a
     )
     heard = drawn["espeak", "general"] / drawn["espeak", "coffee"]
     assert heard == pytest.approx(KINDS["general"] / KINDS["coffee"], rel=0.2)
+
+
+def test_a_blend_lies_between_what_it_is_made_of(tmp_path: Path) -> None:
+    for name, value in (("one", 0.0), ("two", 4.0)):
+        model = {"weight": torch.full((2,), value), "steps": torch.tensor(7)}
+        torch.save({"shape": {"vocabulary": 12}, "model": model}, tmp_path / name)
+    fit.blend({tmp_path / "one": 1, tmp_path / "two": 3}, tmp_path / "both")
+    both = torch.load(tmp_path / "both")
+    assert both["model"]["weight"].tolist() == [3.0, 3.0]
+    assert (both["model"]["steps"], both["shape"]) == (7, {"vocabulary": 12})
