@@ -392,6 +392,11 @@ def test_any_upload_is_audio_or_a_container_error(data: bytes) -> None:
         assert len(decode(data, 10.0)) <= 11 * 2 * SAMPLE_RATE
 
 
+def test_an_upload_of_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(ContainerError, match="codec is unknown"):
+        decode(WEBM.replace(b"A_OPUS", b"A_OPUX"), 10.0)
+
+
 def mangled(lines: list[str], place: int, other: str) -> str:
     lines = [*lines]
     lines[place % len(lines)] = other

@@ -268,7 +268,7 @@ def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp
         pull = ("pull", "remote.tar.gz", "--mirror", served.url, "--sha256", hashlib.sha256(content).hexdigest())
         done = typed("models", *pull, *state, no_proxy="*")
         assert done.returncode == 0, done.stderr
-        assert "remote 1.0.0: imported" in done.stdout
+        assert "remote 2.0.0: imported" in done.stdout
         assert len(served.requests) == 2
         wrong = typed("models", *pull[:-1], "0" * 64, *state, no_proxy="*")
         assert (wrong.returncode, len(wrong.stderr.strip().splitlines()[-1:])) == (69, 1)
@@ -283,7 +283,7 @@ def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp
 def test_what_is_imported_by_hand_is_listed_and_removed_by_hand(tmp_path: Path) -> None:
     state = ("--set", f"state_dir={tmp_path}/state")
     given = copy(tmp_path, "stick")
-    assert typed("models", "import", str(given), *state).stdout.startswith("stick 1.0.0: imported; ")
+    assert typed("models", "import", str(given), *state).stdout.startswith("stick 2.0.0: imported; ")
     assert "imported" in typed("models", "list", *state).stdout
     assert typed("models", "remove", "stick", *state).stdout == "stick: removed\n"
     assert typed("models", "remove", "stick", *state).returncode == 78

@@ -141,6 +141,8 @@ def decode(data: bytes, max_s: float) -> bytes:
 def _decoded(stream: InputContainer) -> Iterator[NDArray[np.float32]]:
     """Mono samples at 48 kHz, by libopus in floats: to 1e-7 what libsndfile makes of the same packets."""
     audio = stream.streams.audio[0]
+    if audio.codec_context is None:  # FFmpeg has no decoder for the codec it names
+        raise ValueError("its codec is unknown")
     codec = av.CodecContext.create("libopus", "r")
     codec.extradata = audio.codec_context.extradata
     codec.options = {"request_sample_fmt": "flt"}
