@@ -48,7 +48,7 @@ MAX_NUMERAL_GAP = 1.0
 
 MIN_NUMBER_MARGIN = 2.0
 """Nats by which the best sentence must beat the best one with another number, at every pace: e^2 = 7 times as likely.
-Of 400 spoken numbers, half of them in noise, none passed as wrong with this, and six right ones more than with 3."""
+What still passes as wrong, 2 of 800 in noise (docs/accuracy.md), passes with 3 as well."""
 
 PACES = (1 / 1.1, 1 / 1.2)
 """Paces at which doubtful audio is listened to again; the scores of all listenings are averaged. What noise spoils at

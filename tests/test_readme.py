@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from edge_asr import cli
 from tests.broker import wait_until
+from tests.payloads import complaint
 from tests.sysbox import CHECKOUT
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +78,9 @@ def test_the_demo_ends_by_itself_and_a_strangers_mosquitto_sub_gets_the_commands
     assert published
     assert published[1] == published[2] != "0"
     assert "► SetSpeed(machine=mixer, speed=1200 rpm)" in demo
-    topics = [line.split(" ", 1)[0] for line in heard.splitlines()]
+    messages = [line.split(" ", 1) for line in heard.splitlines()]
+    assert [said for topic, payload in messages if (said := complaint(topic, json.loads(payload)))] == []
+    topics = [topic for topic, _ in messages]
     assert topics.count("voice/edge-asr/evt/command") == demo.count("► ")
 
 
