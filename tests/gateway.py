@@ -259,4 +259,14 @@ def open_page(browser: BrowserContext, running: Box, **options: str) -> tuple[Pa
 
 def run(scenario: Callable[[], Any]) -> Any:
     """Run an asynchronous scenario to its end."""
-    return asyncio.run(asyncio.wait_for(scenario(), 60))
+
+    async def whole() -> Any:
+        try:
+            return await asyncio.wait_for(scenario(), 60)
+        finally:
+            # aiohttp leaves a closed WebSocket's TLS waiting for the peer's goodbye, for which no loop is left.
+            for transport in [*asyncio.get_running_loop()._transports.values()]:  # type: ignore[attr-defined] # noqa: SLF001
+                transport.abort()
+            await asyncio.sleep(0)
+
+    return asyncio.run(whole())
