@@ -17,9 +17,7 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +32,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rapidfuzz.distance import Levenshtein
 
-from edge_asr import inference, model_store, onnx_file, optimization, settings, trial
+from edge_asr import child, inference, model_store, onnx_file, optimization, settings, trial
 from edge_asr.audio import read_file
+from edge_asr.child import ChildError
 from edge_asr.inference import OnnxRecognizer, RecognizerError
 from edge_asr.installation import SPARE_BYTES, Store
 from edge_asr.model_store import ModelError, ModelFiles, sha256_of
@@ -160,18 +159,12 @@ def record_of(files: ModelFiles, installed: Path) -> Record | None:
 
 def prepare(name_or_path: str, installed: Path) -> Record:
     """Make, prove and keep the fastest graph of a model, in a process of its own. Raises ModelError."""
-    command = [sys.executable, "-m", "edge_asr.prepared", name_or_path, str(installed)]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+        answer = child.ask("edge_asr.prepared", name_or_path, str(installed), limit_s=LIMIT_S)
+    except TimeoutError:
         raise ModelError(f"{name_or_path}: is not prepared after {LIMIT_S:g} s; its own graph is used") from None
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ModelError(f"{name_or_path}: preparing it ended in {how}; its own graph is used") from None
+    except ChildError as error:
+        raise ModelError(f"{name_or_path}: preparing it ended in {error}; its own graph is used") from None
     if "error" in answer:
         raise ModelError(answer["error"])
     return Record.model_validate(answer)

@@ -8,8 +8,6 @@ asks the same of its model at every start (``engine``): a sound file is not yet 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Final
 
 from rapidfuzz.distance import Levenshtein
 
-from edge_asr import inference, model_store, settings
+from edge_asr import child, inference, model_store, settings
 from edge_asr.audio import AudioFileError, read_file
+from edge_asr.child import ChildError
 from edge_asr.inference import RecognizerError
 from edge_asr.model_store import Golden, ModelError, ModelFiles
 
@@ -82,20 +81,13 @@ def hear_golden(recognizer: inference.OnnxRecognizer | inference.SherpaRecognize
 def run(name_or_path: str, installed: Path, options: settings.Model) -> Verdict:
     """Try a model in a process of its own. Raises ModelError with what it does wrong."""
     chosen = options.model_copy(update={"name": name_or_path, "signed_by": None})
-    command = [sys.executable, "-m", "edge_asr.trial", str(installed), chosen.model_dump_json()]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+        answer = child.ask("edge_asr.trial", str(installed), chosen.model_dump_json(), limit_s=LIMIT_S)
+    except TimeoutError:
         raise ModelError(f"{name_or_path}: is not ready after {LIMIT_S:g} s; choose a smaller model") from None
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
-        raise ModelError(
-            f"{name_or_path}: ends the process that loads it ({how}); it is no model for {options.engine}"
-        ) from None
+    except ChildError as error:
+        remedy = f"it is no model for {options.engine}"
+        raise ModelError(f"{name_or_path}: ends the process that loads it ({error}); {remedy}") from None
     if answer["error"]:
         raise ModelError(answer["error"])
     return Verdict(answer["heard"])

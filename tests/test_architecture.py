@@ -42,6 +42,7 @@ ORDER = (
         "onnx_file",
         "optimization",
         "inference",
+        "child",
         "trial",
         "prepared",
         "sources",
