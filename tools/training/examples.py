@@ -35,13 +35,23 @@ WEIGHTS |= {"festival:kal": 0.2, "festival:ked": 0.3, "espeak": 1.3, "people": 3
 ENOUGH = 2000
 """Utterances of a voice below which it is drawn less often, so that none is heard over and over."""
 
-KINDS = {"general": 0.45, "coffee": 0.14, "factory": 0.13, "free": 0.11, "digits": 0.07, "letters": 0.03, "short": 0.04}
+KINDS = {
+    "general": 0.34,
+    "coffee": 0.13,
+    "factory": 0.15,
+    "decoy": 0.11,
+    "free": 0.13,
+    "digits": 0.07,
+    "letters": 0.03,
+    "short": 0.04,
+}
 """How often a kind of sentence is drawn; what is not listed (people) is the only kind of its voice."""
 
 LAST_KINDS = {
-    "general": 0.18,
-    "coffee": 0.34,
-    "factory": 0.18,
+    "general": 0.14,
+    "coffee": 0.30,
+    "factory": 0.16,
+    "decoy": 0.10,
     "free": 0.12,
     "digits": 0.08,
     "letters": 0.04,

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_asr import evaluation
+from edge_asr.commands import load_graph
+from edge_asr.text_matching import TextMatcher
 from training import examples, export, fit, noise, restore, texts
 from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
@@ -31,6 +33,14 @@ def test_a_label_holds_nothing_but_lower_case_words(seed: int) -> None:
 def test_an_abbreviation_is_said_and_written_letter_by_letter() -> None:
     said = texts.Sentence("free", "r c c b trip in panel seven", "R C C B trip in panel seven")
     assert texts.sentence("free", "RCCB trip in panel 7") == said
+
+
+def test_a_decoy_is_no_sentence_of_its_grammar_but_begins_or_ends_like_one() -> None:
+    matcher = TextMatcher(load_graph([texts.GRAMMARS / "coffee.en.yaml"]))
+    decoys = [texts.decoy(Random(seed), "coffee.en").text for seed in range(200)]
+    assert sum(bool(matcher.understood(each)) for each in decoys) < 20  # some words may be left out, or mean the same
+    ordinary = {word for seed in range(300) for word in texts.of_grammar(Random(seed), "coffee.en").text.split()}
+    assert sum(each.split()[0] in ordinary or each.split()[-1] in ordinary for each in decoys) > 120
 
 
 def test_no_held_out_sentence_is_trained_on() -> None:
