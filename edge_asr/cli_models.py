@@ -172,8 +172,8 @@ def models_activate(options: Settings, name: str, **_: object) -> None:
 def models_optimize(options: Settings, name: str | None, **_: object) -> None:
     """Make a faster graph of a model for this CPU, prove that it hears the same, and use it from the next reload on.
 
-    Without a name the model in use. `activate` does it by itself; type it after this box got another processor or
-    another onnxruntime.
+    Without a name the model in use. `activate` does it by itself, and the daemon a minute after a start without such
+    a graph.
     """
     name = name or installation.chosen(options)
     click.echo(f"{name}: {_optimized(name, Store(options.models_directory))}")

@@ -21,8 +21,10 @@ from edge_asr import (
     contract,
     grammar,
     hotwords,
+    installation,
     logs,
     model_store,
+    prepared,
     settings,
     systemd,
 )
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
     from edge_asr.traces import Tracer
 
 log = logging.getLogger(__name__)
+
+OPTIMIZE_AFTER_S = 60.0
+"""The first minute belongs to the start; what makes a graph then takes CPU time that nobody else wants."""
 
 GOODBYE_LIMIT_S = 0.5
 """What was just committed may still go out when the daemon is told to stop; it is safe in the outbox in any case."""
@@ -205,6 +210,7 @@ class Daemon:
             asyncio.create_task(self._tell_state(), name="status"),
             asyncio.create_task(self.watchdog.run(), name="watchdog"),
             asyncio.create_task(self.attendant.run(), name="requests"),
+            asyncio.create_task(self._optimize(), name="optimize"),
         ]
         if self._mirror is not None:
             background.append(asyncio.create_task(self._mirror.run(), name="sparkplug"))
@@ -379,6 +385,22 @@ class Daemon:
         await asyncio.to_thread(self.worker.reload, effective)
         self.options, self._effective = options, effective
         self.show()
+
+    async def _optimize(self) -> None:
+        """Let a graph be made for this CPU where nobody has made one yet, and hear with it from then on."""
+        await asyncio.sleep(OPTIMIZE_AFTER_S)
+        options, before = self._effective, self.model
+        if not prepared.is_wanted(options.model) or prepared.record_of(before, options.models_directory):
+            return
+        try:
+            record = await prepared.prepare_beside(installation.chosen(options), options.models_directory)
+            if record.variant != "own":
+                async with self._fitting:
+                    await self._fit(self.options)
+        except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError) as error:
+            log.warning("hearing goes on with the model's own graph: %s", error)
+        else:
+            log.info("%s is optimized for this CPU: %.2f of the CPU time", record.model, record.cpu_ratio)
 
     async def _tell_of_model(self) -> None:
         """Let people know that a newly activated model had to make way."""

@@ -173,10 +173,12 @@ async def with_company(work: Awaitable[object], *company: asyncio.Task[None]) ->
     """Await ``work`` beside tasks that run all along: cancelled with it, and the error of one that ends is raised."""
     main = asyncio.ensure_future(work)
     try:
-        await asyncio.wait([main, *company], return_when=asyncio.FIRST_COMPLETED)
-        for task in (*company, main):
-            if task.done():
-                task.result()
+        while not main.done():
+            left = [task for task in company if not task.done()]
+            await asyncio.wait([main, *left], return_when=asyncio.FIRST_COMPLETED)
+            for task in company:
+                if task.done():
+                    task.result()
         await main
     finally:
         ending: set[asyncio.Future[Any]] = {main, *company}

@@ -10,6 +10,7 @@ work, because a native library may end it (``trial``), one graph in memory at a 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -126,14 +127,19 @@ def key_of(files: ModelFiles, features: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
+def is_wanted(options: settings.Model) -> bool:
+    """Whether settings let a prepared graph run."""
+    return options.optimized and options.provider == "cpu" and options.engine == "onnxruntime"
+
+
 def find(files: ModelFiles, installed: Path, options: settings.Model) -> Path | None:
     """The prepared graph to run; None: the model's own."""
-    if not options.optimized or options.provider != "cpu" or options.engine != "onnxruntime":
+    if not is_wanted(options):
         return None
     folder = installed / FOLDER / files.sha256
     found = record_of(files, installed)
     if found is None:
-        log.info("%s is not prepared for this CPU; `edge-asr models optimize` makes it faster", files.name)
+        log.info("%s is not prepared for this CPU yet; a daemon does it a minute after its start", files.name)
         return None
     if found.variant == "own":
         log.info("%s runs its own graph: %s", files.name, "; ".join(found.refused))
@@ -158,9 +164,14 @@ def record_of(files: ModelFiles, installed: Path) -> Record | None:
 
 
 def prepare(name_or_path: str, installed: Path) -> Record:
+    """As :func:`prepare_beside`, where no event loop runs."""
+    return asyncio.run(prepare_beside(name_or_path, installed))
+
+
+async def prepare_beside(name_or_path: str, installed: Path) -> Record:
     """Make, prove and keep the fastest graph of a model, in a process of its own. Raises ModelError."""
     try:
-        answer = child.ask("edge_asr.prepared", name_or_path, str(installed), limit_s=LIMIT_S)
+        answer = await child.ask_beside("edge_asr.prepared", name_or_path, str(installed), limit_s=LIMIT_S)
     except TimeoutError:
         raise ModelError(f"{name_or_path}: is not prepared after {LIMIT_S:g} s; its own graph is used") from None
     except ChildError as error:
@@ -296,7 +307,8 @@ def objection(variant: Variant, own: Heard, heard: Heard) -> str:
 
 
 def _child(name_or_path: str, installed: str) -> str:
-    os.nice(10)  # beside a daemon that listens
+    with contextlib.suppress(OSError):  # whatever walls it works behind
+        os.nice(10)  # beside a daemon that listens
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")  # before it, too
     try:

@@ -94,7 +94,7 @@ class Model(_Section):
     threads: Annotated[int, Field(ge=1, le=64)] = 1
     """Threads within one decode."""
     optimized: bool = True
-    """Run the faster graph that `edge-asr models optimize` has made and proven for this CPU, where there is one."""
+    """Run a faster graph that was made and proven for this CPU; the daemon makes it where there is none."""
 
 
 class Vad(_Section):

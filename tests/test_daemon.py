@@ -20,10 +20,13 @@ import pytest
 import soundfile
 import yaml
 
-from edge_asr import model_store
+from edge_asr import daemon, model_store, prepared
 from edge_asr.audio import from_float, quiet, read_file, to_float
+from edge_asr.daemon import Daemon
 from edge_asr.events import SAMPLE_RATE
 from edge_asr.outbox import read_statistics
+from edge_asr.settings import Settings, StdinSource
+from edge_asr.sources import Stdin
 from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
 from tests.soundcard import sound_card
 from tests.test_sparkplug import Host
@@ -31,6 +34,9 @@ from tests.test_sparkplug import Host
 RECORDINGS = model_store.bundled("recordings")
 COMMAND = RECORDINGS / "20-emergency-stop.flac"
 SILENCE = quiet(SAMPLE_RATE)
+
+OPTIMIZING_PATIENCE_S = 240.0
+"""Ten seconds of CPU time that everybody else goes before."""
 
 
 def labels() -> list[dict[str, Any]]:
@@ -268,6 +274,54 @@ def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: P
             )
             box.say(COMMAND)
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
+
+
+def test_a_fresh_box_makes_a_faster_graph_while_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "OPTIMIZE_AFTER_S", 0.0)
+    options = Settings.model_validate({"state_dir": str(tmp_path), "commands": {"grammars": []}})
+
+    def is_done(box: Daemon) -> bool:
+        found = prepared.record_of(box.model, options.models_directory)
+        return found is not None and (found.variant == "own" or box.worker.facts.graph == found)  # own: none is faster
+
+    async def scenario() -> None:
+        reading, writing = os.pipe()
+        with os.fdopen(reading, "rb") as silence, os.fdopen(writing, "wb"):
+            box = Daemon(options)
+            running = asyncio.create_task(box.run([Stdin(StdinSource(type="stdin"), silence)]))
+            deadline = time.monotonic() + OPTIMIZING_PATIENCE_S
+            while not is_done(box):
+                assert not running.done()
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            await box.stop()
+            await running
+
+    asyncio.run(scenario())
+
+
+def test_a_box_that_is_stopped_while_a_graph_is_made_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "OPTIMIZE_AFTER_S", 0.0)
+    options = Settings.model_validate({"state_dir": str(tmp_path), "commands": {"grammars": []}})
+    making = options.models_directory / prepared.FOLDER
+
+    async def scenario() -> None:
+        reading, writing = os.pipe()
+        with os.fdopen(reading, "rb") as silence, os.fdopen(writing, "wb"):
+            box = Daemon(options)
+            running = asyncio.create_task(box.run([Stdin(StdinSource(type="stdin"), silence)]))
+            deadline = time.monotonic() + OPTIMIZING_PATIENCE_S
+            while not making.exists():
+                assert not running.done()
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            await box.stop()
+            await running
+            assert prepared.record_of(box.model, options.models_directory) is None
+
+    asyncio.run(scenario())
 
 
 def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> None:

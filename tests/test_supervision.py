@@ -94,6 +94,25 @@ def test_a_companion_that_dies_ends_the_work_with_its_error() -> None:
     asyncio.run(scenario())
 
 
+def test_a_companion_that_ends_well_hides_no_error_of_another() -> None:
+    async def scenario() -> None:
+        over = asyncio.Event()
+
+        async def ends() -> None:
+            over.set()
+
+        async def dies_later() -> None:
+            await over.wait()
+            await asyncio.sleep(0)
+            raise RuntimeError("a bug")
+
+        work = asyncio.get_running_loop().create_future()
+        with pytest.raises(RuntimeError, match="a bug"):
+            await with_company(work, asyncio.create_task(ends()), asyncio.create_task(dies_later()))
+
+    asyncio.run(scenario())
+
+
 def test_companions_end_with_the_work() -> None:
     async def scenario() -> None:
         companion = asyncio.create_task(asyncio.sleep(3600))
