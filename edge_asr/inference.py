@@ -213,8 +213,13 @@ class OnnxRecognizer:
         heard = self._decode(samples, self._language)
         if self._language == "auto" and foreign(heard.transcript, self.languages):  # again, for what is spoken here
             again = (self._decode(samples, language) for language in self.languages)
-            heard = max(again, key=lambda recognition: recognition.transcript.confidence)
+            heard = max(again, key=self._belonging)
         return heard
+
+    def _belonging(self, recognition: Recognition) -> tuple[bool, float]:
+        """How well a recognition belongs to the site: what is no text of its languages, however sure, comes last."""
+        transcript = recognition.transcript
+        return bool(transcript.text) and not foreign(transcript, self.languages), transcript.confidence
 
     def _decode(self, samples: NDArray[np.float32], language: str) -> Recognition:
         tag_rows, log_posteriors = self._scores(samples, language)

@@ -19,8 +19,10 @@ import sherpa_onnx
 from onnx import TensorProto, helper
 
 from edge_asr import audio, inference, model_store, settings
+from edge_asr.commands import Interpreter
 from edge_asr.engine import Engine
-from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Rejection
+from edge_asr.grammar import Grammar, compile_graph
 from edge_asr.inference import (
     OnnxRecognizer,
     RecognizerError,
@@ -30,7 +32,7 @@ from edge_asr.inference import (
     reachable,
 )
 from edge_asr.model_store import ModelError, ModelFiles
-from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition
+from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition, foreign
 
 MICRO = model_store.bundled("models") / "micro-en"
 VOCABULARY = 526
@@ -182,6 +184,71 @@ def test_the_cpu_needs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
+# ---------------------------------------------------------------- the language guard
+
+KOREAN, ENGLISH, CHINESE, TOO_SURE, SILENT = "멈춰", "\u2581stop", "停", "멈", ""
+SPOKEN = ["<blank>", *(f"<|{tag}|>" for tag in ("ko", "en", "zh", "NEUTRAL", "Speech", "woitn")), ENGLISH, *"停멈춰"]
+
+
+def bilingual(folder: Path, **heard: tuple[str, float]) -> ModelFiles:
+    """A model in SenseVoice's contract that hears, in each language it is told, one text this surely (in nats)."""
+    table = np.zeros((16, TAG_FRAMES + 4, len(SPOKEN)), np.float32)
+    for name, (text, nats) in heard.items():
+        tag = {KOREAN: "ko", TOO_SURE: "ko", ENGLISH: "en", CHINESE: "zh", SILENT: "ko"}[text]
+        pieces = [text] if text in SPOKEN else list(text)
+        written = [f"<|{tag}|>", "<|NEUTRAL|>", "<|Speech|>", "<|woitn|>", *pieces]
+        ids = [SPOKEN.index(piece) for piece in written]
+        row = table[int(metadata()[f"lang_{name}"])]
+        row[np.arange(len(row)), np.pad(ids, (0, len(row) - len(ids)))] = nats
+    types = {"x": TensorProto.FLOAT}
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "language"], ["logits"], axis=0)],
+        "bilingual",
+        [
+            helper.make_tensor_value_info(name, types.get(name, TensorProto.INT32), shape)
+            for name, shape in OURS.items()
+        ],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", "T", len(SPOKEN)])],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, {**metadata(), "vocab_size": str(len(SPOKEN))})
+    onnx.save(model, folder / "model.int8.onnx")
+    (folder / "tokens.txt").write_text("".join(f"{piece} {index}\n" for index, piece in enumerate(SPOKEN)), "utf-8")
+    return files_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("heard", "text", "decision"),
+    [
+        ({"auto": (KOREAN, 9), "zh": (CHINESE, 5), "en": (ENGLISH, 9)}, "stop", "Stop"),
+        ({"auto": (KOREAN, 9), "zh": (CHINESE, 9), "en": (ENGLISH, 5)}, "停", "Stop"),
+        ({"auto": (KOREAN, 9), "zh": (KOREAN, 9), "en": (ENGLISH, 6)}, "stop", "Stop"),  # never the surer foreign one
+        ({"auto": (KOREAN, 9), "zh": (SILENT, 9), "en": (TOO_SURE, 9)}, "멈", "language"),
+        ({"auto": (KOREAN, 9), "zh": (KOREAN, 9), "en": (KOREAN, 9)}, "멈춰", "language"),
+        ({"auto": (ENGLISH, 9), "zh": (CHINESE, 9), "en": (KOREAN, 9)}, "stop", "Stop"),  # nothing to doubt
+    ],
+)
+def test_what_is_not_spoken_here_is_decoded_again_for_what_is_and_otherwise_rejected(
+    heard: Mapping[str, tuple[str, float]], text: str, decision: str, tmp_path: Path
+) -> None:
+    site = {"language": "en", "intents": {"Stop": {"sentences": ["(stop | 停)"]}}}
+    graph = compile_graph({"site": Grammar.model_validate(site)})
+    recognizer = OnnxRecognizer(bilingual(tmp_path, **heard), settings.Model(languages=("zh", "en")))
+    interpreter = Interpreter(graph, recognizer.table, settings.Commands(), recognizer.languages)
+    recognition = recognizer.recognize(bytes(2 * SAMPLE_RATE))
+    assert recognition.transcript.text == text
+    decided = interpreter.interpret(recognition)
+    assert (decided.reason if isinstance(decided, Rejection) else decided.intent) == decision
+
+
+def test_a_fixed_language_is_decoded_once_and_another_script_is_rejected(tmp_path: Path) -> None:
+    files = bilingual(tmp_path, auto=(ENGLISH, 9), zh=(CHINESE, 9), en=(KOREAN, 9))
+    recognizer = OnnxRecognizer(files, settings.Model(language="en"))
+    assert recognizer.languages == ("en",)
+    assert foreign(recognizer.recognize(bytes(2 * SAMPLE_RATE)).transcript, recognizer.languages)
+
+
 # ---------------------------------------------------------------- the speech detector
 
 
@@ -252,13 +319,16 @@ def micro() -> onnx.ModelProto:
     return onnx.load(MICRO / "model.int8.onnx")
 
 
+def metadata() -> dict[str, str]:
+    return {each.key: each.value for each in micro().metadata_props}
+
+
 def with_metadata(**changes: str | None) -> onnx.ModelProto:
     """The bundled model with other metadata; None: without."""
     model = onnx.ModelProto()
     model.CopyFrom(micro())
-    kept = {each.key: each.value for each in model.metadata_props}
     del model.metadata_props[:]
-    changed = {key: value for key, value in {**kept, **changes}.items() if value is not None}
+    changed = {key: value for key, value in {**metadata(), **changes}.items() if value is not None}
     helper.set_model_props(model, changed)
     return model
 
@@ -275,7 +345,7 @@ def tiny(
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    helper.set_model_props(model, {each.key: each.value for each in micro().metadata_props})
+    helper.set_model_props(model, metadata())
     return model
 
 
