@@ -35,6 +35,12 @@ def test_an_abbreviation_is_said_and_written_letter_by_letter() -> None:
     assert texts.sentence("free", "RCCB trip in panel 7") == said
 
 
+def test_the_grammars_abbreviations_are_labelled_by_the_letters_that_are_said() -> None:
+    walks = [texts.of_grammar(Random(seed), "factory.en") for seed in range(1500)]
+    assert any("R C C B" in each.say and "r c c b" in each.text for each in walks)
+    assert not any("rccb" in each.text.split() for each in walks)
+
+
 def test_a_decoy_is_no_sentence_of_its_grammar_but_begins_or_ends_like_one() -> None:
     matcher = TextMatcher(load_graph([texts.GRAMMARS / "coffee.en.yaml"]))
     decoys = [texts.decoy(Random(seed), "coffee.en").text for seed in range(200)]

@@ -158,10 +158,17 @@ def _graph(name: str) -> grammar.CommandGraph:
     return grammar.compile_graph({name: grammar.load(GRAMMARS / f"{name}.yaml")})
 
 
+@cache
+def _abbreviations(name: str) -> frozenset[str]:
+    """What a grammar writes in capitals, and every synthesizer says letter by letter."""
+    return frozenset(word for word in grammar.ids_of(grammar.load(GRAMMARS / f"{name}.yaml")) if len(word) > 1)
+
+
 def of_grammar(random: Random, name: str) -> Sentence:
     """A random walk through one of the grammars that ship with the product, or a path of another."""
     steps, _ = _graph(name).words.walk(random)
-    return sentence(name.split(".", maxsplit=1)[0], grammar.sentence(steps))
+    words = [word.upper() if word in _abbreviations(name) else word for word in grammar.sentence(steps).split()]
+    return sentence(name.split(".", maxsplit=1)[0], " ".join(words))
 
 
 def fragment(random: Random, name: str) -> Sentence:
