@@ -240,11 +240,14 @@ def measure_costs(options: Settings, *, as_json: bool, **_: object) -> None:
     "eval",
     epilog=example(
         "edge-asr eval site.jsonl --html report.html",
-        "edge-asr eval site.jsonl --noise hall.flac --snr 6,12,18 --json figures.json",
+        "edge-asr eval site.jsonl --grammar site.yaml --noise hall.flac --snr 6,12,18 --json figures.json",
     ),
 )
 @click.argument("manifest", type=click.Path(path_type=Path))
 @with_settings
+@click.option(
+    "--grammar", "names", multiple=True, help="Grammar in place of the settings', a name or a file; repeatable."
+)
 @click.option("--noise", type=click.Path(path_type=Path), help="Recording of noise to mix in, at each of --snr.")
 @click.option("--snr", "snrs_db", callback=_decibels, help="Signal-to-noise ratios in dB, e.g. 6,12,18; needs --noise.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other stretches of the noise.")
@@ -253,6 +256,7 @@ def measure_costs(options: Settings, *, as_json: bool, **_: object) -> None:
 def evaluate(
     options: Settings,
     manifest: Path,
+    names: tuple[str, ...],
     noise: Path | None,
     snrs_db: tuple[float, ...] | None,
     seed: int,
@@ -267,7 +271,10 @@ def evaluate(
     if (noise is None) != (snrs_db is None):
         raise click.UsageError("--noise and --snr belong together")
     _quiet_logs(options)
-    items = evaluation.read_manifest(manifest)
+    if names:
+        options = options.model_copy(update={"commands": options.commands.model_copy(update={"grammars": names})})
+    files = grammar_paths(options.commands).values()
+    items = evaluation.read_manifest(manifest, {intent for file in files for intent in grammars.load(file).intents})
     engine = Engine.build(options)
     stretch = to_float(read_file(noise)) if noise is not None else None
     table = Table(*(Column(head, justify="right") for head in report.COLUMNS.values()))
@@ -331,7 +338,7 @@ def grammar_test(names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, required=True)
 @click.option("--model", default=model_store.EMBEDDED, show_default=True, help="The model that will hear it.")
 def grammar_lint(names: tuple[str, ...], model: str) -> None:
-    """Find words never heard, phrases that sound alike, sentences with two meanings; exit code 1 on an error."""
+    """Find words and sentences never heard, phrases that sound alike, double meanings; exit code 1 on an error."""
     with one_line_errors():
         from edge_asr import linter  # noqa: PLC0415 - its dictionary takes 57 MB and 0.3 s, and the service needs none
 

@@ -7,17 +7,18 @@ manifest; without ``intent`` no command may come of it. Noise is mixed as in the
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rapidfuzz.distance import Levenshtein
 
 from edge_asr import settings
@@ -42,6 +43,18 @@ class ManifestError(Exception):
     """The manifest cannot be used; the message names the line."""
 
 
+class _Line(BaseModel):
+    """One line of a manifest."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    audio: str
+    text: str | None = None
+    intent: str | None = None
+    slots: dict[str, SlotValue] | None = None
+    language: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One labelled recording."""
@@ -50,6 +63,7 @@ class Item:
     text: str | None
     intent: str | None
     slots: Mapping[str, SlotValue]
+    language: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +117,28 @@ class Condition:
     outcomes: tuple[Outcome, ...]
 
 
-def read_manifest(path: Path) -> list[Item]:
-    """Read a manifest. Raises ManifestError."""
+def read_manifest(path: Path, intents: Collection[str] | None = None) -> list[Item]:
+    """Read a manifest; with ``intents`` its labels must be among these, for others never come. Raises ManifestError."""
     items = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            audio = path.parent / entry["audio"]
-        except (ValueError, KeyError, TypeError):
-            raise ManifestError(f"{path}: line {number}: expected a JSON object with `audio`") from None
-        items.append(Item(audio, entry.get("text"), entry.get("intent"), entry.get("slots") or {}))
+            entry = _Line.model_validate_json(line)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = f" `{problem['loc'][0]}`:" if problem["loc"] else ""
+            expected = "expected a JSON object {audio, text?, intent?, slots?, language?}"
+            raise ManifestError(f"{path}: line {number}:{key} {problem['msg']}; {expected}") from None
+        if intents is not None and entry.intent not in {None, *intents}:
+            raise ManifestError(
+                f"{path}: line {number}: no grammar holds the intent {entry.intent!r}; name one that does by --grammar"
+            )
+        items.append(Item(path.parent / entry.audio, entry.text, entry.intent, entry.slots or {}, entry.language))
     if not items:
         raise ManifestError(f"{path}: holds no recording")
     return items
@@ -183,7 +203,7 @@ def summarize(condition: Condition) -> dict[str, Any]:
     false_accepts = sum(len(o.commands) for o in without)
     hours = sum(o.duration_s for o in without) / 3600
     audio_s = sum(o.duration_s for o in outcomes)
-    errors, words = _word_errors(outcomes)
+    spoken = {o.item.language for o in outcomes if o.item.language is not None and o.item.text is not None}
     return {
         "snr": condition.snr_db,
         "n": len(outcomes),
@@ -194,7 +214,11 @@ def summarize(condition: Condition) -> dict[str, Any]:
         "false_accepts": false_accepts,
         "false_accepts_per_hour": round(false_accepts / hours, 3) if without else None,
         "hours_without_command": round(hours, 3),
-        "wer": round(errors / words, 4) if words else None,
+        "wer": _word_error_rate(outcomes),
+        "wer_by_language": {
+            language: _word_error_rate([o for o in outcomes if o.item.language == language])
+            for language in sorted(spoken)
+        },
         "rtf": round(sum(o.cpu_s for o in outcomes) / audio_s, 4),
         "rejections": dict(Counter(r.reason for o in outcomes for r in o.rejections).most_common()),
         "calibration": _calibration(outcomes),
@@ -220,12 +244,17 @@ def _calibration(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def _word_errors(outcomes: Sequence[Outcome]) -> tuple[int, int]:
-    """(substitutions + insertions + deletions, words of the references); CJK counts characters."""
+def _word_error_rate(outcomes: Sequence[Outcome]) -> float | None:
+    """(substitutions + insertions + deletions) / words of the references; CJK counts characters. None without any."""
     errors = words = 0
     for outcome in outcomes:
         if outcome.item.text is not None:
-            reference = words_of(outcome.item.text)
-            errors += Levenshtein.distance(reference, words_of(outcome.text))
+            reference = _plain_words(outcome.item.text)
+            errors += Levenshtein.distance(reference, _plain_words(outcome.text))
             words += len(reference)
-    return errors, words
+    return round(errors / words, 4) if words else None
+
+
+def _plain_words(text: str) -> list[str]:
+    """Words to compare: full-width letters and typographic apostrophes are the plain ones."""
+    return words_of(unicodedata.normalize("NFKC", text).replace("\u2019", "'"))

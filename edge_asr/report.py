@@ -33,9 +33,20 @@ _LEGEND = (
 )
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 280, 50, 12, 40
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right }
-td.text, th.text { text-align: left } svg { max-width: 100%; font: 12px system-ui, sans-serif } audio { height: 2em }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --mark: #06c }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #181818; --line: #444; --mark: #6bf } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+body { color: var(--ink); background: var(--paper) }
+.wide { overflow-x: auto } table { border-collapse: collapse }
+th, td { padding: .25em .8em; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+.text { text-align: left } td.words { white-space: normal; overflow-wrap: anywhere }
+svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif }
+svg text { fill: var(--ink) } .grid { stroke: var(--line) } .dots { fill: var(--mark) }
+.curve { stroke: var(--mark); stroke-width: 2; fill: none } audio { height: 2.5em; max-width: 16em; min-width: 10em }
+@media (max-width: 50em) {
+  .worst tr, .worst td { display: block; text-align: left; border: 0; padding: .1em 0 } .worst th { display: none }
+  .worst tr { border-bottom: 1px solid var(--line); padding: .6em 0 } audio { width: 100% } svg text { font-size: 20px }
+}
 """
 
 
@@ -55,10 +66,12 @@ def page(result: Mapping[str, Any], conditions: Sequence[Condition], folder: Pat
     """The whole page; ``folder`` is where it will lie, for the links to the recordings."""
     summaries = result["conditions"]
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>edge-asr eval</title><style>{_STYLE}</style>",
+        '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">',
+        f"<title>edge-asr eval</title><style>{_STYLE}</style>",
         f"<h1>Evaluation</h1><p>Model {escape(result['model'])}, grammar {escape(result['grammar'])}.</p>",
         _table(list(COLUMNS.values()), [row_of(summary) for summary in summaries]),
         f"<p>{_LEGEND}</p>",
+        *_languages(summaries),
         *_acceptance(summaries),
         "<h2>Rejections</h2>",
         _rejections(summaries),
@@ -72,7 +85,16 @@ def page(result: Mapping[str, Any], conditions: Sequence[Condition], folder: Pat
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(each)}</th>" for each in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _languages(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    spoken = sorted({language for summary in summaries for language in summary["wer_by_language"]})
+    if spoken:
+        rates = [[text_of(s["wer_by_language"][each], clean="-") for each in spoken] for s in summaries]
+        rows = [[text_of(s["snr"]), *each] for s, each in zip(summaries, rates, strict=True)]
+        yield "<h2>Word errors by language</h2>"
+        yield _table([COLUMNS["snr"], *spoken], rows)
 
 
 def _acceptance(summaries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -121,18 +143,18 @@ def _plot(
     for level in levels:
         y = _TOP + (1 - (level - low) / span) * height
         lines.append(
-            f'<path d="M{_LEFT},{y:.1f} h{width}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">{level:.2f}</text>'
+            f'<path class="grid" d="M{_LEFT},{y:.1f} h{width}"/><text x="8" y="{y + 4:.1f}">{level:.2f}</text>'
         )
     for i, name in enumerate(names):
         x = _LEFT + width * (i / (len(names) - 1) if diagonal else (i + 0.5) / len(names))
         lines.append(f'<text x="{x:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{escape(name)}</text>')
     if diagonal:
-        lines.append(f'<path d="M{place(0, 0)} L{place(1, 1)}" stroke="#bbb" stroke-dasharray="4"/>')
+        lines.append(f'<path class="grid" d="M{place(0, 0)} L{place(1, 1)}" stroke-dasharray="4"/>')
     lines.append(f'<text x="{_LEFT + width / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(axis)}</text>')
-    lines.append(f'<path d="M{" L".join(place(x, y) for x, y in points)}" fill="none" stroke="#06c" stroke-width="2"/>')
+    lines.append(f'<path class="curve" d="M{" L".join(place(x, y) for x, y in points)}"/>')
     for x, y in points:
         cx, cy = place(x, y).split(",")
-        lines.append(f'<circle cx="{cx}" cy="{cy}" r="4" fill="#06c"/>')
+        lines.append(f'<circle cx="{cx}" cy="{cy}" r="4" class="dots"/>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(lines)}</svg>'
 
 
@@ -148,14 +170,17 @@ def _worst(conditions: Sequence[Condition], folder: Path) -> Iterator[str]:
     if not failed:
         yield "<p>None: every recording came to what its label says.</p>"
         return
-    heads = "".join(f"<th class=text>{head}</th>" for head in ("SNR", "label", "outcome", "text", "listen"))
-    yield f"<table><tr>{heads}</tr>"
+    heads = "".join(f"<th class=text>{head}</th>" for head in ("noise", "label", "outcome", "heard", "listen"))
+    yield f'<div class="wide"><table class="worst"><tr>{heads}</tr>'
     for snr_db, outcome in failed[:WORST]:
         label = f"{outcome.item.intent} {dict(outcome.item.slots)}" if outcome.item.intent else "no command"
         link = escape(Path(os.path.relpath(outcome.item.audio, folder)).as_posix(), quote=True)
-        cells = "".join(f"<td class=text>{escape(each)}</td>" for each in (label, _came(outcome), outcome.text))
-        yield f'<tr><td>{text_of(snr_db)}</td>{cells}<td><audio controls preload="none" src="{link}"></audio></td></tr>'
-    yield "</table>"
+        said = f"{label}: “{outcome.item.text}”" if outcome.item.text else label
+        cells = "".join(f'<td class="text words">{escape(each)}</td>' for each in (said, _came(outcome), outcome.text))
+        noise = "clean" if snr_db is None else f"{snr_db:g} dB"
+        audio = f'<audio controls preload="none" src="{link}"></audio>'
+        yield f"<tr><td class=text>{noise}</td>{cells}<td>{audio}</td></tr>"
+    yield "</table></div>"
 
 
 def _has_failed(outcome: Outcome) -> bool:

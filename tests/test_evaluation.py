@@ -54,9 +54,12 @@ def command(intent: str, slots: Mapping[str, SlotValue], confidence: float = 0.9
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"audio": "a.wav"}\nnonsense', "line 2: expected a JSON object with `audio`"),
-        ('{"text": "no audio"}', "line 1: expected"),
-        ("[]", "line 1: expected"),
+        ('{"audio": "a.wav"}\nnonsense', "line 2: Invalid JSON"),
+        ('{"text": "no audio"}', "line 1: `audio`: Field required"),
+        ("[]", "line 1: "),
+        ('{"audio": 5}', "line 1: `audio`: Input should be a valid string; expected a JSON object {audio, text?"),
+        ('{"audio": "a.wav", "slots": ["line-3"]}', "line 1: `slots`: "),
+        ('{"audio": "a.wav", "intent": "A"}\n{"audio": "a.wav", "intent": "orderTea"}', "line 2: no grammar holds"),
         ("\n\n", "holds no recording"),
     ],
 )
@@ -64,8 +67,9 @@ def test_a_broken_manifest_is_one_line_that_names_the_place(tmp_path: Path, cont
     path = tmp_path / "m.jsonl"
     path.write_text(content)
     with pytest.raises(ManifestError, match=re.escape(complaint)) as caught:
-        read_manifest(path)
+        read_manifest(path, {"A"})
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_audio_is_found_beside_the_manifest(tmp_path: Path) -> None:
@@ -149,6 +153,7 @@ def test_the_summary_counts_what_came_of_each_recording() -> None:
         "false_accepts_per_hour": 50.0,
         "hours_without_command": 0.02,
         "wer": 0.0,
+        "wer_by_language": {},
         "rtf": 0.01,
         "rejections": {"ambiguous": 2, "no-speech": 1},
         "calibration": [
@@ -164,6 +169,16 @@ def test_words_are_compared_without_case_and_punctuation_and_chinese_by_characte
     chinese = replace(outcome(None, {}, text="启动三号线。"), text="启动四号线")
     assert summarize(Condition(None, (english,)))["wer"] == pytest.approx(1 / 3, abs=1e-3)
     assert summarize(Condition(None, (chinese,)))["wer"] == pytest.approx(1 / 5, abs=1e-3)
+
+
+def test_languages_are_counted_apart_for_words_and_characters_do_not_add_up() -> None:
+    said = outcome("A", {}, text="I\u2019d like line \uff13")
+    english = replace(said, item=replace(said.item, language="en"), text="i'd like line 3")
+    chinese = replace(said, item=replace(said.item, text="启动四号", language="zh"), text="启动三号")
+    unlabelled = replace(said, item=replace(said.item, text="stop"), text="stop")
+    summary = summarize(Condition(None, (english, chinese, unlabelled)))
+    assert summary["wer_by_language"] == {"en": 0.0, "zh": 0.25}
+    assert summary["wer"] == pytest.approx(1 / 9, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the command
@@ -201,6 +216,9 @@ def test_the_bundled_recordings_are_measured_clean_and_in_noise(tmp_path: Path) 
     assert code == 0, output
     result = json.loads(figures.read_text())
     assert result["model"].startswith("micro-en")
+    assert result["grammar"] == "factory.en"
+    stated = ["snr", "n", "accepted", "acceptance", "wrong_numbers", "false_accepts_per_hour", "wer", "rtf"]
+    assert all(set(stated) <= set(condition) for condition in result["conditions"])
     assert [condition["snr"] for condition in result["conditions"]] == [None, 20.0, 30.0]
     clean = result["conditions"][0]
     assert (clean["n"], clean["accepted"], clean["false_accepts"], clean["wrong_numbers"]) == (3, 1, 0, 1)
@@ -209,6 +227,22 @@ def test_the_bundled_recordings_are_measured_clean_and_in_noise(tmp_path: Path) 
     assert {"svg", "audio", "table"} <= shown.tags
     assert shown.links
     assert all((tmp_path / link).exists() for link in shown.links), "every link is a file beside the page"
+
+
+def test_a_grammar_may_be_named_in_place_of_the_settings(tmp_path: Path) -> None:
+    label = {"audio": str(RECORDINGS / "20-emergency-stop.flac"), "intent": "EmergencyStop"}
+    manifest, figures = tmp_path / "one.jsonl", tmp_path / "figures.json"
+    manifest.write_text(json.dumps(label))
+    code, output = evaluate(str(manifest), "--grammar", "coffee.en")
+    assert (code, "line 1: no grammar holds the intent 'EmergencyStop'; name one that does by --grammar" in output) == (
+        66,
+        True,
+    )
+    both = ("--grammar", "coffee.en", "--grammar", "factory.en")
+    code, output = evaluate(str(manifest), *both, "--json", str(figures))
+    assert code == 0, output
+    result = json.loads(figures.read_text())
+    assert (result["grammar"], result["conditions"][0]["accepted"]) == ("coffee.en, factory.en", 1)
 
 
 @pytest.mark.parametrize(
