@@ -546,10 +546,14 @@ class CommandGraph:
 
 def expansions(template: str, grammar: Grammar, limit: int = 64) -> list[str]:
     """The first sentences of one template, as people write them."""
+    return [sentence(steps) for steps in itertools.islice(graph_of(template, grammar).paths(), limit)]
+
+
+def graph_of(template: str, grammar: Grammar) -> WordGraph:
+    """All sentences of one template, without a meaning."""
     sketch = Sketch()
     compiler = _Compiler(sketch, grammar, "template")
-    graph = sketch.finish(compiler.add(_TemplateParser(grammar, "template").parse(template), 0))
-    return [sentence(steps) for steps in itertools.islice(graph.paths(), limit)]
+    return sketch.finish(compiler.add(_TemplateParser(grammar, "template").parse(template), 0))
 
 
 def is_number_word(word: str, language: Language) -> bool:

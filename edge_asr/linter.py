@@ -1,4 +1,7 @@
-"""Looks through a grammar for what will go wrong on the shop floor: words never heard, sound-alikes, double meanings.
+"""Looks through a grammar for what will go wrong on the shop floor, and says in one line each what to do about it.
+
+Four things: words that the model cannot write, sentences that can never be understood, phrases that sound alike, and
+values or sentences that mean two things.
 
 Sound is compared by Metaphone for English, by pinyin with tones for Chinese characters (an approximation for
 Cantonese), by jamo for Korean, and by the written characters for Japanese; slots with ``match: sound`` as ``phonetics``
@@ -26,6 +29,7 @@ from edge_asr.numbers import Language
 from edge_asr.phonetics import likeness, name_of
 from edge_asr.posteriors import TokenTable
 from edge_asr.text_matching import NEAR, TextMatcher
+from edge_asr.wordgraph import WordGraph
 
 ALIKE = 0.8
 """Similarity of two phrases' sounds from which a noisy hall makes them one (0..1)."""
@@ -35,6 +39,9 @@ SHOWN = 12
 
 SAMPLES = 2000
 """Random sentences that are read back in search of a second meaning."""
+
+SAMPLES_PER_SENTENCE = 40
+"""Of one template; if all of them mean two things the template is taken for unreachable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +58,54 @@ def lint(path: Path, table: TokenTable | None = None) -> Iterator[Remark]:
     graph = commands.load_graph([path])
     for sentence, reading in commands.failed_expectations(graph, loaded.tests).items():
         yield Remark("error", f"test {sentence!r} is read as {reading}")
-    if table is not None:
-        lost = [word for word in sorted({arc.step.word for arc in graph.words.arcs}) if not spellings(word, table)]
-        if lost:
-            shown = f"{', '.join(lost[:SHOWN])}{' ...' if len(lost) > SHOWN else ''}"
-            yield Remark("error", f"{len(lost)} words are never heard, the model cannot write them: {shown}")
-    yield from _overlaps(loaded)
+    lost = [] if table is None else _lost(graph, table)
+    if lost:
+        shown = f"{', '.join(lost[:SHOWN])}{' ...' if len(lost) > SHOWN else ''}"
+        remark = f"{len(lost)} words are never heard, the model cannot write them: {shown}"
+        yield Remark("error", f"{remark}; reword them, or activate a model for {loaded.language}")
+    yield from _unreachable(loaded, graph, frozenset(lost))
+    overlaps = list(_overlaps(loaded))
+    yield from overlaps
     yield from _sound_alikes(loaded)
-    yield from _doubts(graph)
+    yield from _words_alike(loaded)
+    yield from _doubts(graph, told=bool(overlaps))
     yield from _unused(loaded)
+
+
+def _lost(graph: grammar.CommandGraph, table: TokenTable) -> list[str]:
+    """The words that a model cannot write."""
+    return [word for word in sorted({arc.step.word for arc in graph.words.arcs}) if not spellings(word, table)]
+
+
+def _unreachable(loaded: Grammar, graph: grammar.CommandGraph, lost: frozenset[str]) -> Iterator[Remark]:
+    """Sentences of which no way to say them can be heard, or all mean something else as well."""
+    matcher = TextMatcher(graph)
+    random = Random(0)  # noqa: S311 - samples, no secrets
+    graphs = {
+        (intent, template): grammar.graph_of(template, loaded)
+        for intent, definition in loaded.intents.items()
+        for template in definition.sentences
+    }
+    sayable = {key for key, own in graphs.items() if _is_sayable(own, lost)}
+    for (intent, template), own in graphs.items() if sayable else ():  # else the words say it: it is another language
+        where = f"intents.{intent}: {template!r} is never understood:"
+        if (intent, template) not in sayable:
+            yield Remark("error", f"{where} the model cannot write it; reword it")
+            continue
+        said = {grammar.sentence(own.walk(random)[0]) for _ in range(SAMPLES_PER_SENTENCE)}
+        several = {each: matcher.readings(each) for each in said}
+        if all(len(readings) > 1 for readings in several.values()):
+            readings = several[min(said)]
+            yield Remark("error", f"{where} {min(said)!r} is {' or '.join(map(str, readings))}; reword one of them")
+
+
+def _is_sayable(graph: WordGraph, lost: frozenset[str]) -> bool:
+    """Whether a sentence is left without the lost words."""
+    outgoing, reached = graph.outgoing(), [0]
+    for node in reached:
+        onward = {arc.target for arc in outgoing.get(node, []) if arc.step.word not in lost}
+        reached += sorted(onward - set(reached))
+    return any(node in graph.endings for node in reached)
 
 
 def sounds(phrase: str, language: Language) -> str:
@@ -93,14 +139,15 @@ def _overlaps(loaded: Grammar) -> Iterator[Remark]:
             values.setdefault(phrase, set()).add(value)
         for phrase, several in values.items():
             if len(several) > 1:
-                yield Remark("error", f"slots.{name}: {phrase!r} means {' and '.join(sorted(several))}")
+                meant = " and ".join(sorted(several))
+                yield Remark("error", f"slots.{name}: {phrase!r} means {meant}; leave it to one of them")
 
 
 def _sound_alikes(loaded: Grammar) -> Iterator[Remark]:
     for name, phrases in _phrases(loaded):
         worst: dict[tuple[str, str], tuple[float, str, str]] = {}
         for (value, phrase), (other_value, other) in itertools.combinations(phrases, 2):
-            if value == other_value or _differ_in_a_number(phrase, other, loaded.language):
+            if value == other_value or phrase == other or _differ_in_a_number(phrase, other, loaded.language):
                 continue
             alike = _alike(phrase, other, loaded, name)
             if alike and alike > worst.get((value, other_value), (0.0, "", ""))[0]:
@@ -128,18 +175,49 @@ def _differ_in_a_number(phrase: str, other: str, language: Language) -> bool:
     return bool(differing) and all(grammar.is_number_word(word, language) for pair in differing for word in pair)
 
 
-def _doubts(graph: grammar.CommandGraph) -> Iterator[Remark]:
+def _words_alike(loaded: Grammar) -> Iterator[Remark]:
+    """Sentences of two intents that differ in one word, which sounds the same; slots stand as words of their own."""
+    opaque = {name: Enumeration.model_validate({"values": [f"0x{i}"]}) for i, name in enumerate(loaded.slots)}
+    skeleton = loaded.model_copy(update={"slots": opaque})
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[str, str]]] = {}
+    for intent, definition in loaded.intents.items():
+        for template in definition.sentences:
+            for said in grammar.expansions(template, skeleton):
+                words = tuple(grammar.words_of(said))
+                for at, word in enumerate(words):
+                    alike.setdefault((words[:at], words[at + 1 :]), []).append((intent, word))
+    seen: set[frozenset[str]] = set()
+    for said_by in alike.values():
+        for (intent, word), (other_intent, other) in itertools.combinations(said_by, 2):
+            pair = frozenset((word, other))
+            if intent == other_intent or len(pair) == 1 or pair in seen or _is_apart(word, other, loaded.language):
+                continue
+            seen.add(pair)
+            remark = f"{word!r} (intents.{intent}) and {other!r} (intents.{other_intent}) sound alike"
+            yield Remark("warning", f"{remark} in the same place; choose another word for one")
+
+
+def _is_apart(word: str, other: str, language: Language) -> bool:
+    """Whether ears can tell two words apart, or numbers and slots do."""
+    if any(each.startswith("0x") or grammar.is_number_word(each, language) for each in (word, other)):
+        return True
+    return Levenshtein.normalized_similarity(sounds(word, language), sounds(other, language)) < ALIKE
+
+
+def _doubts(graph: grammar.CommandGraph, *, told: bool) -> Iterator[Remark]:
+    """Sentences with two meanings, one of a kind; ``told``: values with one phrase were named already."""
     matcher = TextMatcher(graph)
     random = Random(0)  # noqa: S311 - samples, no secrets
-    seen: set[frozenset[str]] = set()
+    seen: set[frozenset[object]] = set()
     for _ in range(SAMPLES):
         steps, _ending = graph.words.walk(random)
         sentence = grammar.sentence(steps)
         readings = matcher.readings(sentence)
-        intents = frozenset(reading.intent for reading in readings)
-        if len(readings) > 1 and intents not in seen:
-            seen.add(intents)
-            yield Remark("warning", f"{sentence!r} has two meanings: {' or '.join(map(str, readings))}")
+        kinds = frozenset[object]((r.intent, tuple(name for name, _ in r.slots)) for r in readings)
+        if len(readings) > 1 and kinds not in seen and not (told and len(kinds) == 1):
+            seen.add(kinds)
+            meant = " or ".join(map(str, readings))
+            yield Remark("warning", f"{sentence!r} has two meanings: {meant}; take it out of one")
 
 
 def _unused(loaded: Grammar) -> Iterator[Remark]:
@@ -147,10 +225,10 @@ def _unused(loaded: Grammar) -> Iterator[Remark]:
     written = "\n".join([*sentences, *loaded.rules.values(), *_templates(loaded)])
     for rule in loaded.rules:
         if f"<{rule}>" not in written.replace(" ", ""):
-            yield Remark("warning", f"rules.{rule} is used nowhere")
+            yield Remark("warning", f"rules.{rule} is used nowhere; remove it, or use <{rule}> in a sentence")
     for slot in loaded.slots:
         if f"{{{slot}}}" not in written.replace(" ", "") and f"{{{slot}:" not in written.replace(" ", ""):
-            yield Remark("warning", f"slots.{slot} is used nowhere")
+            yield Remark("warning", f"slots.{slot} is used nowhere; remove it, or use {{{slot}}} in a sentence")
 
 
 def _templates(loaded: Grammar) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,23 +33,67 @@ def test_a_clean_grammar_gives_no_remark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "severity", "words"),
     [
-        ("press, mixer", "press, 压机", "error", "2 words are never heard, the model cannot write them: 压, 机"),
+        (
+            *("press, mixer", "press, 压机", "error"),
+            "2 words are never heard, the model cannot write them: 压, 机; reword them, or activate a model for en",
+        ),
         (
             "press, mixer",
             "filler, chiller, cheller",
             "warning",
             "'chiller' (chiller) and 'cheller' (cheller) sound alike",
         ),
-        ("press, mixer", "press, {other: [press, mixer]}", "error", "'press' means other and press"),
-        ("slots:", "rules: {please: please}\nslots:", "warning", "rules.please is used nowhere"),
+        ("press, mixer", "press, {other: [press, mixer]}", "error", "'press' means other and press; leave"),
+        ("slots:", "rules: {please: please}\nslots:", "warning", "rules.please is used nowhere; remove it, or"),
         ("slots:", "slots:\n  colour: {values: [red]}", "warning", "slots.colour is used nowhere"),
-        ("slots:", "  Run: {sentences: [start the press]}\nslots:", "warning", "has two meanings"),
+        (
+            *("slots:", "  Run: {sentences: ['start [the] (press | lift)']}\nslots:", "warning"),
+            "has two meanings: Run() or Start(machine=press); take it out of one",
+        ),
+        (
+            *("slots:", "  Run: {sentences: [start the press]}\nslots:", "error"),
+            "Run: 'start the press' is never understood: 'start the press' is Run() or Start(machine=press); reword",
+        ),
+        (
+            *("slots:", "  Run: {sentences: ['go [now] 压', go]}\nslots:", "error"),
+            "intents.Run: 'go [now] 压' is never understood: the model cannot write it; reword it",
+        ),
+        (
+            *("slots:", "  A: {sentences: ['raise [the] {machine}']}\n  B: {sentences: ['raze {machine}']}\nslots:"),
+            *("warning", "'raise' (intents.A) and 'raze' (intents.B) sound alike in the same place; choose another"),
+        ),
+        (
+            *(
+                "slots:",
+                "  Set: {sentences: ['set {a}', 'set {b}']}\nslots:\n  a: {range: [0, 9]}\n  b: {range: [9, 19]}",
+            ),
+            *("warning", "'set nine' has two meanings: Set(a=9) or Set(b=9); take it out of one"),
+        ),
         ("slots:", "tests: [{say: go, intent: Start}]\nslots:", "error", "test 'go' is read as no command"),
     ],
 )
 def test_each_flaw_is_found_and_named(tmp_path: Path, old: str, new: str, severity: str, words: str) -> None:
     found = remarks(tmp_path, GOOD.replace(old, new))
     assert any(kind == severity and words in text for kind, text in found), found
+
+
+def test_every_remark_is_one_line_with_what_to_do_and_nothing_is_said_twice(tmp_path: Path) -> None:
+    several = "press, {other: [press]}, 压, chiller, cheller"
+    found = remarks(tmp_path, GOOD.replace("press, mixer", several).replace("slots:", "rules: {x: x}\nslots:"))
+    assert len(found) == 4
+    assert all(re.fullmatch(r"[^\n]+; (reword|leave|choose|remove|take) [^\n]+", text) for _, text in found), found
+
+
+@pytest.mark.parametrize("name", ["factory.en", "coffee.en", "factory.zh"])
+def test_nothing_shipped_is_unreachable_or_means_two_things(name: str) -> None:
+    found = list(lint(model_store.bundled("grammars") / f"{name}.yaml"))
+    assert [remark for remark in found if "sound alike" not in remark.text] == []
+
+
+def test_a_model_for_another_language_is_one_line_and_not_one_for_each_sentence() -> None:
+    [remark] = lint(model_store.bundled("grammars") / "factory.zh.yaml", TABLE)
+    assert remark.severity == "error"
+    assert remark.text.endswith("; reword them, or activate a model for zh")
 
 
 def test_numbered_names_are_no_sound_alikes(tmp_path: Path) -> None:
