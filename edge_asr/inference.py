@@ -158,7 +158,15 @@ class Features:
 
     LFR as in sherpa-onnx 2.0.1: the first frame three times on the left, the last repeated on the right, ceil(n / 6)
     windows of 7. Other padding changes the text (20 of 20 equal this way, 10 of 20 with no left padding).
+
+    A fbank frame depends on its own 25 ms alone. So of an utterance that has grown since it was last seen (a partial,
+    then a longer one, then the final) only the new frames are computed, and the result is the same in every bit.
     """
+
+    FRAME: Final = MIN_SAMPLES
+    HOP: Final = 160
+    KEPT: Final = 4
+    """Utterances that may grow at once; with more sources than that the frames of some are computed anew."""
 
     def __init__(self, contract: Contract) -> None:
         self._contract = contract
@@ -170,22 +178,48 @@ class Features:
         options.mel_opts.num_bins = 80
         options.mel_opts.high_freq = 0.0
         self._options = options
+        self._grown: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        """(samples, their fbank frames) of the last utterances, the newest first."""
 
     def __call__(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """[samples] in [-1, 1) -> [frames, 560]; no frame below 25 ms."""
+        return self._stacked(self.fbank(samples))
+
+    def grown(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same; what an earlier call has computed of the beginning of these samples is not computed again."""
+        earlier = next((each for each in self._grown if _same_beginning(each[0], samples)), None)
+        known = np.zeros((0, self._options.mel_opts.num_bins), np.float32)
+        if earlier is not None:
+            shared = min(len(earlier[0]), len(samples))
+            known = earlier[1][: (shared - self.FRAME) // self.HOP + 1]
+        frames = np.concatenate([known, self.fbank(samples[len(known) * self.HOP :])])
+        longest = earlier if earlier is not None and len(earlier[0]) > len(samples) else (samples, frames)
+        self._grown = [longest, *(each for each in self._grown if each is not earlier)][: self.KEPT]
+        return self._stacked(frames)
+
+    def fbank(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[samples] in [-1, 1) -> [fbank frames, 80]."""
         fbank = knf.OnlineFbank(self._options)
         fbank.accept_waveform(SAMPLE_RATE, samples * np.float32(self._contract.scale))
         fbank.input_finished()
-        count = fbank.num_frames_ready
+        frames = [fbank.get_frame(i) for i in range(fbank.num_frames_ready)]
+        return np.stack(frames) if frames else np.zeros((0, self._options.mel_opts.num_bins), np.float32)
+
+    def _stacked(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        count = len(frames)
         if count == 0:
             return np.zeros((0, self._contract.neg_mean.size), np.float32)
-        frames = np.stack([fbank.get_frame(i) for i in range(count)])
         window, shift = self._contract.lfr_window, self._contract.lfr_shift
         left = (window - 1) // 2
         windows = -(-count // shift)
         index = np.clip(np.arange(windows)[:, None] * shift + np.arange(window)[None, :] - left, 0, count - 1)
         stacked = frames[index].reshape(windows, -1)
         return np.ascontiguousarray((stacked + self._contract.neg_mean) * self._contract.inv_stddev, dtype=np.float32)
+
+
+def _same_beginning(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    shared = min(len(one), len(other))
+    return shared >= MIN_SAMPLES and np.array_equal(one[:shared], other[:shared])
 
 
 class OnnxRecognizer:
@@ -210,9 +244,10 @@ class OnnxRecognizer:
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
         samples = _checked(pcm)
-        heard = self._decode(samples, self._language)
+        features = self._features.grown(samples)
+        heard = self._decode(samples, features, self._language)
         if self._language == "auto" and foreign(heard.transcript, self.languages):  # again, for what is spoken here
-            again = (self._decode(samples, language) for language in self.languages)
+            again = (self._decode(samples, features, language) for language in self.languages)
             heard = max(again, key=self._belonging)
         return heard
 
@@ -221,19 +256,18 @@ class OnnxRecognizer:
         transcript = recognition.transcript
         return bool(transcript.text) and not foreign(transcript, self.languages), transcript.confidence
 
-    def _decode(self, samples: NDArray[np.float32], language: str) -> Recognition:
-        tag_rows, log_posteriors = self._scores(samples, language)
+    def _decode(self, samples: NDArray[np.float32], features: NDArray[np.float32], language: str) -> Recognition:
+        tag_rows, log_posteriors = self._scores(features, language)
         tags = [self.table.tag(int(i)) for i in tag_rows.argmax(axis=1)]
 
         def at_pace(pace: float) -> NDArray[np.float32]:
-            return self._scores(at_speed(samples, pace), language)[1]
+            return self._scores(self._features(at_speed(samples, pace)), language)[1]
 
         transcript = transcribe(log_posteriors, tags, self.table)
         return Recognition(transcript, log_posteriors, signal_to_noise_db(samples), at_pace)
 
-    def _scores(self, samples: NDArray[np.float32], language: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _scores(self, features: NDArray[np.float32], language: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The tag frames, of any scale, and the log-posteriors of the others."""
-        features = self._features(samples)
         feed = {
             "x": features[None],
             "x_length": np.array([len(features)], np.int32),
@@ -243,7 +277,7 @@ class OnnxRecognizer:
         try:
             scores: NDArray[np.float32] = self._session.run([self._output], feed)[0][0]
         except Exception as error:  # onnxruntime's classes share no base but this
-            raise RecognizerError(f"onnxruntime failed on {len(samples)} samples of audio: {error}") from error
+            raise RecognizerError(f"onnxruntime failed on {len(features)} frames of audio: {error}") from error
         spoken = scores[TAG_FRAMES:]
         return scores[:TAG_FRAMES], spoken if self._output == LOG_POSTERIORS else log_softmax(spoken)
 

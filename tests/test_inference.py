@@ -16,6 +16,10 @@ import onnx
 import onnxruntime
 import pytest
 import sherpa_onnx
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edge_asr import audio, inference, model_store, settings
@@ -24,6 +28,8 @@ from edge_asr.engine import Engine
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, Rejection
 from edge_asr.grammar import Grammar, compile_graph
 from edge_asr.inference import (
+    Contract,
+    Features,
     OnnxRecognizer,
     RecognizerError,
     SherpaRecognizer,
@@ -115,6 +121,36 @@ def test_recognizing_again_gives_the_same_to_the_bit() -> None:
     once, again = (onnx_recognizer().recognize(pcm).log_posteriors for _ in range(2))
     assert once is not None
     np.testing.assert_array_equal(once, again)
+
+
+TAKES = [audio.to_float(audio.read_file(path)) for path in RECORDINGS[:2]]
+CONTRACT = Contract(7, 6, 32768.0, np.zeros(560, np.float32), np.ones(560, np.float32), {}, 14, 15, 100)
+
+
+@settings_of(max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from([0, 1]), st.integers(1, 40_000)), min_size=1, max_size=8))
+def test_features_of_what_grows_are_those_of_the_whole_in_every_bit(
+    growing: list[tuple[int, int]],
+) -> None:
+    features = Features(CONTRACT)
+    for which, length in growing:
+        samples = TAKES[which][:length]
+        assert np.array_equal(features.grown(samples), Features(CONTRACT)(samples))
+
+
+def test_of_what_has_grown_only_the_new_frames_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, asked = Features.fbank, list[int]()
+
+    def counted(features: Features, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        asked.append(len(samples))
+        return compute(features, samples)
+
+    monkeypatch.setattr(Features, "fbank", counted)
+    features = Features(CONTRACT)
+    features.grown(TAKES[0][:16_000])
+    features.grown(TAKES[0][: 16_000 + Features.HOP])
+    assert asked[0] == 16_000
+    assert asked[1] < Features.FRAME + Features.HOP
 
 
 def test_another_pace_has_more_frames_and_the_own_pace_hears_the_same() -> None:
