@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_asr import model_store, settings
+from edge_asr.audio import read_file
+from edge_asr.engine import Engine
+from edge_asr.events import Command, Rejection
 from edge_asr.grammar import CommandGraph, Grammar, GrammarError, compile_graph
 from edge_asr.numbers import Language
 from edge_asr.text_matching import BY_SOUND, NEAR, TextMatcher
@@ -184,3 +189,75 @@ def test_only_slots_of_values_have_names() -> None:
     wrong = {**FACTORY, "slots": {**FACTORY["slots"], "gate": {"digits": 1, "match": "sound"}}}
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         Grammar.model_validate(wrong)
+
+
+# ---------------------------------------------------------------- real audio
+
+SITE = """\
+language: en
+intents:
+  Start: {sentences: ["(start | switch on [the]) {machine}"]}
+  Stop: {sentences: ["(stop | switch off [the]) {machine}"]}
+  Speed: {sentences: ["set {machine} speed to {speed} (r p m | percent)"]}
+slots:
+  machine: {match: sound, values: [NAMES]}
+  speed: {range: [0, 1500], step: 10}
+"""
+NAMES = "Mixxer, Konveyer, Kompressor, kuhlant pumpe, lyne three, lyne four, {press: Pres two}"
+"""As a plant may spell what the model writes in its own way."""
+
+
+@functools.cache
+def sherpa() -> Engine:
+    return Engine.build(settings.Settings.model_validate({"model": {"engine": "sherpa-onnx"}}))
+
+
+def heard_at(site: Path, recording: str, names: str) -> Command | Rejection:
+    site.write_text(SITE.replace("NAMES", names), encoding="utf-8")
+    options = settings.Settings.model_validate({"commands": {"grammars": [str(site)]}})
+    pcm = read_file(model_store.bundled("recordings") / f"{recording}.flac")
+    [heard] = sherpa().under(options).hear(pcm, options.vad)
+    assert heard.decision is not None
+    return heard.decision
+
+
+@pytest.mark.parametrize(
+    ("recording", "intent", "slots"),
+    [
+        ("01-start-line-three", "Start", {"machine": "lyne three"}),
+        ("19-stop-line-four", "Stop", {"machine": "lyne four"}),
+        ("11-stop-press-two", "Stop", {"machine": "press"}),
+        ("14-switch-on-compressor", "Start", {"machine": "Kompressor"}),
+        ("18-switch-off-coolant-pump", "Stop", {"machine": "kuhlant pumpe"}),
+        ("03-set-mixer-speed", "Speed", {"machine": "Mixxer", "speed": 1200}),
+        ("13-set-conveyor-speed", "Speed", {"machine": "Konveyer", "speed": 80}),
+    ],
+)
+def test_spoken_names_are_known_by_their_sound_where_the_engine_gives_text_alone(
+    recording: str, intent: str, slots: Mapping[str, object], tmp_path: Path
+) -> None:
+    decision = heard_at(tmp_path / "site.yaml", recording, NAMES)
+    assert isinstance(decision, Command), decision
+    assert (decision.intent, dict(decision.slots)) == (intent, slots)
+    assert NEAR * BY_SOUND <= decision.confidence <= BY_SOUND
+
+
+@pytest.mark.parametrize(
+    ("recording", "names", "reason", "candidates"),
+    [
+        ("14-switch-on-compressor", "Kompressor, Compresser", "ambiguous", {"Kompressor", "Compresser"}),
+        ("14-switch-on-compressor", "Kompressor, Konveyer", "command", {"Kompressor"}),
+        ("01-start-line-three", "lyne four, lyne free", "not-understood", set()),
+        ("11-stop-press-two", "Pres to, Pres too, Pres ten", "not-understood", set()),
+        ("18-switch-off-coolant-pump", "{other: kuhlant pumpe on}", "not-understood", set()),
+    ],
+)
+def test_a_spoken_name_needs_a_margin_and_its_number_exactly(
+    recording: str, names: str, reason: str, candidates: set[str], tmp_path: Path
+) -> None:
+    decision = heard_at(tmp_path / "site.yaml", recording, names)
+    if isinstance(decision, Command):
+        assert (reason, {decision.slots["machine"]}) == ("command", candidates)
+    else:
+        assert decision.reason == reason
+        assert {each.partition("machine=")[2].rstrip(")") for each in decision.candidates} == candidates
