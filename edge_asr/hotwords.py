@@ -43,7 +43,7 @@ PAUSE_FRAMES = 3
 
 FLAT = math.log(0.02)
 """Log-posterior of the best token below which a frame hears nothing: it is spread over the whole vocabulary. See
-tools/hotwords-benchmark for the flattest frame of real recordings: 0.08."""
+tools/hotwords-benchmark for the flattest frame of real recordings: 0.11."""
 
 MARGIN = 12.0
 """Nats that a prefix or a token may lie behind the best one before it is dropped without a look."""
