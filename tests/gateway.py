@@ -34,6 +34,8 @@ from tests.broker import PATIENCE_S, Broker, free_port, wait_until
 
 RECORDINGS = model_store.bundled("recordings")
 CHROMIUM = "/usr/bin/chromium"
+START_S = 3 * PATIENCE_S
+"""A whole daemon and its model are loaded, maybe beside other tests."""
 
 
 def recording(name: str) -> Path:
@@ -161,7 +163,8 @@ def box(
         )
     running = Box(folder, address, port, process, tokens, token, watch, tls)
     try:
-        wait_until(lambda: "gateway: http" in running.log or process.poll() is not None, "the gateway opens")
+        opened = lambda: "gateway: http" in running.log or process.poll() is not None  # noqa: E731
+        wait_until(opened, "the gateway opens", limit_s=START_S)
         assert process.poll() is None, running.log
         yield running
     finally:

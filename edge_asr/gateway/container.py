@@ -138,14 +138,23 @@ def decode(data: bytes, max_s: float) -> bytes:
     return bytes(pcm + resampler.flush())
 
 
+def opus_decoder(header: bytes | None) -> av.AudioCodecContext:
+    """A decoder of floats at 48 kHz; mono unless the stream's header says otherwise."""
+    codec: av.AudioCodecContext = av.CodecContext.create("libopus", "r")
+    if header is not None:
+        codec.extradata = header
+    else:
+        codec.layout = "mono"
+    codec.options = {"request_sample_fmt": "flt"}
+    return codec
+
+
 def _decoded(stream: InputContainer) -> Iterator[NDArray[np.float32]]:
     """Mono samples at 48 kHz, by libopus in floats: to 1e-7 what libsndfile makes of the same packets."""
     audio = stream.streams.audio[0]
     if audio.codec_context is None:  # FFmpeg has no decoder for the codec it names
         raise ValueError("its codec is unknown")
-    codec = av.CodecContext.create("libopus", "r")
-    codec.extradata = audio.codec_context.extradata
-    codec.options = {"request_sample_fmt": "flt"}
+    codec = opus_decoder(audio.codec_context.extradata)
     for packet in stream.demux(audio):
         for frame in codec.decode(packet if packet.size else None):
             samples = frame.to_ndarray().reshape(-1, len(frame.layout.channels))

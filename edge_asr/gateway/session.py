@@ -13,9 +13,8 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edge_asr import clock, contract, settings
@@ -164,12 +163,12 @@ class Session:
         self._acknowledge()
         return (talk.position - before) / talk.rate
 
-    def offer(self, samples: NDArray[np.int16]) -> None:
-        """Audio of the talk under way that came by WebRTC: mono, 48 kHz; nobody waits."""
+    def offer(self, samples: NDArray[Any], lost: int = 0) -> None:
+        """Audio of the talk under way that came by WebRTC: mono, 48 kHz, so many were lost before it; nobody waits."""
         if self.format != "rtp" or self.talk is None:
             return
         self.active = asyncio.get_running_loop().time()
-        self.talk.offer(self.talk.position, samples)
+        self.talk.offer(self.talk.position + lost, samples)
         self._acknowledge()
 
     def finish_soon(self) -> None:

@@ -1,0 +1,113 @@
+"""Turns the packets of a call into the audio of its session's talks.
+
+Law: only what belongs to a talk is decoded, so silence costs little more than taking its packets; of the time before a
+talk :data:`BEFORE_S` are kept as they came. A gap up to :data:`QUIET_S` is filled with quiet, so that no lost packet
+cuts a sentence in two and no later word comes too early; a longer one is lost audio, and visible as that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+import av
+import numpy as np
+from aiortc.rtcrtpreceiver import StreamStatistics
+from aiortc.rtp import RtcpReceiverInfo, RtpPacket, clamp_packets_lost
+
+from edge_asr.gateway import wire
+from edge_asr.gateway.container import OPUS_RATE, opus_decoder
+from edge_asr.gateway.rtp import InOrder, later
+from edge_asr.gateway.session import Session
+from edge_asr.gateway.talk import Talk
+
+BEFORE_S: Final = 0.3
+"""A first word begins before the thumb has landed."""
+
+MAX_KEPT: Final = 128
+"""Packets of it, however short a sender makes them."""
+
+QUIET_S: Final = 0.5
+"""A sender that sends nothing while nobody speaks still sends a packet every 0.4 s."""
+
+
+class Voice:
+    """One sender's packets go in; where no message says when a talk begins, all that comes is one talk."""
+
+    def __init__(self, session: Session) -> None:
+        self.controlled = False
+        """Whether messages begin and end the talks."""
+        self._session = session
+        self._sender: int | None = None
+        """The SSRC from which packets come."""
+        self._statistics = StreamStatistics(OPUS_RATE)
+        self._in_order: InOrder[RtpPacket] = InOrder()
+        self._kept: deque[RtpPacket] = deque(maxlen=MAX_KEPT)
+        """Packets that nobody listens to yet."""
+        self._talk: Talk | None = None
+        """The one for which is being decoded."""
+        self._decoder = opus_decoder(None)
+        self._due: int | None = None
+        """The timestamp that follows what was decoded last for it."""
+
+    @property
+    def kept_ms(self) -> float:
+        """How long ago the oldest audio began that the next talk will have."""
+        if not self._kept:
+            return 0.0
+        return max(0.0, 1e3 * later(self._kept[0].timestamp, self._kept[-1].timestamp) / OPUS_RATE)
+
+    def take(self, packet: RtpPacket) -> None:
+        """Take a packet as it comes."""
+        if packet.ssrc != self._sender:  # the first, or it has begun again
+            self._sender, self._due = packet.ssrc, None
+            self._statistics, self._in_order = StreamStatistics(OPUS_RATE), InOrder()
+        self._statistics.add(packet)
+        if packet.payload and not self._session.over.is_set():
+            for each in self._in_order.take(packet.sequence_number, packet):
+                self._hand_over(each)
+
+    def report(self) -> RtcpReceiverInfo | None:
+        """What of the sender's packets has come since the last report (RFC 3550); None: it has sent none."""
+        seen = self._statistics
+        if self._sender is None or seen.max_seq is None:
+            return None
+        return RtcpReceiverInfo(
+            ssrc=self._sender,
+            fraction_lost=seen.fraction_lost,
+            packets_lost=clamp_packets_lost(seen.packets_lost),
+            highest_sequence=seen.cycles + seen.max_seq,
+            jitter=seen.jitter,
+            lsr=0,
+            dlsr=0,
+        )
+
+    def _hand_over(self, packet: RtpPacket) -> None:
+        self._kept.append(packet)
+        talk = self._session.talk
+        if talk is None or talk.ended or self._session.format != "rtp":
+            if self.controlled:
+                self._forget()
+                return
+            self._session.begin(wire.Start(type="start", talk=talk.number + 1 if talk else 1, format="rtp"))
+        if self._talk is not self._session.talk:
+            self._talk, self._decoder, self._due = self._session.talk, opus_decoder(None), None
+        while self._kept:
+            self._play(self._kept.popleft())
+
+    def _forget(self) -> None:
+        while self.kept_ms > 1e3 * BEFORE_S:
+            self._kept.popleft()
+
+    def _play(self, packet: RtpPacket) -> None:
+        """Decode a packet for the talk; one that is damaged is as good as lost."""
+        try:
+            (frame,) = self._decoder.decode(av.Packet(packet.payload))
+        except (av.FFmpegError, ValueError):
+            return
+        missing = 0 if self._due is None else max(0, later(self._due, packet.timestamp))
+        self._due = packet.timestamp + frame.samples
+        if 0 < missing <= QUIET_S * OPUS_RATE:
+            self._session.offer(np.zeros(missing, np.float32))
+            missing = 0
+        self._session.offer(np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples), missing)
