@@ -23,7 +23,7 @@ from playwright.sync_api import Page
 
 from edge_asr.audio import quiet, read_file
 from edge_asr.gateway.call import PACKET_MS
-from tests.broker import Broker, Subscriber
+from tests.broker import Broker, Subscriber, wait_until
 from tests.gateway import Box, box, chromium, microphone_file, open_page, recording, run, transcribed
 
 STOP = recording("20-emergency-stop")
@@ -465,6 +465,29 @@ def test_the_dashboard_shows_those_who_may_watch_what_is_said_and_nobody_else(si
     assert board["said"][-1]["intent"] == "EmergencyStop"
     assert any(session["source"].startswith("tablet") for session in board["sessions"])
     assert board["meta"]["model"].startswith("micro-en")
+
+
+def test_a_caller_whose_certificate_is_not_the_one_of_its_offer_is_not_heard(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    token = running.tokens.add("impostor", "talk")
+
+    async def call() -> tuple[str, int]:
+        client = WhipClient(running, STOP)
+        await client.peer.setLocalDescription(await client.peer.createOffer())
+        own = client.peer.localDescription.sdp
+        async with running.http() as http:
+            headers = {"Content-Type": "application/sdp", "Authorization": f"Bearer {token}"}
+            other = re.sub(r"(fingerprint:\S+ )..", r"\g<1>00", own)
+            response = await http.post(f"{running.url}/whip", data=other.encode(), headers=headers)
+            await client.peer.setRemoteDescription(RTCSessionDescription(await response.text(), "answer"))
+            turned = own.replace("a=setup:actpass", "a=setup:active").encode()
+            unserved = await http.post(f"{running.url}/whip", data=turned, headers=headers)
+        await asyncio.to_thread(wait_until, lambda: "impostor: session closed" in running.log, "the end of the call")
+        await client.peer.close()
+        return "ready" if not client.events.empty() else "", unserved.status
+
+    assert run(call) == ("", 422)
+    assert "impostor: the call ends: failed" in running.log
 
 
 @pytest.mark.parametrize(

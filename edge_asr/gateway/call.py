@@ -28,7 +28,7 @@ from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from aiortc.rtp import RtcpRrPacket, RtpPacket
 from aiortc.sdp import candidate_from_sdp
 
-from edge_asr.gateway import wire
+from edge_asr.gateway import dtls, wire
 from edge_asr.gateway.session import BusyError, Event, Session
 from edge_asr.gateway.voice import Voice
 
@@ -64,6 +64,7 @@ class Call:
         """Whether the session ends with this call; otherwise a WebSocket carries it."""
         self._announce = announce
         self._peer = RTCPeerConnection(RTCConfiguration(iceServers=ice_servers))
+        dtls.shake_hands_without_callback(self._peer)
         self._receiver = self._take_packets_of(self._peer)
         self._peer.on("track", self._on_track)
         self._peer.on("datachannel", self._on_channel)
@@ -91,7 +92,7 @@ class Call:
         answer = self._peer.localDescription.sdp
         if "\na=candidate:" not in answer:
             await self.close()
-            raise BusyError("no UDP port is free for another call; try again later")
+            raise BusyError("no UDP port is free for a call, or this machine has no address but 127.0.0.1")
         found = re.search(r"^a=ice-ufrag:(\S+)", answer, re.MULTILINE)
         self.etag = f'"{found[1] if found else ""}"'
         self._start(self._watch(), "watch")

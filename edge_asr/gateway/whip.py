@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from aiortc import RTCIceServer
 
 from edge_asr import settings
-from edge_asr.gateway import GatewayError, ice
+from edge_asr.gateway import GatewayError, dtls, ice
 from edge_asr.gateway.call import MAX_SDP_BYTES, Call, OfferError
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import BusyError, Session, Sessions
@@ -58,6 +58,8 @@ class Whip:
     async def _offer(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
         offer = await _body(request, SDP, MAX_SDP_BYTES)
+        if dtls.wants_our_side(offer):
+            raise web.HTTPUnprocessableEntity(text="the DTLS client's side must be ours: a=setup:actpass or passive")
         servers = self._ice_servers()
         self._calls = {key: call for key, call in self._calls.items() if not call.ended.is_set()}
         session, bound = self._session(request, station)
