@@ -73,7 +73,7 @@ class Outcome:
     item: Item
     duration_s: float
     cpu_s: float
-    """Thread CPU time of gate, recognition and interpretation."""
+    """CPU time of gate, recognition and interpretation, in all threads that the model uses."""
     text: str
     commands: tuple[Command, ...]
     rejections: tuple[Rejection, ...]
@@ -101,10 +101,11 @@ class Outcome:
 
 
 def _numbers_in(value: SlotValue) -> tuple[float, ...]:
-    """The numbers that a slot's value holds: 1200, "line-3" and "eight ounce" each hold one."""
+    """The numbers that a slot's value holds: 1200, "line-3", "eight ounce" and "三号线" each hold one."""
     if not isinstance(value, str):
         return (float(value),)
-    found = (value_of([word], "en") for word in re.findall(r"[0-9]+(?:\.[0-9]+)?|[^\W0-9_]+", value.lower()))
+    words = re.findall(r"[0-9]+(?:\.[0-9]+)?|[a-z]+|[^\W0-9_a-z]", value.lower())
+    found = (value_of([word], "en" if word.isascii() else "zh") for word in words)
     return tuple(float(number) for number in found if number is not None)
 
 
@@ -177,9 +178,9 @@ def measure(
         pcm = read_file(item.audio)
         if noise is not None and snr_db is not None:
             pcm = from_float(mix(to_float(pcm), noise, snr_db, f"{seed}:{item.audio.name}:{snr_db:g}"))
-        began = time.thread_time()
+        began = time.process_time()
         heard = list(engine.hear(pcm, vad))
-        outcomes.append(_outcome(item, heard, len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE, time.thread_time() - began))
+        outcomes.append(_outcome(item, heard, len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE, time.process_time() - began))
     return Condition(snr_db, tuple(outcomes))
 
 

@@ -126,6 +126,10 @@ def test_only_exactly_the_labelled_command_is_accepted() -> None:
         ({"machine": "line-3"}, {"machine": "mixer"}, 0),
         ({"size": "eight ounce"}, {"size": "twelve ounce"}, 1),
         ({"size": "eight ounce"}, {"size": "large"}, 0),
+        ({"machine": "三号压机"}, {"machine": "四号压机"}, 1),
+        ({"machine": "三号压机"}, {"machine": "搅拌机"}, 0),
+        ({"machine": "三号压机"}, {"machine": "三号线"}, 0),
+        ({"size": "2.5 mm"}, {"size": "25 mm"}, 1),
     ],
 )
 def test_a_wrong_number_is_counted_in_numbers_and_in_names(
