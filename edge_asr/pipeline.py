@@ -32,6 +32,7 @@ from typing import Any, Literal, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import measure
+from edge_asr.capacity import BUSY, Capacity
 from edge_asr.events import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -309,6 +310,11 @@ class _Work:
         """How many finals wait."""
         return sum(map(len, self._finals.values()))
 
+    @property
+    def waiting_s(self) -> float:
+        """Seconds of speech in them."""
+        return sum(utterance.duration_s for waiting in self._finals.values() for utterance in waiting)
+
     async def early(self, utterance: Utterance, kind: Kind) -> None:
         """Offer what is not final; it replaces the source's older one and is forgotten when finals wait."""
         async with self._changed:
@@ -393,6 +399,9 @@ class Pipeline:
         self._confirming = asyncio.Event()
         """Set whenever what is pending may have changed."""
         self._work = _Work()
+        self._capacity = Capacity()
+        self._decoding_since_ns: int | None = None
+        """CLOCK_BOOTTIME at which the decode under way began."""
         self._spool = spool or Spool()
         self._growing: dict[str, str] = {}
         """Source -> id of its open utterance; a partial that comes after its final is dropped."""
@@ -440,6 +449,21 @@ class Pipeline:
     def finals_waiting(self) -> int:
         """How many utterances wait for the recognizer: the measure of overload."""
         return self._work.finals
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a final that is said now would have to wait too long for the recognizer."""
+        return self._capacity.is_late(clock.boottime_ns(), self._work.waiting_s, self._decoding_since_ns)
+
+    @property
+    def busy(self) -> float:
+        """Share of the last half minute in which the recognizer did what nobody may drop."""
+        return self._capacity.busy(clock.boottime_ns())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the recognizer has no time left for another speaker."""
+        return self.busy >= BUSY
 
     @property
     def partials_dropped(self) -> int:
@@ -562,9 +586,14 @@ class Pipeline:
 
     async def _ask_engine(self, utterance: Utterance, *, final: bool) -> _Heard:
         began_ns = clock.boottime_ns()
+        self._decoding_since_ns = began_ns
         work = functools.partial(self._engine.understand, utterance, final=final)
         what = await asyncio.get_running_loop().run_in_executor(self._executor, work)
-        return _Heard(what, began_ns, clock.boottime_ns())
+        heard = _Heard(what, began_ns, clock.boottime_ns())
+        self._decoding_since_ns = None
+        if final:
+            self._capacity.note(began_ns, heard.ended_ns, utterance.duration_s)
+        return heard
 
     async def _conclude(self, utterance: Utterance) -> None:
         """Understand a final, unless that was done with foresight, and commit what comes of it."""

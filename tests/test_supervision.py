@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from edge_asr import clock, contract, model_store, pipeline, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Draft, Message
+from edge_asr.gateway.session import UPLOAD, BusyError, Sessions
+from edge_asr.gateway.tokens import Tokens
 from edge_asr.outbox import OutboxError
 from edge_asr.pipeline import Pipeline, with_company
 
@@ -180,5 +183,30 @@ def test_a_stop_on_a_full_disk_ends_in_time_and_says_what_is_lost(
         await line.close()
         with pytest.raises(OutboxError, match="2 messages of this stop are lost: outbox"):
             await running
+
+    asyncio.run(scenario())
+
+
+def test_a_recognizer_without_time_for_another_speaker_still_takes_recordings(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = Sessions(settings.Gateway(), Tokens(tmp_path / "tokens.json"), pipe(engine, Speaker(), Shelf()))
+    sessions.check_room("10.0.0.1", "websocket")
+    monkeypatch.setattr(pipeline, "BUSY", 0.0)
+    with pytest.raises(BusyError, match="no time left for another speaker"):
+        sessions.check_room("10.0.0.1", "websocket")
+    sessions.check_room("10.0.0.1", UPLOAD)
+
+
+def test_what_is_understood_counts_against_the_capacity(engine: Engine) -> None:
+    async def scenario() -> None:
+        speaker, shelf = Speaker("01-start-line-three.flac"), Shelf()
+        line = pipe(engine, speaker, shelf)
+        assert line.busy == 0
+        running = asyncio.create_task(line.run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.PENDING])
+        assert 0 < line.busy < 1
+        await speaker.close()
+        await running
 
     asyncio.run(scenario())

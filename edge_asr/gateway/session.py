@@ -35,8 +35,8 @@ MAX_TALKS = 8
 """Talks of one session that may wait for the one before them to be committed."""
 
 ACK_S = 0.5
-OVERLOAD_FINALS = 8
-"""So many utterances before the recognizer, and nobody new is let in."""
+UPLOAD = "upload"
+"""The kind of a session that brings a recording, which has time."""
 
 TAIL_S = 0.2
 """So much later audio by WebRTC may arrive than a message that was sent with it."""
@@ -247,10 +247,12 @@ class Sessions:
         """Those that are open."""
         return iter([session for session, _ in self._running.values()])
 
-    def check_room(self, address: str) -> None:
-        """Raise BusyError where nobody from this address can be let in now."""
+    def check_room(self, address: str, kind: str) -> None:
+        """Raise BusyError where nobody from this address can be let in now; an upload is no further speaker."""
         if self.overloaded:
             raise BusyError("the recognizer is behind; try again in a moment")
+        if kind != UPLOAD and self.pipeline.is_busy:
+            raise BusyError("the recognizer has no time left for another speaker; try again later")
         if len(self._running) >= self.options.max_sessions:
             raise BusyError(f"all {self.options.max_sessions} sessions are taken; try again later")
         if Counter(session.address for session in self)[address] >= self.options.max_sessions_per_address:
@@ -258,7 +260,7 @@ class Sessions:
 
     def open(self, station: Station, address: str, kind: str) -> Session:
         """Let a station in. Raises BusyError."""
-        self.check_room(address)
+        self.check_room(address, kind)
         of_station = [session for session in self if session.station == station and not session.over.is_set()]
         if len(of_station) >= self.options.max_sessions_per_token:
             deserted = next((session for session in of_station if not session.attached), None)
@@ -281,7 +283,7 @@ class Sessions:
     @property
     def overloaded(self) -> bool:
         """Whether the recognizer is so far behind that nobody new should come."""
-        return self.pipeline.finals_waiting >= OVERLOAD_FINALS
+        return self.pipeline.is_late
 
     async def answer(self, session: Session, answer: wire.Answer) -> None:
         """A button says yes or no to a question of its own session."""

@@ -17,7 +17,7 @@ from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.gateway import formats, wire
 from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import Event, Sessions
+from edge_asr.gateway.session import UPLOAD, Event, Sessions
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_FILE_S: Final = 600.0
@@ -48,7 +48,7 @@ class Transcriptions:
 
     async def _transcribe(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
-        self._sessions.check_room(request.remote or "")
+        self._sessions.check_room(request.remote or "", UPLOAD)
         data, fields = await _form(request)
         shape = fields.get("response_format", "json")
         if shape not in formats.KINDS:
@@ -57,7 +57,7 @@ class Transcriptions:
             pcm = await asyncio.to_thread(_pcm, data, fields["filename"])
         except (AudioFileError, ContainerError) as error:
             raise web.HTTPBadRequest(text=str(error)) from None
-        session = self._sessions.open(station, request.remote or "", "upload")
+        session = self._sessions.open(station, request.remote or "", UPLOAD)
         heard = _Collected()
         try:
             session.attach(heard, 0)

@@ -51,7 +51,7 @@ class WebSockets:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         address = request.remote or ""
-        self._sessions.check_room(address)
+        self._sessions.check_room(address, "websocket")
         socket = web.WebSocketResponse(timeout=CLOSE_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
         await Connection(socket, self._sessions, address).serve(lambda token: self._rules.admit(request, token))
