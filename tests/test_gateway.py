@@ -277,6 +277,7 @@ def test_a_stream_of_opus_in_small_pieces_gives_the_text_of_the_file(
 
 
 def test_a_client_of_vosk_server_works_unchanged(site: tuple[Box, Subscriber]) -> None:
+    """The messages of websocket/test.py in alphacep/vosk-server: its config to the letter, 0.2 s, then an answer."""
     running, _ = site
     pcm = read_file(STOP)
     address = running.url.replace("https://", f"wss://station:{running.token}@")

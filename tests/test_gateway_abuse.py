@@ -22,6 +22,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -32,11 +34,12 @@ from edge_asr.events import SAMPLE_RATE
 from edge_asr.gateway import certificates, wire
 from edge_asr.gateway.call import Call, OfferError
 from edge_asr.gateway.container import Container, ContainerError, decode
-from edge_asr.gateway.rules import Pace
+from edge_asr.gateway.rules import BURST, Pace, Rules
 from edge_asr.gateway.session import BusyError, Session
 from edge_asr.gateway.talk import Talk
-from edge_asr.gateway.tokens import Station
+from edge_asr.gateway.tokens import Station, Tokens
 from edge_asr.gateway.vosk import _parsed, _rate
+from edge_asr.settings import Gateway
 from tests.broker import wait_until
 from tests.gateway import Box, box, recording, run, transcribed
 from tests.test_gateway import STOP, encoded
@@ -470,3 +473,18 @@ def test_an_address_may_make_so_many_requests_and_then_as_many_as_refill() -> No
     assert pace.allows("b", 0.0)
     assert not pace.allows("a", 0.1)
     assert [pace.allows("a", 1.2), pace.allows("a", 1.2), pace.allows("a", 1.2)] == [True, True, False]
+
+
+def test_a_token_may_make_no_more_requests_from_many_addresses_than_from_one(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    busy, calm = (tokens.add(name, "talk") for name in ("busy", "calm"))
+    rules = Rules(Gateway(), tokens, lambda _: None)
+
+    def ask(token: str, times: int) -> list[Station]:
+        request = make_mocked_request("GET", "/", headers={"Authorization": f"Bearer {token}"})
+        return [rules.require(request, "talk") for _ in range(times)]
+
+    with pytest.raises(web.HTTPTooManyRequests) as refused:
+        ask(busy, 100 * round(BURST))  # far faster than it refills
+    assert refused.value.headers["Retry-After"] == "5"
+    assert [station.name for station in ask(calm, 1)] == ["calm"]

@@ -13,6 +13,7 @@ import binascii
 import contextlib
 import ipaddress
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ REQUEST_S: Final = 60.0
 
 REQUESTS_PER_S: Final = 20.0
 BURST: Final = 200.0
-"""Requests that an address may make at once; the page is a dozen."""
+"""Requests that an address, or a token from wherever, may make at once; the page is a dozen."""
 
 MAX_ADDRESSES: Final = 10_000
 
@@ -49,19 +50,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Pace:
-    """How many requests an address may make: a bucket that refills."""
+    """How many requests an address or a token may make: a bucket that refills."""
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._per_s = per_s
         self._burst = burst
         self._left: dict[str, tuple[float, float]] = {}
-        """Address -> (what was left, when)."""
+        """Address or name -> (what was left, when)."""
 
-    def allows(self, address: str, now: float) -> bool:
+    def allows(self, who: str, now: float) -> bool:
         """Take one, if there is one."""
-        left, then = self._left.pop(address, (self._burst, now))
+        left, then = self._left.pop(who, (self._burst, now))
         left = min(self._burst, left + (now - then) * self._per_s)
-        self._left[address] = max(0.0, left - 1), now  # the newest last
+        self._left[who] = max(0.0, left - 1), now  # the newest last
         if len(self._left) > MAX_ADDRESSES:
             del self._left[next(iter(self._left))]
         return left >= 1
@@ -78,6 +79,7 @@ class Rules:
         self._admitted = admitted
         """Tells the door that a connection has brought a whole header."""
         self._pace = Pace(REQUESTS_PER_S, BURST)
+        self._pace_of_tokens = Pace(REQUESTS_PER_S, BURST)
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -121,13 +123,19 @@ class Rules:
         return LOCAL if self._options.open else None
 
     def require(self, request: web.Request, role: Role) -> Station:
-        """The station of a request whose token has this role. Raises HTTPUnauthorized, HTTPForbidden."""
+        """The station of a request whose token has this role.
+
+        Raises HTTPUnauthorized, HTTPForbidden, HTTPTooManyRequests.
+        """
         station = self.admit(request)
         if station is None:
             challenge = {hdrs.WWW_AUTHENTICATE: 'Bearer realm="edge-asr"'}
             raise web.HTTPUnauthorized(text="a token of this gateway is wanted", headers=challenge)
         if station.role != role and station is not LOCAL:
             raise web.HTTPForbidden(text=f"this token may {station.role}, not {role}")
+        if not self._pace_of_tokens.allows(station.name, time.monotonic()):
+            wait = {hdrs.RETRY_AFTER: str(RETRY_AFTER_S)}
+            raise web.HTTPTooManyRequests(text="too many requests with this token; try again in a moment", headers=wait)
         return station
 
     def _foreign(self, request: web.Request) -> str:
