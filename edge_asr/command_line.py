@@ -6,32 +6,17 @@ The exit codes are documented in ``cli``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edge_asr import settings
-from edge_asr.audio import AudioFileError
-from edge_asr.audit import AuditError
-from edge_asr.broker import BrokerError
-from edge_asr.download import DownloadError
-from edge_asr.evaluation import ManifestError
-from edge_asr.gateway import GatewayError
-from edge_asr.grammar import GrammarError
-from edge_asr.hotwords import HotwordError
-from edge_asr.link import LinkError
-from edge_asr.model_store import ModelError
-from edge_asr.outbox import OutboxError
-from edge_asr.recorder import RecorderError
-from edge_asr.service import ServiceError
 from edge_asr.settings import Settings
-from edge_asr.sources import SourceError
-from edge_asr.subscriber import SubscriberError
-from edge_asr.worker import WorkerError
 
 EXIT_FOUND = 1
 EXIT_NO_INPUT = 66
@@ -42,12 +27,55 @@ EXIT_CONFIG = 78
 EXIT_INTERRUPTED = 130
 
 
+CODES = {
+    "edge_asr.settings.SettingsError": EXIT_CONFIG,
+    "edge_asr.model_store.ModelError": EXIT_CONFIG,
+    "edge_asr.grammar.GrammarError": EXIT_CONFIG,
+    "edge_asr.hotwords.HotwordError": EXIT_CONFIG,
+    "edge_asr.audio.AudioFileError": EXIT_NO_INPUT,
+    "edge_asr.evaluation.ManifestError": EXIT_NO_INPUT,
+    "edge_asr.sources.SourceError": EXIT_UNAVAILABLE,
+    "edge_asr.broker.BrokerError": EXIT_UNAVAILABLE,
+    "edge_asr.download.DownloadError": EXIT_UNAVAILABLE,
+    "edge_asr.subscriber.SubscriberError": EXIT_UNAVAILABLE,
+    "edge_asr.link.LinkError": EXIT_UNAVAILABLE,
+    "edge_asr.service.ServiceError": EXIT_UNAVAILABLE,
+    "edge_asr.worker.WorkerError": EXIT_SOFTWARE,
+    "edge_asr.gateway.GatewayError": EXIT_UNAVAILABLE,
+    "edge_asr.audit.AuditError": EXIT_IO,
+    "edge_asr.outbox.OutboxError": EXIT_IO,
+    "edge_asr.recorder.RecorderError": EXIT_NO_INPUT,
+}
+"""Expected errors by name: who only runs the service has not loaded all rooms that raise them."""
+
+
 class ExamplesLast(click.Group):
     """A group whose commands keep the line breaks of their examples and are listed in the order of this file."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """In the order of definition."""
         return list(self.commands)
+
+
+class Later(ExamplesLast):
+    """A group most of whose verbs are loaded when somebody types them: the service carries none of their memory."""
+
+    def __init__(self, *arguments: Any, later: Mapping[str, str], **options: Any) -> None:  # noqa: ANN401 - click's
+        """``later``: verb -> ``room:command``."""
+        super().__init__(*arguments, **options)
+        self._later = later
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Those of this file first."""
+        return [*super().list_commands(ctx), *self._later]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load a verb's room."""
+        if cmd_name not in self._later:
+            return super().get_command(ctx, cmd_name)
+        room, _, name = self._later[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"edge_asr.{room}"), name)
+        return command
 
 
 def example(*lines: str) -> str:
@@ -58,34 +86,19 @@ def example(*lines: str) -> str:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Every expected error is one clear line and a documented exit code; a bug keeps its traceback."""
-    codes: dict[type[Exception], int] = {
-        settings.SettingsError: EXIT_CONFIG,
-        ModelError: EXIT_CONFIG,
-        GrammarError: EXIT_CONFIG,
-        HotwordError: EXIT_CONFIG,
-        AudioFileError: EXIT_NO_INPUT,
-        ManifestError: EXIT_NO_INPUT,
-        SourceError: EXIT_UNAVAILABLE,
-        BrokerError: EXIT_UNAVAILABLE,
-        DownloadError: EXIT_UNAVAILABLE,
-        SubscriberError: EXIT_UNAVAILABLE,
-        LinkError: EXIT_UNAVAILABLE,
-        ServiceError: EXIT_UNAVAILABLE,
-        WorkerError: EXIT_SOFTWARE,
-        GatewayError: EXIT_UNAVAILABLE,
-        AuditError: EXIT_IO,
-        OutboxError: EXIT_IO,
-        RecorderError: EXIT_NO_INPUT,
-    }
     try:
         yield
-    except tuple(codes) as error:
-        for line in str(error).splitlines():
-            click.echo(f"edge-asr: {line}", err=True)
-        raise SystemExit(codes[type(error)]) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
-        raise SystemExit(0) from None
+    except Exception as error:
+        code = CODES.get(f"{type(error).__module__}.{type(error).__name__}")
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
+            code = 0
+        elif code is not None:
+            for line in str(error).splitlines():
+                click.echo(f"edge-asr: {line}", err=True)
+        if code is None:
+            raise
+        raise SystemExit(code) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
 

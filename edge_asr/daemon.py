@@ -36,6 +36,7 @@ from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import Category, Json, Message
 from edge_asr.gateway.box import Box, Broker
+from edge_asr.health import give_back
 from edge_asr.home_assistant import discovery
 from edge_asr.hotwords import HotwordError
 from edge_asr.inference import SileroDetector
@@ -45,7 +46,6 @@ from edge_asr.monitor import Monitor
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, Source, Timing, Understanding, with_company
 from edge_asr.publisher import Publisher
-from edge_asr.recorder import Recorder
 from edge_asr.retention import DROP_ORDER, Limits
 from edge_asr.settings import Settings
 from edge_asr.sources import Files, Microphone, Stdin
@@ -56,6 +56,7 @@ from edge_asr.worker import Worker, WorkerError
 
 if TYPE_CHECKING:
     from edge_asr.gateway.server import Gateway
+    from edge_asr.recorder import Recorder
     from edge_asr.traces import Tracer
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,11 @@ def limits_of(options: Settings) -> dict[Category, Limits]:
 
 def open_recorder(options: Settings) -> Recorder | None:
     """What keeps doubtful utterances; None where the settings do not ask for it. Raises SettingsError."""
-    return None if options.recorder.public_key is None else Recorder(options.recorder, options.recordings_directory)
+    if options.recorder.public_key is None:
+        return None
+    from edge_asr.recorder import Recorder  # noqa: PLC0415 - 9 MB of cryptography that is off by default
+
+    return Recorder(options.recorder, options.recordings_directory)
 
 
 class Daemon:
@@ -225,6 +230,7 @@ class Daemon:
             self.pipeline.understood, self.pipeline.told = self._gateway.understood, self._gateway.told
             self.pipeline.awaits_guests = True
             background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
+        give_back()  # what loading left behind
         with self._signals():
             systemd.ready(self._status())
             await self._tell_of_model()
@@ -468,6 +474,8 @@ class Daemon:
             broker = self.publisher.trouble or "connecting"
         microphones = self.microphones.values()
         away = [f"{each.name} is {each.state}" for each in microphones if each.state in {"opening", "lost"}]
+        refusal = self.publisher.refusal
+        broker = f"{broker}; {refusal.detail}" if refusal is not None else broker
         doing = "Muted by request" if self.pipeline.muted else f"Listening with {self.worker.name}"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
         return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble])])

@@ -305,8 +305,6 @@ class Delivery:
                 self.on_delivered(topic, message, message.seq <= self._backlog_end)
         elif reason.is_failure:
             self._state_refused = str(reason)
-        else:
-            self._refusals.state_taken()
         self.on_answer(message, reason)
 
 

@@ -6,6 +6,7 @@ measured by itself (an offset is a defect of the electronics, not noise).
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -203,4 +204,4 @@ def _clipped(frames: deque[Levels] | list[Levels]) -> float:
 
 
 def _offset(frames: deque[Levels] | list[Levels]) -> float:
-    return float(np.median([frame.offset for frame in frames]))
+    return statistics.median(frame.offset for frame in frames)

@@ -122,15 +122,14 @@ class Refusals:
         exhausted = self._endings[message.seq] >= ENDINGS
         return self._judge(message, topic, f"{topic}: {reason}", HUNG_UP, now_s, exhausted=exhausted)
 
-    def state_taken(self) -> None:
-        """Take a PUBACK without an error for a retained state, which says nothing about messages."""
-        self._barren = 0
-
     def ended_over_state(self, reason: str, now_s: float) -> None:
-        """Take the end of a connection, by the broker, over a retained state: messages did not get that far."""
+        """Take the end of a connection, by the broker, over a retained state: messages did not get that far.
+
+        That another state was taken says nothing: rules that allow `status` and forbid `meta` keep every message back.
+        """
         self._barren += 1
         if self._barren >= REFUSALS:
-            detail = f"the broker refuses everything, the device's state included: {reason}"
+            detail = f"the broker hangs up over the device's own state (status, meta, health): {reason}"
             self._latest = Trouble(detail, _REMEDIES[NOT_AUTHORIZED])
             self._hold(now_s)
 

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import select
+import statistics
 import sys
 import threading
 import time
@@ -448,7 +449,7 @@ class RateMeter:
         """Measured over nominal rate, less one; None until that can be said."""
         if len(self._rates) < self.PIECES:
             return None
-        return float(np.median(self._rates)) / self._nominal - 1
+        return statistics.median(self._rates) / self._nominal - 1  # not numpy's, which loads masked arrays for it
 
 
 class _Mailbox:

@@ -17,7 +17,6 @@ import faulthandler
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import struct
@@ -32,6 +31,7 @@ from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
+from edge_asr.health import give_back, resident_bytes
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
@@ -287,12 +287,11 @@ class _Zygote:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(ZYGOTE_LIMIT_S)
         gc.collect()
-        gc.freeze()  # what the garbage collector does not touch stays shared
+        gc.freeze()  # for good, here too: what no garbage collector touches stays shared
         self._pid = os.fork()
         if self._pid == 0:
             self._control.close()
             _breed(theirs)
-        gc.unfreeze()
         theirs.close()
 
     def fork(self) -> tuple[int, Connection]:
@@ -355,7 +354,6 @@ def _serve(connection: Connection) -> NoReturn:
         faulthandler.enable()
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         engine: Engine | None = None
         while True:
             request = connection.recv()
@@ -363,9 +361,8 @@ def _serve(connection: Connection) -> NoReturn:
                 engine, answer = _answered(engine, request)
             except _REFUSALS as error:
                 answer = error
-            if trim is not None:
-                trim(0)
-            connection.send((answer, _resident_bytes()))
+            give_back()
+            connection.send((answer, resident_bytes("self")))
     except EOFError:
         code = 0
     except Exception:
@@ -381,7 +378,7 @@ def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] 
         engine, trouble = prepare_engine(request)
         graph = prepared.record_of(engine.files, request.models_directory)
         golden = trial.listen(engine.recognizer, engine.files)
-        return engine, Facts(engine.files, graph, engine.recognizer.provider, golden, trouble, _resident_bytes())
+        return engine, Facts(engine.files, graph, engine.recognizer.provider, golden, trouble, resident_bytes("self"))
     if isinstance(request, Settings):
         return engine.under(request), None
     if isinstance(request, str):
@@ -398,8 +395,3 @@ def _settle() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()

@@ -38,6 +38,7 @@ ORDER = (
         "model_store",
         "archive",
         "download",
+        "signature",
         "installation",
         "onnx_file",
         "optimization",
@@ -91,6 +92,7 @@ ORDER = (
         "cli_privacy",
         "cli_outbox",
         "cli_service",
+        "cli_tools",
         "cli",
     ),
 )

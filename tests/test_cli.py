@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import soundfile
 import soxr
 from click.testing import CliRunner
 
-from edge_asr import cli, doctor, model_store, settings
+from edge_asr import cli, command_line, doctor, model_store, settings
 from tests.broker import HOST, Broker, free_port, wait_until
 from tests.soundcard import sound_card
 
@@ -43,7 +44,10 @@ def typed(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
 
 
 def verbs(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             yield from verbs(command, *path, name)
         else:
@@ -62,7 +66,20 @@ def test_every_verb_explains_itself_with_an_example(path: tuple[str, ...]) -> No
 
 def test_the_house_plan_has_all_its_verbs() -> None:
     wanted = ["run", "demo", "transcribe", "listen", "devices", "check", "grammar", "models", "outbox", "eval", "bench"]
-    assert set(wanted) <= set(cli.main.commands)
+    assert set(wanted) <= set(cli.main.list_commands(click.Context(cli.main)))
+
+
+def test_the_service_does_not_carry_the_memory_of_other_verbs() -> None:
+    program = "import sys, edge_asr.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert {"rich", "cryptography", "sounddevice", "aiohttp", "numpy.ma"}.isdisjoint(loaded)
+    assert "edge_asr.daemon" in loaded
+
+
+@pytest.mark.parametrize("name", command_line.CODES)
+def test_every_exit_code_is_of_an_error_that_there_is(name: str) -> None:
+    room, _, error = name.rpartition(".")
+    assert issubclass(getattr(importlib.import_module(room), error), Exception)
 
 
 def test_transcribe_prints_one_json_object_per_utterance() -> None:

@@ -8,12 +8,14 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -251,6 +253,38 @@ def test_a_broker_that_refuses_everything_is_an_alarm_until_it_takes_messages_ag
         assert ("broker-refused", "raised") in alarms(subscriber.messages)
         wait_until(lambda: not read_statistics(outbox).refusal, "the outbox knows")
         assert read_statistics(outbox).dead_letters == 0
+
+
+def test_a_broker_that_forbids_the_devices_own_meta_is_told_in_the_log_the_metrics_and_the_status_line(
+    tmp_path: Path,
+) -> None:
+    """Nothing gets out there: mosquitto 2.0.11 hangs up over the refused state, though it has taken the status."""
+    rules, own, port = tmp_path / "rules", "acme/voice/press-07", free_port()
+    rules.write_text(f"topic write {own}/evt/#\ntopic write {own}/status\n", encoding="ascii")
+    rules.chmod(0o600)
+    with (
+        Broker(tmp_path, extra=f"acl_file {rules}") as broker,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+
+        def told_by_status() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while "hangs up over the device's own state" not in manager.recv(4096, socket.MSG_DONTWAIT).decode():
+                    pass
+                return True
+            return False
+
+        def told_by_metrics() -> bool:
+            with contextlib.suppress(OSError), urlopen(f"http://{HOST}:{port}/metrics", timeout=PATIENCE_S) as page:
+                return b"edge_asr_broker_refuses 1.0" in page.read()
+            return False
+
+        settings = write_settings(tmp_path, broker.port, monitoring={"port": port})
+        with running(settings, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
+            wait_until(told_by_status, "the status line says so", 3 * PATIENCE_S)
+            box.wait_for_log("alarm broker-refused raised")
+            wait_until(told_by_metrics, "the metrics say so")
 
 
 def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: Path) -> None:

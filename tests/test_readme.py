@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from edge_asr import cli
@@ -106,7 +107,7 @@ def test_run_without_a_microphone_says_so_and_plays_the_demo(clone: Path, enviro
 
 def test_every_command_of_the_readme_exists() -> None:
     named = set(re.findall(r"`edge-asr ([a-z]+)", README))
-    assert named == set(cli.main.commands)
+    assert named == set(cli.main.list_commands(click.Context(cli.main)))
     for line in commands():
         program = line.split()[0].removeprefix(".venv/bin/")
         assert program in {"git", "edge-asr"} or (CHECKOUT / program).is_file()
