@@ -9,7 +9,6 @@ of zero-shot models", 2022); where no such point is better, nothing is written a
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from torch import Tensor
 from edge_asr import grammar, settings
 from edge_asr import hotwords as hotword_lists
 from edge_asr.inference import Contract, Features
-from edge_asr.model_store import sha256_of
 from training import export, people, restore, texts, voices
 from training.examples import Pool, batches
 from training.fit import losses, masked
@@ -161,18 +159,9 @@ def package(network: Network, base: Path, out: Path, name: str, figures: dict[st
         export.write_float(network, whole)
         export.quantize(whole, out / "model.int8.onnx", network)
     shutil.copy(base / "tokens.txt", out / "tokens.txt")
-    files = {path.name: {"sha256": sha256_of(path), "size": path.stat().st_size} for path in sorted(out.iterdir())}
-    manifest = {
-        "name": name,
-        "version": time.strftime("%Y.%m.%d"),
-        "kind": "sense-voice",
-        "description": f"adapted from {base.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()),
-        "languages": ["en"],
-        "licence": "MIT",
-        "origin": f"{base.name} of edge-asr, adapted by tools/adapt on the site's own sentences and recordings",
-        "files": files,
-    }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    described = f"adapted from {base.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
+    origin = f"{base.name} of edge-asr, adapted by tools/adapt on the site's own sentences and recordings"
+    export.describe(out, name, described, ["en"], "MIT", origin)
 
 
 def adapt(options: argparse.Namespace) -> int:

@@ -1,38 +1,47 @@
-"""From a checkpoint to the files that ship: ONNX with SenseVoice's inputs, output and metadata, quantized to 8 bits."""
+"""From a checkpoint to what ships: ONNX with SenseVoice's inputs, output and metadata, in 8 bits, and a manifest."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
 
+from edge_asr.model_store import MANIFEST, sha256_of
 from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network
 from training.tokens import Tokenizer
 
 COMMENT = "edge-asr: Whisper {size} encoder (OpenAI, MIT), fine-tuned, behind a CTC head; not SenseVoiceSmall"
 
 
-def _metadata(network: Network) -> dict[str, str]:
-    def listed(values: torch.Tensor) -> str:
-        return ",".join(f"{value:.6f}" for value in values.tolist())
+def metadata(
+    neg_mean: Sequence[float], inv_stddev: Sequence[float], vocabulary: int, comment: str, author: str = "edge-asr"
+) -> dict[str, str]:
+    """What sherpa-onnx and edge-asr read from the file itself."""
+
+    def listed(values: Sequence[float]) -> str:
+        return ",".join(f"{value:.9g}" for value in values)
 
     asked = {f"lang_{name}": number for name, number in LANGUAGE_IDS.items()}
     return {
         "lfr_window_size": "7",
         "lfr_window_shift": "6",
         "normalize_samples": "0",
-        "neg_mean": listed(network.front.neg_mean),
-        "inv_stddev": listed(network.front.inv_stddev),
+        "neg_mean": listed(neg_mean),
+        "inv_stddev": listed(inv_stddev),
         "model_type": "sense_voice_ctc",
         "version": "2",
-        "model_author": "edge-asr",
+        "model_author": author,
         "maintainer": "edge-asr",
-        "vocab_size": str(network.shape.vocabulary),
-        "comment": COMMENT.format(size=network.shape.size),
+        "vocab_size": str(vocabulary),
+        "comment": comment,
         "with_itn": str(WITH_ITN),
         "without_itn": str(WITHOUT_ITN),
         "url": "",
@@ -40,15 +49,21 @@ def _metadata(network: Network) -> dict[str, str]:
     }
 
 
-def _described(path: Path, network: Network) -> None:
+def _metadata(network: Network) -> dict[str, str]:
+    front, shape = network.front, network.shape
+    comment = COMMENT.format(size=shape.size)
+    return metadata(front.neg_mean.tolist(), front.inv_stddev.tolist(), shape.vocabulary, comment)
+
+
+def _described(path: Path, about: dict[str, str]) -> None:
     model = onnx.load(path)
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, _metadata(network))
+    onnx.helper.set_model_props(model, about)
     onnx.save(model, path)
 
 
-def write_float(network: Network, path: Path) -> None:
-    """The float32 ONNX file."""
+def write(network: nn.Module, path: Path, about: dict[str, str]) -> None:
+    """The float32 ONNX file of any network behind SenseVoice's contract."""
     network.eval()
     example = (
         torch.randn(2, 60, 560),
@@ -69,20 +84,20 @@ def write_float(network: Network, path: Path) -> None:
             dynamo=False,
             dynamic_axes={"x": {0: "N", 1: "T"}, "logits": {0: "N", 1: "T"}, **{name: {0: "N"} for name in names[1:]}},
         )
-    _described(path, network)
+    _described(path, about)
 
 
-def quantize(source: Path, path: Path, network: Network) -> None:
-    """Weights of every MatMul to 7 bits, signed, each column its own scale; but for the map of powers.
+def write_float(network: Network, path: Path) -> None:
+    """The float32 ONNX file."""
+    write(network, path, _metadata(network))
 
-    Its eight decades 8 bits cannot hold. Seven bits cost no accuracy here, and without VNNI x86 adds products of two
-    8-bit numbers in 16 bits, where 255 * 127 * 2 is too much.
+
+def eight_bits(source: Path, path: Path, about: dict[str, str], kept: Sequence[str] = ()) -> None:
+    """Weights of every MatMul but the ``kept`` to 7 bits, signed, each column its own scale.
+
+    Seven bits cost no accuracy here, and without VNNI x86 adds products of two 8-bit numbers in 16 bits, where
+    255 * 127 * 2 is too much.
     """
-    graph = onnx.load(source).graph
-    shapes = {weight.name: list(weight.dims) for weight in graph.initializer}
-    kept = [node.name for node in graph.node if any(shapes.get(name) == [80, 80] for name in node.input)]
-    if len(kept) != 1:
-        raise ValueError(f"{source}: expected one 80 x 80 map of powers, found {len(kept)}")
     quantize_dynamic(
         source,
         path,
@@ -90,9 +105,19 @@ def quantize(source: Path, path: Path, network: Network) -> None:
         per_channel=True,
         reduce_range=True,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=kept,
+        nodes_to_exclude=list(kept),
     )
-    _described(path, network)
+    _described(path, about)
+
+
+def quantize(source: Path, path: Path, network: Network) -> None:
+    """In 8 bits, but for the map of powers: its eight decades 8 bits cannot hold."""
+    graph = onnx.load(source).graph
+    shapes = {weight.name: list(weight.dims) for weight in graph.initializer}
+    kept = [node.name for node in graph.node if any(shapes.get(name) == [80, 80] for name in node.input)]
+    if len(kept) != 1:
+        raise ValueError(f"{source}: expected one 80 x 80 map of powers, found {len(kept)}")
+    eight_bits(source, path, _metadata(network), kept)
 
 
 def export(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> None:
@@ -104,3 +129,19 @@ def export(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> None:
         write_float(network, whole)
         quantize(whole, out / "model.int8.onnx", network)
     tokenizer.write(out / "tokens.txt")
+
+
+def describe(out: Path, name: str, description: str, languages: Sequence[str], licence: str, origin: str) -> None:
+    """Write the manifest of the model whose files lie in OUT."""
+    files = {path.name: {"sha256": sha256_of(path), "size": path.stat().st_size} for path in sorted(out.iterdir())}
+    manifest = {
+        "name": name,
+        "version": time.strftime("%Y.%m.%d"),
+        "kind": "sense-voice",
+        "description": description,
+        "languages": list(languages),
+        "licence": licence,
+        "origin": origin,
+        "files": files,
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
