@@ -157,7 +157,7 @@ def test_a_checkpoint_of_sense_voice_means_the_same_in_the_file_that_is_exported
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     generator = torch.Generator().manual_seed(1)
     x, x_length = torch.randn(2, 23, 560, generator=generator), torch.tensor([23, 17], dtype=torch.int32)
-    asked = torch.tensor([4, 0], dtype=torch.int32), torch.tensor([15, 14], dtype=torch.int32)
+    asked = torch.tensor([4, 0], dtype=torch.int32), torch.tensor([14, 15], dtype=torch.int32)
     names = ("x", "x_length", "language", "text_norm")
     feed = {name: value.numpy() for name, value in zip(names, (x, x_length, *asked), strict=True)}
     (found,) = session.run(["logits"], feed)
