@@ -59,11 +59,11 @@ class Hypothesis:
     word_tokens: tuple[int, ...]
     """Tokens per word."""
     numerals: tuple[int, ...] = ()
-    """Which of the words are number words, in number slots and in names ("line three") alike."""
+    """Which of the words are number words or letters of ids, also within names ("line three", "pump D")."""
 
     @property
     def said_numbers(self) -> tuple[str, ...]:
-        """The number words."""
+        """The number words and letters of ids."""
         return tuple(self.words[i] for i in self.numerals)
 
     @property
@@ -398,8 +398,28 @@ class _Alignment:
                 gap=float(conceded.sum()),
                 word_gaps=tuple(gaps.tolist()),
                 word_tokens=tuple(tokens.tolist()),
-                numerals=tuple(i for i, step in enumerate(steps) if _is_numeral(step, reading.language)),
+                numerals=tuple(_exact(steps, reading.language)),
             )
+
+
+WORDS_OF_ONE_LETTER = frozenset("aio")
+
+
+def _exact(steps: Sequence[Step], language: Language) -> Iterator[int]:
+    """Which words must be heard as such: number words, and one or two letters that name something ("pump D").
+
+    Three letters and more are an abbreviation ("R C C B"): together they tell themselves from others as a word does.
+    """
+    for is_letter, run in itertools.groupby(enumerate(steps), lambda each: _is_letter(each[1].word)):
+        places = [place for place, _ in run]
+        if is_letter and len(places) <= 2:
+            yield from places
+        else:
+            yield from (place for place in places if _is_numeral(steps[place], language))
+
+
+def _is_letter(word: str) -> bool:
+    return len(word) == 1 and word.isascii() and word.isalpha() and word not in WORDS_OF_ONE_LETTER
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,13 @@ class Sentence:
     """Its number words, in number slots and elsewhere."""
 
 
+def ids_of_letters(words: tuple[str, ...]) -> set[int]:
+    """Where the letter b stands alone or twice."""
+    text = " ".join(words)
+    runs = [run for run in re.finditer(r"(?<!\S)b( b)*(?!\S)", text) if len(run[0]) < 4]
+    return {text[: run.start()].count(" ") + at for run in runs for at in range(len(run[0].split()))}
+
+
 def every_sentence(graph: WordGraph, rows: Floats) -> list[Sentence]:
     """All within the beam, best first."""
     relative = rows.astype(np.float64) - rows.max(axis=1, keepdims=True)
@@ -114,7 +122,12 @@ def every_sentence(graph: WordGraph, rows: Floats) -> list[Sentence]:
         words = tuple(step.word for step in steps)
         ways = [(aligned(tokens, relative), len(tokens)) for tokens in written(words)]
         score, gap = max(((gap + float(INSERTION) * count, gap) for gap, count in ways), default=(-math.inf, -math.inf))
-        numbers = tuple(s.word for s in steps if s.number is not None or value_of([s.word], "en") is not None)
+        ids = ids_of_letters(words)
+        numbers = tuple(
+            s.word
+            for place, s in enumerate(steps)
+            if s.number is not None or value_of([s.word], "en") is not None or place in ids
+        )
         if gap > -BEAM:
             found.append(Sentence(score, gap, words, grammar.read(steps, ending), numbers))
     return sorted(found, key=lambda each: -each.score)

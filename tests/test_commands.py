@@ -23,7 +23,24 @@ from edge_asr.posteriors import BLANK, Recognition, TokenTable, log_softmax, tra
 Floats = NDArray[np.float32]
 
 WORDS = (
-    *("start", "stop", "press", "mixer", "milling", "line", "set", "speed", "to", "rpm", "now", "open", "gate", "the"),
+    *(
+        "start",
+        "stop",
+        "press",
+        "mixer",
+        "milling",
+        "line",
+        "set",
+        "speed",
+        "to",
+        "rpm",
+        "now",
+        "open",
+        "gate",
+        "the",
+        "b",
+        "d",
+    ),
     *("one", "two", "three", "four", "hundred", "thousand", "weather", "is", "fine", "emergency"),
 )
 TABLE = TokenTable(("<blank>", "<unk>", *(f"▁{word}" for word in WORDS), "启", "动", "三", "号", "线"))
@@ -41,7 +58,10 @@ SITE: Mapping[str, Any] = {
     },
     "slots": {
         "machine": {
-            "values": ["press", "mixer", {"mill": "milling press"}, {"line-3": "line three"}, {"line-4": "line four"}]
+            "values": [
+                *("press", "mixer", {"mill": "milling press"}, {"line-3": "line three"}, {"line-4": "line four"}),
+                *("gate b", "gate d"),
+            ]
         },
         "speed": {"range": [100, 4000], "step": 100, "unit": "rpm"},
         "gate": {"digits": 1},
@@ -146,6 +166,15 @@ def test_a_number_with_a_rival_is_never_a_command(chances: dict[str, float]) -> 
     assert got.reason in {"ambiguous", "unsafe-number"}
     speed = rejection(interpreter().interpret(heard(sounds("set", "press", "speed", "to", chances, "hundred"))))
     assert speed.reason in {"ambiguous", "unsafe-number"}
+
+
+@pytest.mark.parametrize("other", [0.2, 0.3, 0.49])
+def test_the_letter_of_an_id_with_a_rival_is_never_a_command(other: float) -> None:
+    def gate(chances: Mapping[str, float]) -> Command | Rejection:
+        return interpreter(min_confidence=0.2).interpret(heard(sounds("start", "gate", chances)))
+
+    assert rejection(gate({"b": 0.99 - other, "d": other})).reason == "unsafe-number"
+    assert command(gate({"b": 0.97, "d": 0.01})).slots == {"machine": "gate b"}
 
 
 @pytest.mark.parametrize("chance", [0.2, 0.5, 0.75])
