@@ -838,7 +838,7 @@ def test_a_command_in_flight_to_a_broker_that_does_not_answer_ends_the_connectio
                 await until(lambda: not running.connected, "the end of the connection")
                 assert sent.expires_ns
                 assert 0 <= clock.boottime_ns() - sent.expires_ns < clock.NS_PER_S
-                assert "life ended" in running.trouble
+                await until(lambda: "life ended" in running.trouble, "why it ended")  # told once all of it is closed
             with Subscriber(broker) as subscriber:
                 await received(subscriber, lambda got: [m for m in got if m.topic.endswith("expired")], "its end")
 
