@@ -110,6 +110,11 @@ def missing_receipts(command_ids: Sequence[str], within_s: float) -> Draft:
     return contract.alarm_draft("receipt-missing", detail, severity="warning", remedy="see whether the MES is there")
 
 
+def log_line(alarm: Draft) -> str:
+    """What the journal says of an alarm, for whoever has nothing but the journal."""
+    return "alarm {kind} {state}: {detail}; {remedy}".format_map(alarm.data)
+
+
 def _draft(condition: Condition, state: contract.AlarmState) -> Draft:
     return contract.alarm_draft(
         condition.kind,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from edge_asr import clock, contract, hearing, metrics, thermal
-from edge_asr.alarms import AlarmBoard, Condition, losses
+from edge_asr.alarms import AlarmBoard, Condition, log_line, losses
 from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox
 from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
@@ -100,6 +100,8 @@ class Caretaker:
             else:
                 self._box.publisher.publish_retained(contract.HEALTH, contract.health_data(self._health(statistics)))
                 lost = losses(self._before, statistics, self._box.options.outbox_path)
+                for alarm in lost:
+                    log.warning(log_line(alarm))
                 with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
                     await self._box.outbox.append(*lost)
                 self._before = statistics
@@ -181,8 +183,8 @@ class Caretaker:
                 if each.kind == hearing.TOO_NOISY and each.source is not None
             }
             drafts = self._alarms.update(conditions, clock.boottime_ns())
-            for alarm in (draft.data for draft in drafts):
-                log.warning("alarm %s %s: %s; %s", *(alarm[key] for key in ("kind", "state", "detail", "remedy")))
+            for alarm in drafts:
+                log.warning(log_line(alarm))
             with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows what is raised
                 await self._box.outbox.append(*drafts)
             await asyncio.sleep(ATTEND_INTERVAL_S)

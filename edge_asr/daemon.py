@@ -28,7 +28,7 @@ from edge_asr import (
     settings,
     systemd,
 )
-from edge_asr.alarms import earlier, missing_receipts
+from edge_asr.alarms import earlier, log_line, missing_receipts
 from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
@@ -508,4 +508,6 @@ class Daemon:
             with contextlib.suppress(OutboxError):  # the pipeline says so
                 missing = await self.outbox.miss_receipts(within_s)
                 if missing:
-                    await self.outbox.append(missing_receipts(missing, within_s))
+                    alarm = missing_receipts(missing, within_s)
+                    log.warning(log_line(alarm))
+                    await self.outbox.append(alarm)

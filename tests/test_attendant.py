@@ -230,6 +230,7 @@ def test_receipts_are_counted_and_a_missing_one_raises_an_alarm(
         alarm = first(subscriber, "evt/alarm").data
         assert alarm["kind"] == "receipt-missing"
         assert missed in alarm["detail"]
+        box.wait_for_log(f"alarm receipt-missing raised: no receipt for command {missed} within 2 s; see whether")
         assert mes.ask("receipt", {"command_id": str(uuid.uuid4()), "verdict": "accepted"})["reason"] == (
             "unknown-command"
         )

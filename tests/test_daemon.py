@@ -25,8 +25,8 @@ import yaml
 from edge_asr import daemon, model_store, prepared
 from edge_asr.audio import from_float, quiet, read_file, to_float
 from edge_asr.daemon import Daemon
-from edge_asr.events import SAMPLE_RATE
-from edge_asr.outbox import read_statistics
+from edge_asr.events import SAMPLE_RATE, Draft
+from edge_asr.outbox import Outbox, read_statistics
 from edge_asr.settings import Settings, StdinSource
 from edge_asr.sources import Stdin
 from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
@@ -253,6 +253,16 @@ def test_a_broker_that_refuses_everything_is_an_alarm_until_it_takes_messages_ag
         assert ("broker-refused", "raised") in alarms(subscriber.messages)
         wait_until(lambda: not read_statistics(outbox).refusal, "the outbox knows")
         assert read_statistics(outbox).dead_letters == 0
+
+
+def test_what_the_outbox_gave_up_is_told_in_the_log_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with contextlib.closing(Outbox(tmp_path / "state" / "outbox.db", 2**20)) as outbox:
+        asyncio.run(outbox.append(Draft("evt/transcript", "transcript", {})))
+    limits = {"limits": {"transcript": {"days": 1e-9}}}
+    with running(write_settings(tmp_path, free_port(), outbox=limits)) as box:
+        box.wait_for_log("alarm outbox-outdated raised: waiting longer than the settings allow")
+        assert "deleted were 1 transcript; restore the broker or raise outbox.limits" in box.log
 
 
 def test_a_broker_that_forbids_the_devices_own_meta_is_told_in_the_log_the_metrics_and_the_status_line(
