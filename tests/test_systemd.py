@@ -285,22 +285,31 @@ def test_words_and_grammars_that_come_by_request_are_looked_through_and_kept_beh
     assert asked(service, "hotwords", {"restore": True})["outcome"] == "ok"
 
 
-SECRETS = """
-[Service]
-LoadCredential=mqtt-password:/etc/edge-asr/mqtt-password
-LoadCredential=client.key:/etc/edge-asr/client.key
-"""
+SECRETS = UNIT.parent / "edge-asr.service.d/credentials.conf.example"
 
 GUARDED = """
 mqtt:
-  host: 127.0.0.1
-  username: box
-  password_file: /run/credentials/edge-asr.service/mqtt-password
-  tls:
-    ca_file: /etc/edge-asr/ca.crt
-    cert_file: /etc/edge-asr/client.crt
-    key_file: /run/credentials/edge-asr.service/client.key
-"""
+  brokers:
+    - {host: 127.0.0.1, port: 8883, username: box, password_file: CREDENTIALS/mqtt-password, tls: &tls
+        {ca_file: /etc/edge-asr/ca.crt, cert_file: /etc/edge-asr/client.crt, key_file: CREDENTIALS/client.key}}
+    - {host: 127.0.0.1, port: 8884, username: box, password_file: CREDENTIALS/backup-mqtt-password, tls: *tls}
+gateway:
+  cert_file: /etc/edge-asr/server.crt
+  key_file: CREDENTIALS/gateway.key
+""".replace("CREDENTIALS", "/run/credentials/edge-asr.service")
+
+
+def guarded(site: Sysbox, name: str, port: int, password: str) -> None:
+    """Start a broker that wants a client's certificate and this password."""
+    folder = site.root / "etc/edge-asr"
+    subprocess.run(["mosquitto_passwd", "-b", "-c", folder / f"{name}.users", "box", password], check=True)
+    site.write(
+        f"/etc/{name}.conf",
+        f"listener {port} 127.0.0.1\nallow_anonymous false\npassword_file /etc/edge-asr/{name}.users\n"
+        "require_certificate true\ncafile /etc/edge-asr/ca.crt\ncertfile /etc/edge-asr/server.crt\n"
+        "keyfile /etc/edge-asr/server.key\nuser root\n",
+    )
+    site.start(f"{name}.service", MOSQUITTO.replace("mosquitto.conf", f"{name}.conf"))
 
 
 def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: Sysbox, tmp_path: Path) -> None:
@@ -308,29 +317,30 @@ def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: 
     folder = site.root / "etc/edge-asr"
     for name in ("ca.crt", "client.crt", "client.key", "server.crt", "server.key"):
         shutil.copy(tmp_path / name, folder / name)
-    (folder / "mqtt-password").write_text("only root knows\n", encoding="ascii")
-    subprocess.run(["mosquitto_passwd", "-b", "-c", folder / "users", "box", "only root knows"], check=True)
-    for name in ("client.key", "mqtt-password"):
+    shutil.copy(tmp_path / "server.key", folder / "gateway.key")
+    for name in ("mqtt-password", "backup-mqtt-password", "turn-password"):
+        (folder / name).write_text(f"only root knows this {name}\n", encoding="ascii")
+    for name in ("client.key", "gateway.key", "mqtt-password", "backup-mqtt-password", "turn-password"):
         (folder / name).chmod(0o600)
-    site.write(
-        "/etc/guarded.conf",
-        "listener 8883 127.0.0.1\nallow_anonymous false\npassword_file /etc/edge-asr/users\nrequire_certificate true\n"
-        "cafile /etc/edge-asr/ca.crt\ncertfile /etc/edge-asr/server.crt\nkeyfile /etc/edge-asr/server.key\nuser root\n",
-    )
-    site.start("guarded.service", MOSQUITTO.replace("mosquitto.conf", "guarded.conf"))
-    site.write("/etc/systemd/system/edge-asr.service.d/secrets.conf", SECRETS)
+    guarded(site, "plant", 8883, "only root knows this mqtt-password")
+    guarded(site, "backup", 8884, "only root knows this backup-mqtt-password")
+    every = SECRETS.read_text(encoding="utf-8").replace("#LoadCredential", "LoadCredential")
+    site.write("/etc/systemd/system/edge-asr.service.d/secrets.conf", every)
     site.write("/etc/edge-asr/settings.yaml", settings_text().replace("mqtt: {host: 127.0.0.1}", GUARDED))
     site.run("systemctl", "daemon-reload")
     try:
         site.run("systemctl", "start", "edge-asr")
         site.wait_for("the broker", lambda: "connected to 127.0.0.1:8883" in site.show("edge-asr", "StatusText"))
+        site.run("systemctl", "stop", "plant")
+        site.wait_for("the backup", lambda: "connected to 127.0.0.1:8884" in site.show("edge-asr", "StatusText"), 60)
+        site.wait_for("the gateway", lambda: "gateway: https://" in journal_of_service(site))
         user = site.run("stat", "-c", "%u", f"/proc/{main_pid(site)}").strip()
         peek = ("setpriv", "--reuid", user, "--clear-groups", "cat", "/etc/edge-asr/mqtt-password")
         assert "only root knows" not in site.run(*peek, check=False)
     finally:
         site.run("rm", "/etc/systemd/system/edge-asr.service.d/secrets.conf")
         site.run("systemctl", "daemon-reload")
-        site.run("systemctl", "stop", "edge-asr", "guarded")
+        site.run("systemctl", "stop", "edge-asr", "plant", "backup")
 
 
 # A microphone made of a file, by ALSA itself.
