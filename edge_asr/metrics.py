@@ -178,6 +178,7 @@ def _of_microphones(microphones: dict[str, MicrophoneHealth]) -> Iterator[Metric
         "alive": GaugeMetricFamily("edge_asr_microphone_alive", "1: audio arrives.", labels=("source",)),
         "level_dbfs": _of_source("level_dbfs", "Loud moments of 30 s."),
         "noise_dbfs": _of_source("noise_dbfs", "Quiet moments of 30 s."),
+        "snr_db": _of_source("snr_db", "Loud over quiet moments of 30 s: the signal-to-noise ratio."),
         "clipped": _of_source("clipped_ratio", "Share of frames with samples at full scale."),
         "offset": _of_source("offset_ratio", "Constant part of the signal, of full scale."),
         "rate_error": _of_source("rate_error_ratio", "Measured sample rate over the nominal one, less one."),

@@ -82,6 +82,7 @@ def test_what_prometheus_scrapes_is_right_by_its_own_tool(scraped: str) -> None:
         "edge_asr_broker_connected 1.0",
         'edge_asr_microphone_alive{source="stdin"}',
         'edge_asr_outbox_dropped_total{category="command"} 0.0',
+        'edge_asr_microphone_snr_db{source="stdin"}',
         "edge_asr_outbox_damages_total 0.0",
         'edge_asr_build_info{engine="onnxruntime",model="',
         "edge_asr_recognizer_resident_memory_bytes ",
