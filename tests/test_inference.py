@@ -37,7 +37,7 @@ from edge_asr.inference import (
     open_recognizer,
     reachable,
 )
-from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.model_store import ModelError, ModelFiles, Provider
 from edge_asr.posteriors import FRAME_S, TAG_FRAMES, Recognition, foreign
 
 MICRO = model_store.bundled("models") / "micro-en"
@@ -181,33 +181,40 @@ def test_noise_at_full_scale_is_no_failure() -> None:
     assert 0 <= onnx_recognizer().recognize(noise).transcript.confidence <= 1
 
 
+ACCELERATORS: Mapping[Provider, str] = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+@pytest.mark.parametrize("provider", ACCELERATORS)
 @pytest.mark.parametrize("engine", ["onnxruntime", "sherpa-onnx"])
 def test_a_provider_that_is_not_there_is_told_and_the_one_in_use_is_named(
-    engine: str, caplog: pytest.LogCaptureFixture
+    engine: str, provider: Provider, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
-    options = settings.Model.model_validate({"engine": engine, "provider": "cuda"})
+    if ACCELERATORS[provider] in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {provider}")
+    options = settings.Model.model_validate({"engine": engine, "provider": provider})
     with caplog.at_level(logging.WARNING):
         recognizer = open_recognizer(model_store.locate("micro-en"), options)
     assert recognizer.provider == "cpu"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{engine} has no cuda here: the model runs on the CPU; install a matching wheel"
+        f"{engine} has no {provider} here: the model runs on the CPU; install a matching wheel"
     ]
     assert recognizer.recognize(pcm_of(RECORDINGS[0])).transcript.text
 
 
-def test_weights_follow_the_provider_that_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("provider", ACCELERATORS)
+def test_weights_follow_the_provider_that_can_be_had(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedded = model_store.locate(model_store.EMBEDDED).model.parent
     folder = Path(shutil.copytree(embedded, tmp_path / "both", ignore=shutil.ignore_patterns("manifest.json")))
     shutil.copy(folder / "model.int8.onnx", folder / "model.onnx")
-    wanted = settings.Settings(model=settings.Model(name=str(folder), provider="cuda"))
-    assert Engine.build(wanted).files.model.name == "model.int8.onnx", "there is no CUDA here"
+    wanted = settings.Settings(model=settings.Model(name=str(folder), provider=provider))
+    assert Engine.build(wanted).files.model.name == "model.int8.onnx", f"there is no {provider} here"
     with monkeypatch.context() as patch:
-        patch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-        assert reachable(wanted.model) == "cuda"
+        patch.setattr(onnxruntime, "get_available_providers", lambda: [ACCELERATORS[provider], "CPUExecutionProvider"])
+        assert reachable(wanted.model) == provider
         assert reachable(settings.Model()) == "cpu"
-    assert model_store.locate(str(folder), provider="cuda").model.name == "model.onnx"
+    assert model_store.locate(str(folder), provider=provider).model.name == "model.onnx"
     assert model_store.locate(str(folder), provider="cpu").model.name == "model.int8.onnx"
     assert set(model_store.locate(str(folder)).manifest.files) == {"model.int8.onnx", "model.onnx", "tokens.txt"}
     (folder / "model.int8.onnx").unlink()
