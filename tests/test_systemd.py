@@ -535,12 +535,16 @@ def test_a_blocked_disk_ends_in_a_restart_and_the_interrupted_order_is_obeyed(or
     the_command_arrives(order)
 
 
-def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood(order: Sysbox) -> None:
+def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and_obeys_the_order(order: Sysbox) -> None:
     capturing(order)
+    order.run("kill", "-STOP", str(recognizer(order)))
+    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
     with standing_still(order, "epoll_wait"):
         order.wait_for("the watchdog", lambda: "Watchdog timeout" in everything_logged(order), 12)
         order.wait_for("a restart", lambda: restarts(order) == 1)
     assert "asyncio/base_events.py" in everything_logged(order)  # the stack of the thread that stood still
+    recovers(order)
+    the_command_arrives(order)
 
 
 @pytest.mark.parametrize(("number", "cause"), [("STOP", "hung for more than 8 s"), ("SEGV", "ended by SIGSEGV")])
