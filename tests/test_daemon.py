@@ -29,6 +29,7 @@ from edge_asr.events import SAMPLE_RATE, Draft
 from edge_asr.outbox import Outbox, read_statistics
 from edge_asr.settings import Settings, StdinSource
 from edge_asr.sources import Stdin
+from edge_asr.watchdog import EXIT_HUNG
 from tests.broker import HOST, PATIENCE_S, Broker, Received, Subscriber, free_port, wait_until
 from tests.soundcard import sound_card
 from tests.test_sparkplug import Host
@@ -229,6 +230,17 @@ def test_a_microphone_pulled_out_is_an_alarm_with_its_remedy(tmp_path: Path) -> 
         "raised",
     )
     assert "plug it in" in alarm.data["remedy"]
+
+
+def test_a_hang_that_no_systemd_watches_ends_with_exit_code_70_and_every_threads_stack(tmp_path: Path) -> None:
+    with sound_card() as card:
+        settings = write_settings(tmp_path, free_port(), sources=[{"type": "microphone"}])
+        with running(settings, NOTIFY_SOCKET="", WATCHDOG_USEC="", **card.environment) as box:
+            wait_until(functools.partial(captures, box, 1), "the microphone is open")
+            card.freeze()
+            assert box.process.wait(2 * PATIENCE_S) == EXIT_HUNG == 70
+    assert "microphone: the sound driver has not answered for" in box.log
+    assert "(most recent call first)" in box.log
 
 
 def test_a_broker_that_refuses_everything_is_an_alarm_until_it_takes_messages_again(tmp_path: Path) -> None:
