@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -332,6 +332,26 @@ def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: P
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
 
 
+def stopped_once(is_reached: Callable[[Daemon], bool], options: Settings, look_s: float) -> Daemon:
+    """A box that listened, and made itself a graph, until that was so; it is looked at every ``look_s``."""
+
+    async def scenario() -> Daemon:
+        reading, writing = os.pipe()
+        with os.fdopen(reading, "rb") as silence, os.fdopen(writing, "wb"):
+            box = Daemon(options)
+            running = asyncio.create_task(box.run([Stdin(StdinSource(type="stdin"), silence)]))
+            deadline = time.monotonic() + OPTIMIZING_PATIENCE_S
+            while not is_reached(box):
+                assert not running.done()
+                assert time.monotonic() < deadline
+                await asyncio.sleep(look_s)
+            await box.stop()
+            await running
+            return box
+
+    return asyncio.run(scenario())
+
+
 def test_a_fresh_box_makes_a_faster_graph_while_it_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "OPTIMIZE_AFTER_S", 0.0)
     options = Settings.model_validate({"state_dir": str(tmp_path), "commands": {"grammars": []}})
@@ -340,20 +360,7 @@ def test_a_fresh_box_makes_a_faster_graph_while_it_listens(tmp_path: Path, monke
         found = prepared.record_of(box.model, options.models_directory)
         return found is not None and (found.variant == "own" or box.worker.facts.graph == found)  # own: none is faster
 
-    async def scenario() -> None:
-        reading, writing = os.pipe()
-        with os.fdopen(reading, "rb") as silence, os.fdopen(writing, "wb"):
-            box = Daemon(options)
-            running = asyncio.create_task(box.run([Stdin(StdinSource(type="stdin"), silence)]))
-            deadline = time.monotonic() + OPTIMIZING_PATIENCE_S
-            while not is_done(box):
-                assert not running.done()
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.1)
-            await box.stop()
-            await running
-
-    asyncio.run(scenario())
+    stopped_once(is_done, options, look_s=0.1)
 
 
 def test_a_box_that_is_stopped_while_a_graph_is_made_stops_at_once(
@@ -362,22 +369,8 @@ def test_a_box_that_is_stopped_while_a_graph_is_made_stops_at_once(
     monkeypatch.setattr(daemon, "OPTIMIZE_AFTER_S", 0.0)
     options = Settings.model_validate({"state_dir": str(tmp_path), "commands": {"grammars": []}})
     making = options.models_directory / prepared.FOLDER
-
-    async def scenario() -> None:
-        reading, writing = os.pipe()
-        with os.fdopen(reading, "rb") as silence, os.fdopen(writing, "wb"):
-            box = Daemon(options)
-            running = asyncio.create_task(box.run([Stdin(StdinSource(type="stdin"), silence)]))
-            deadline = time.monotonic() + OPTIMIZING_PATIENCE_S
-            while not making.exists():
-                assert not running.done()
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.01)
-            await box.stop()
-            await running
-            assert prepared.record_of(box.model, options.models_directory) is None
-
-    asyncio.run(scenario())
+    box = stopped_once(lambda _: making.exists(), options, look_s=0.01)
+    assert prepared.record_of(box.model, options.models_directory) is None
 
 
 def test_sigterm_commits_what_is_being_said_and_says_goodbye(tmp_path: Path) -> None:
