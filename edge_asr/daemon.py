@@ -410,15 +410,15 @@ class Daemon:
 
     async def _tell_of_model(self) -> None:
         """Let people know that a newly activated model had to make way."""
-        alarms = []
         trouble, self.worker.trouble = self.worker.trouble, ""
-        if trouble:
-            remedy = "import another release; see docs/models.md"
-            alarms.append(contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy))
-        for alarm in alarms:
-            log.error(alarm.data["detail"])
+        if not trouble:
+            return
+        remedy = "import another release; see docs/models.md"
+        alarm = contract.alarm_draft("model-rolled-back", trouble, severity="critical", remedy=remedy)
+        log.error(log_line(alarm))
+        self._caretaker.metrics.count_rollback()
         with contextlib.suppress(OutboxError):  # the disk is full: the log has it
-            await self.outbox.append(*alarms)
+            await self.outbox.append(alarm)
 
     @property
     def model(self) -> ModelFiles:

@@ -84,6 +84,9 @@ class Metrics:
         self._factor = Histogram(
             "edge_asr_real_time_factor", "Work per second of speech.", buckets=_FACTORS, registry=kept
         )
+        self._rollbacks = Counter(
+            "edge_asr_model_rollbacks", "Newly activated models that failed since the start.", registry=kept
+        )
 
     def count(self, heard: Understanding, timing: Timing) -> None:
         """Take an utterance that was committed."""
@@ -107,6 +110,10 @@ class Metrics:
             self._confidence.labels(outcome).observe(decision.confidence)
         if heard.transcript is not None:
             self._confidence.labels("transcript").observe(heard.transcript.confidence)
+
+    def count_rollback(self) -> None:
+        """A newly activated model had to make way."""
+        self._rollbacks.inc()
 
     def render(self, snapshot: Snapshot) -> bytes:
         """Everything in Prometheus' text format."""

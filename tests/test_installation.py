@@ -23,10 +23,11 @@ from edge_asr.engine import prepare_engine
 from edge_asr.installation import TRIALS, Store
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, bundled_manifests, sha256_of
 from edge_asr.settings import Settings
-from tests.broker import Broker, Subscriber
+from tests.broker import Broker, Subscriber, free_port
 from tests.mirror import mirror
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, running, write_settings
+from tests.test_monitoring import get
 
 EMBEDDED_FOLDER = bundled("models") / EMBEDDED
 MODEL = next(m.model_file for m in bundled_manifests() if m.name == EMBEDDED)
@@ -339,7 +340,8 @@ def test_a_running_daemon_changes_models_without_losing_an_utterance(tmp_path: P
 
 def test_a_model_spoilt_after_its_activation_raises_an_alarm_and_the_daemon_goes_on(tmp_path: Path) -> None:
     with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
-        path = write_settings(tmp_path, broker.port)
+        port = free_port()
+        path = write_settings(tmp_path, broker.port, monitoring={"port": port})
         store = Store(tmp_path / "state" / "models")
         store.add(copy(tmp_path, "fragile"))
         store.activate("fragile")
@@ -347,6 +349,7 @@ def test_a_model_spoilt_after_its_activation_raises_an_alarm_and_the_daemon_goes
         with running(path) as box:
             box.say(COMMAND)
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
+            assert "\nedge_asr_model_rollbacks_total 1.0\n" in get(port, "/metrics")[1]
         (alarm,) = subscriber.on("evt/alarm")
     assert alarm.data["kind"] == "model-rolled-back"
     assert alarm.data["detail"].startswith(f"fragile is not used, {EMBEDDED} is again: ")
