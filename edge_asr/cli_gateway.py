@@ -22,14 +22,22 @@ def gateway() -> None:
     epilog=example("edge-asr gateway cert", "edge-asr gateway cert voice.hall-2.plant 10.3.7.20 -s settings.yaml")
 )
 @click.argument("names", nargs=-1)
+@click.option(
+    "--if-due",
+    is_flag=True,
+    help=f"Only where there is none, or one that lacks a name or has less than {certificates.DUE_DAYS} days left.",
+)
 @with_settings
-def cert(options: Settings, names: tuple[str, ...], **_: object) -> None:
+def cert(options: Settings, names: tuple[str, ...], *, if_due: bool, **_: object) -> None:
     """Make a private authority and a server certificate for this machine's names, addresses and NAMES; or renew it."""
+    files = certificates.Files(options.gateway_directory)
     try:
+        if if_due and not certificates.is_due(options.gateway_directory, names):
+            click.echo(f"{files.server}: good for {certificates.days_left(files.server):.0f} days more")
+            return
         held = certificates.make(options.gateway_directory, names)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    files = certificates.Files(options.gateway_directory)
     port = (options.gateway or Gateway()).port
     click.echo(f"{files.server}: good for {', '.join(held)} and {certificates.SERVER_DAYS} days; run again to renew")
     click.echo(f"{files.authority}: install it once on each device; SHA-256")

@@ -59,6 +59,34 @@ def test_making_it_again_renews_the_server_and_keeps_the_authority(tmp_path: Pat
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.server, files.server_key)
 
 
+def test_an_authority_whose_key_was_moved_away_is_never_replaced_silently(tmp_path: Path) -> None:
+    certificates.make(tmp_path, [])
+    files = certificates.Files(tmp_path)
+    authority = files.authority.read_bytes()
+    key = files.authority_key.read_bytes()
+    files.authority_key.unlink()
+    with pytest.raises(GatewayError, match=r"ca.key: is not there; bring it back, or remove ca.crt"):
+        certificates.make(tmp_path, [])
+    assert files.authority.read_bytes() == authority
+    files.authority_key.write_bytes(key)
+    certificates.make(tmp_path, [])
+    assert files.authority.read_bytes() == authority
+
+
+def test_a_certificate_is_due_that_is_not_there_lacks_a_name_or_ends_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert certificates.is_due(tmp_path, [])
+    certificates.make(tmp_path, ["tablet.example", "10.3.7.20"])
+    assert not certificates.is_due(tmp_path, [])
+    assert not certificates.is_due(tmp_path, ["tablet.example", "10.3.7.20"])
+    assert certificates.is_due(tmp_path, ["other.example"])
+    assert certificates.is_due(tmp_path, ["10.3.7.21"])
+    monkeypatch.setattr(certificates, "SERVER_DAYS", certificates.DUE_DAYS)
+    certificates.make(tmp_path, [])
+    assert certificates.is_due(tmp_path, [])
+
+
 def test_a_box_that_woke_up_in_1970_signs_nothing(tmp_path: Path) -> None:
     with pytest.raises(GatewayError, match="the clock shows 1970-01-01; set it first"):
         certificates.make(tmp_path, [], now=dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc))

@@ -28,6 +28,9 @@ SERVER_DAYS = 820
 """Apple's devices refuse more than 825 for a server, private authority or not."""
 
 AUTHORITY_DAYS = 3650
+DUE_DAYS = 90
+"""So long before its end a certificate should be renewed."""
+
 BACKDATED = dt.timedelta(days=1)
 """A device whose clock is a little behind must not call the certificate not yet valid."""
 
@@ -84,6 +87,19 @@ def make(folder: Path, names: Sequence[str], *, now: dt.datetime | None = None) 
     return held
 
 
+def is_due(folder: Path, names: Sequence[str]) -> bool:
+    """Whether there is no server certificate, or one that ends soon or lacks a name.
+
+    Raises GatewayError, and ValueError on what is neither a host name nor an address.
+    """
+    wanted = {general_name(name) for name in names}
+    files = Files(folder)
+    if not (files.server.exists() and files.server_key.exists()):
+        return True
+    held = _load(files.server).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return not wanted <= set(held) or days_left(files.server) < DUE_DAYS
+
+
 def own_names() -> tuple[str, ...]:
     """This machine's host name, its mDNS name, its addresses, and the loopback."""
     host = socket.gethostname()
@@ -136,6 +152,11 @@ def _authority(files: Files, now: dt.datetime) -> tuple[x509.Certificate, _Key]:
         if not isinstance(key, _Key):
             raise GatewayError(f"{files.authority_key}: is not ours; move your own certificates elsewhere")
         return _load(files.authority), key
+    if files.authority.exists():
+        raise GatewayError(
+            f"{files.authority_key}: is not there; bring it back, or remove {files.authority.name} to make a new"
+            " authority, which every device has to install"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"edge-asr {socket.gethostname()}"[:64])])
     usage = {"key_cert_sign": True, "crl_sign": True, "digital_signature": False}
