@@ -31,7 +31,7 @@ from tests.test_daemon import COMMAND, running, write_settings
 FOLDER = CHECKOUT / "monitoring"
 RULES = yaml.safe_load((FOLDER / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DASHBOARD = json.loads((FOLDER / "grafana.json").read_text(encoding="utf-8"))
-EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
 
 
 def promtool(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -102,6 +102,21 @@ def test_rules_and_dashboard_name_only_numbers_that_there_are(scraped: str) -> N
     for expression in [*EXPRESSIONS, *(rule["expr"] for rule in RULES)]:
         for name in re.findall(r"edge_asr_\w+", expression):
             assert re.sub("_(bucket|sum|count)$", "", name) in there, f"{name} in {expression}"
+
+
+def test_every_number_is_on_the_dashboard(scraped: str) -> None:
+    there = re.findall(r"^# TYPE (edge_asr_\w+) ", scraped, re.MULTILINE)
+    asked_for = " ".join(EXPRESSIONS)
+    assert [name for name in there if name not in asked_for and not name.startswith("edge_asr_process_")] == []
+
+
+def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
+    taken: set[tuple[int, int]] = set()
+    for place in (panel["gridPos"] for panel in DASHBOARD["panels"]):
+        cells = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not taken & cells
+        taken |= cells
 
 
 def test_every_alert_is_valid_and_was_provoked() -> None:
