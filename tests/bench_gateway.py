@@ -35,9 +35,9 @@ from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.events import SAMPLE_RATE
 from edge_asr.inference import SileroDetector
 from edge_asr.pipeline import Ear
-from tests.bench_page import page_waits
+from tests.bench_page import begin_talk, page_waits
 from tests.broker import Broker, free_port
-from tests.gateway import Box, Client, box, recording
+from tests.gateway import Box, Client, box, chromium, microphone_file, open_page, recording
 
 PIECE_S = 0.02
 PIECE = round(PIECE_S * SAMPLE_RATE) * 2
@@ -203,10 +203,10 @@ async def calls(running: Box, count: int, seconds: float) -> dict[str, float]:
             channels.append(channel)
         await asyncio.sleep(2.0)
         open_mb = (resident_mb(pid) - before_mb) / count
-        waiting = await cpu_share(pid, seconds) / count
+        waiting = await asyncio.to_thread(cpu_share, pid, seconds) / count
         for channel in channels:
             channel.send(json.dumps({"type": "start", "talk": 1}))
-        talking = await cpu_share(pid, seconds) / count
+        talking = await asyncio.to_thread(cpu_share, pid, seconds) / count
     return {
         "sessions": count,
         "mb": round(open_mb, 2),
@@ -215,9 +215,23 @@ async def calls(running: Box, count: int, seconds: float) -> dict[str, float]:
     }
 
 
-async def cpu_share(pid: int, seconds: float) -> float:
+def silent_page(running: Box, folder: Path, way: str, seconds: float) -> dict[str, float]:
+    """What one page of a real Chromium costs beyond the daemon itself, within a talk in which nobody speaks.
+
+    Python's calls send a packet each 20 ms whatever the answer wishes; a browser sends what it is asked for.
+    """
+    pid = running.process.pid
+    alone = cpu_share(pid, seconds)
+    with chromium(running, microphone_file(folder)) as browser:
+        page, _ = open_page(browser, running, way=way, mode="toggle")
+        begin_talk(page, way)
+        talking = cpu_share(pid, seconds) - alone
+    return {"talking_cpu_percent": round(100 * talking, 2)}
+
+
+def cpu_share(pid: int, seconds: float) -> float:
     began_s, used_s = time.monotonic(), cpu_s(pid)
-    await asyncio.sleep(seconds)
+    time.sleep(seconds)
     return (cpu_s(pid) - used_s) / (time.monotonic() - began_s)
 
 
@@ -314,6 +328,11 @@ def main() -> None:
             print(figures["silent"], flush=True)
             figures["calls"] = asyncio.run(calls(running, 8, 10.0))
             print(figures["calls"], flush=True)
+            figures["silent_page"] = {
+                name: silent_page(running, folder, way, 30.0)
+                for way, name in (("auto", "webrtc"), ("pcm", "websocket"))
+            }
+            print("silent page", figures["silent_page"], flush=True)
             figures["page"] = pages(running, folder, arrivals, arguments.rounds)
             figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
     if arguments.json:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from playwright.sync_api import Page
 
 from edge_asr import model_store, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
@@ -69,6 +70,18 @@ def last_loud_s(blocks_ms: Sequence[float]) -> list[float]:
     return [end / 1e3 for end in ends]
 
 
+def begin_talk(page: Page, way: str) -> None:
+    """Press the button (mode ``toggle``); by WebRTC the first talk, which goes by the WebSocket, is over before."""
+    page.keyboard.press("Space")
+    page.wait_for_selector("#talk[data-state=talking]")
+    if way == "auto":
+        page.wait_for_selector("#talk[data-call=connected]")
+        page.keyboard.press("Space")
+        page.wait_for_selector("#talk:not([data-state=talking])")
+        page.keyboard.press("Space")
+        page.wait_for_selector("#talk[data-state=talking]")
+
+
 def page_waits(
     running: Box, folder: Path, way: str, names: Sequence[str], published: Mapping[str, float], wall_s: float
 ) -> tuple[list[float], list[float]]:
@@ -80,10 +93,7 @@ def page_waits(
     with chromium(running, microphone_file(folder, *names), bypass_csp=True) as browser:
         browser.add_init_script(WATCHER)
         page, _ = open_page(browser, running, way=way, mode="toggle")
-        page.keyboard.press("Space")
-        page.wait_for_selector("#talk[data-state=talking]")
-        if way == "auto":
-            page.wait_for_selector("#talk[data-call=connected]")
+        begin_talk(page, way)
         page.wait_for_function(f"told.length >= {len(names)}", timeout=20_000 + 10_000 * len(names))
         time.sleep(1.0)  # the subscriber's share
         loud, told = json.loads(page.evaluate("JSON.stringify([loud, told])"))

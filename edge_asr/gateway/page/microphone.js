@@ -1,6 +1,6 @@
 // The microphone: asks for permission, says in plain words what is wrong, and hands out pieces of PCM with their level.
 
-const BEFORE_MS = 300;
+const BEFORE_MS = 320;
 export const PIECE_MS = 100; // of a compressed stream
 
 export class MicrophoneError extends Error {}
@@ -31,7 +31,7 @@ export class Microphone {
     this.context.createMediaStreamSource(this.stream).connect(capture);
     capture.port.onmessage = ({ data }) => {
       this.#recent.push(data.pcm);
-      while (this.#recent.length > BEFORE_MS / 20) this.#recent.shift();
+      while (this.#recent.length > BEFORE_MS / 40) this.#recent.shift();
       onPiece(data.pcm, data.peak);
     };
     await this.context.resume();

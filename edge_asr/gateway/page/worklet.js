@@ -1,6 +1,6 @@
-// Cuts the microphone into pieces of about 20 ms of 16-bit PCM, each with its level; runs in the audio thread.
+// Cuts the microphone into pieces of about 40 ms of 16-bit PCM, each with its level; runs in the audio thread.
 
-const PIECE = Math.round(sampleRate * 0.02);
+const PIECE = Math.round(sampleRate * 0.04);
 
 class Capture extends AudioWorkletProcessor {
   constructor() {
