@@ -18,6 +18,7 @@ from rapidfuzz.distance import Levenshtein
 from edge_asr import child, inference, model_store, settings
 from edge_asr.audio import AudioFileError, read_file
 from edge_asr.child import ChildError
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.inference import RecognizerError
 from edge_asr.model_store import Golden, ModelError, ModelFiles
 
@@ -57,12 +58,20 @@ def hears_right(heard: str, said: str, *, exactly: bool) -> bool:
 
 def listen(recognizer: inference.OnnxRecognizer | inference.SherpaRecognizer, files: ModelFiles) -> str:
     """What a loaded model hears in its golden recording, or in the bundled one whatever its language."""
-    known = golden_of(files)
-    recording = known[0] if known else model_store.bundled("recordings") / BUNDLED_GOLDEN.audio
     try:
-        return recognizer.recognize(read_file(recording)).transcript.text
+        return recognizer.recognize(read_file(_recording(files))).transcript.text
     except (RecognizerError, AudioFileError) as error:
         raise ModelError(f"{files.name}: fails on its golden recording ({error}); import the model again") from None
+
+
+def golden_s(files: ModelFiles) -> float:
+    """Seconds of audio that :func:`listen` hears."""
+    return len(read_file(_recording(files))) / BYTES_PER_SAMPLE / SAMPLE_RATE
+
+
+def _recording(files: ModelFiles) -> Path:
+    known = golden_of(files)
+    return known[0] if known else model_store.bundled("recordings") / BUNDLED_GOLDEN.audio
 
 
 def hear_golden(recognizer: inference.OnnxRecognizer | inference.SherpaRecognizer, files: ModelFiles) -> Verdict:

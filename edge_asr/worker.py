@@ -16,6 +16,7 @@ import ctypes
 import faulthandler
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -42,8 +43,18 @@ log = logging.getLogger(__name__)
 LIMIT_S: Final = 8.0
 """Without any CPU time: a worker that waits for so long waits for ever; one that computes is only starved."""
 
-WORK_LIMIT_S: Final = 30.0
-"""For one utterance in any case; the longest needs 2 s on the slowest supported board, 6 s where it is doubtful."""
+WORK_BASE_S: Final = 4.0
+"""CPU time that any utterance may take: more is a loop without an end."""
+
+WORK_FACTOR: Final = 12.0
+"""What a second of speech may take besides, over what a second of the golden recording took on this very box, so a slow
+board gets more. Three paces and five languages are 8.3 plain decodes, and attention grows faster than length."""
+
+CLOCK_LIMIT_S: Final = 30.0
+"""On the clock, for what computes now and then and never answers."""
+
+CLOCK_FACTOR: Final = 3.0
+"""Or so much longer than its CPU time, where a machine is starved."""
 
 LOAD_LIMIT_S: Final = 90.0
 """Hashing and loading 240 MB from a slow card."""
@@ -89,6 +100,10 @@ class Facts:
     """The execution provider really in use, named as in the settings."""
     golden: str
     """What it hears in the golden recording; right, where it is known what is right (``engine``)."""
+    golden_s: float
+    """How long that is."""
+    golden_cpu_s: float
+    """CPU time that hearing it took."""
     trouble: str
     """Why a newly activated model had to make way; empty: it had not."""
     resident_bytes: int
@@ -137,7 +152,7 @@ class Worker:
         with self._turn:
             for _ in range(attempts):
                 try:
-                    heard, resident_bytes = self._process.ask((utterance, final), WORK_LIMIT_S, LIMIT_S)
+                    heard, resident_bytes = self._process.hear((utterance, final), utterance.duration_s)
                 except _EndedError as error:
                     trouble = str(error)
                     self._replace(trouble)
@@ -181,7 +196,7 @@ class Worker:
         """Listen to the golden recording; one that hears something else is replaced. Raises WorkerError."""
         with self._turn:
             try:
-                heard, _ = self._process.ask(_GOLDEN, WORK_LIMIT_S, LIMIT_S)
+                heard, _ = self._process.hear(_GOLDEN, self.facts.golden_s)
             except _EndedError as error:
                 self._replace(str(error))  # the new one has proven itself by being there
             else:
@@ -242,34 +257,45 @@ class _Process:
         self.pid, self._line = zygote.fork()
         self._how_it_ended = ""
 
-    def ask(self, request: object, limit_s: float, idle_s: float | None = None) -> tuple[object, int]:
-        """One question, one answer and the memory in use after it; ``idle_s``: how long it may use no CPU time.
+    def hear(self, request: object, speech_s: float) -> tuple[object, int]:
+        """As :meth:`ask` about so much speech, in the time that it may take on this box."""
+        work_s = work_limit_s(speech_s, self.facts.golden_cpu_s / self.facts.golden_s)
+        return self.ask(request, max(CLOCK_LIMIT_S, CLOCK_FACTOR * work_s), idle_s=LIMIT_S, work_s=work_s)
 
-        Raises _EndedError, WorkerError.
+    def ask(
+        self, request: object, limit_s: float, idle_s: float = math.inf, work_s: float = math.inf
+    ) -> tuple[object, int]:
+        """One question, one answer and the memory in use after it.
+
+        ``idle_s``: how long it may use no CPU time; ``work_s``: how much it may use. Raises _EndedError, WorkerError.
         """
         try:
             self._line.send(request)
-            self._await_answer(limit_s, limit_s if idle_s is None else idle_s)
+            self._await_answer(limit_s, idle_s, work_s)
             answer: tuple[object, int] = self._line.recv()
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
         return answer
 
-    def _await_answer(self, limit_s: float, idle_s: float) -> None:
+    def _await_answer(self, limit_s: float, idle_s: float, work_s: float) -> None:
         began = worked = time.monotonic()
-        ticks = self._cpu_ticks()
+        cpu_before_s = cpu_s = self._cpu_s()
         while not self._line.poll(min(limit_s, idle_s, _LOOK_S)):
-            now, before, ticks = time.monotonic(), ticks, self._cpu_ticks()
-            worked = now if ticks != before else worked
-            for waited_s, allowed_s in ((now - worked, idle_s), (now - began, limit_s)):
-                if waited_s > allowed_s:
+            now, last_s, cpu_s = time.monotonic(), cpu_s, self._cpu_s()
+            worked = now if cpu_s != last_s else worked
+            for spent_s, allowed_s, what in (
+                (now - worked, idle_s, "hung"),
+                (now - began, limit_s, "hung"),
+                (cpu_s - cpu_before_s, work_s, "computed without an end"),
+            ):
+                if spent_s > allowed_s:
                     self.end()
-                    raise _EndedError(f"hung for more than {allowed_s:g} s")
+                    raise _EndedError(f"{what} for more than {allowed_s:.2g} s")
 
-    def _cpu_ticks(self) -> str:
-        """CPU time so far, in whatever unit."""
+    def _cpu_s(self) -> float:
+        """CPU time so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        return f"{fields[11]} {fields[12]}"
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""
@@ -277,6 +303,11 @@ class _Process:
             self._line.close()
             self._how_it_ended = self._zygote.end(self.pid)
         return self._how_it_ended
+
+
+def work_limit_s(speech_s: float, pace: float) -> float:
+    """CPU time that so much speech may take; ``pace``: what a second of it took on this box."""
+    return WORK_BASE_S + WORK_FACTOR * pace * speech_s
 
 
 class _Zygote:
@@ -360,6 +391,7 @@ def _serve(connection: Connection) -> NoReturn:
             try:
                 engine, answer = _answered(engine, request)
             except _REFUSALS as error:
+                vars(error)["errno"] = getattr(error.__context__, "errno", None)  # a context does not come along
                 answer = error
             give_back()
             connection.send((answer, resident_bytes("self")))
@@ -377,8 +409,19 @@ def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] 
         assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
         engine, trouble = prepare_engine(request)
         graph = prepared.record_of(engine.files, request.models_directory)
+        began_s = time.process_time()
         golden = trial.listen(engine.recognizer, engine.files)
-        return engine, Facts(engine.files, graph, engine.recognizer.provider, golden, trouble, resident_bytes("self"))
+        facts = Facts(
+            files=engine.files,
+            graph=graph,
+            provider=engine.recognizer.provider,
+            golden=golden,
+            golden_s=trial.golden_s(engine.files),
+            golden_cpu_s=time.process_time() - began_s,
+            trouble=trouble,
+            resident_bytes=resident_bytes("self"),
+        )
+        return engine, facts
     if isinstance(request, Settings):
         return engine.under(request), None
     if isinstance(request, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edge_asr import clock, engine, grammar, model_store, prepared, settings, worker
+from edge_asr import clock, engine, grammar, inference, model_store, prepared, settings, worker
 from edge_asr.audio import read_file
 from edge_asr.events import Command, Rejection, Utterance, new_id
 from edge_asr.model_store import ModelError
@@ -46,6 +47,28 @@ def has_ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def waits_in(pid: int) -> int | None:
+    """Address behind the system call in which a process waits; None: it computes."""
+    state = Path(f"/proc/{pid}/syscall").read_text(encoding="ascii").split()
+    return None if state == ["running"] else int(state[-1], 16)
+
+
+JUMP_TO_ITSELF = {"x86_64": b"\xeb\xfe", "aarch64": b"\x00\x00\x00\x14"}
+
+
+def spin(pid: int) -> None:
+    """Let a process that waits compute for ever from its next answer on, outside Python, as a broken library would.
+
+    It waits in a system call; the instruction behind it becomes a jump to itself, in this process alone.
+    """
+    until(lambda: waits_in(pid) is not None, "the worker does not wait")
+    behind_the_call = waits_in(pid)
+    assert behind_the_call is not None
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+        memory.seek(behind_the_call)
+        memory.write(JUMP_TO_ITSELF[platform.machine()])
 
 
 @pytest.fixture
@@ -96,11 +119,34 @@ def test_a_hang_ends_in_time_and_costs_nothing_else(walled: Worker, monkeypatch:
     assert walled.replaced == 1
 
 
+def test_a_loop_without_an_end_is_noticed_in_time_and_costs_nothing_else(
+    walled: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid = walled.pid
+    spin(pid)
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+    assert walled.pid != pid
+    assert "the recognizer computed without an end for more than 4" in caplog.text
+
+
+@pytest.mark.parametrize("pace", [0.02, 0.1, 1.0])
+def test_however_slow_the_box_the_longest_speech_in_five_languages_at_three_paces_is_no_loop(pace: float) -> None:
+    needed_s = (5 + 1.0 + 1.1 + 1.2) * pace * inference.MAX_UTTERANCE_S
+    assert worker.work_limit_s(inference.MAX_UTTERANCE_S, pace) > 1.4 * needed_s
+
+
+def test_a_loop_in_an_order_is_noticed_within_the_watchdogs_ten_seconds_with_the_largest_model(walled: Worker) -> None:
+    assert walled.facts.golden_s == pytest.approx(2, abs=1)
+    assert 0 < walled.facts.golden_cpu_s < walled.facts.golden_s
+    assert worker.work_limit_s(speech_s=4.0, pace=0.1) < 10
+
+
 def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
     walled: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "WORK_LIMIT_S", 0.0)
+        patch.setattr(worker, "CLOCK_LIMIT_S", 0.0)
+        patch.setattr(worker, "CLOCK_FACTOR", 0.0)
         heard = walled.understand(STOP, final=True)
     assert heard.decision == Rejection("recognizer-failed", "2 times the recognizer hung for more than 0 s")
     assert heard.utterance is STOP
