@@ -50,6 +50,7 @@ RejectionReason = Literal[
     "not-confirmed",
     "cancelled",
     "not-allowed",
+    "cut-off",
 ]
 
 
@@ -77,7 +78,7 @@ class AudioFrame:
     position: int
     """Index of the first sample since the source was opened; a jump between frames is lost audio, made visible."""
     pcm: bytes
-    """Mono signed 16-bit little-endian samples at 16 kHz."""
+    """Mono signed 16-bit little-endian samples at 16 kHz. None at all: the audio broke off, and may go on later."""
     captured_ns: int
     """CLOCK_BOOTTIME at which the last sample was captured."""
 
@@ -99,6 +100,8 @@ class Utterance:
     """Mono signed 16-bit little-endian samples at 16 kHz."""
     ended_ns: int
     """CLOCK_BOOTTIME of the last sample in ``pcm``; a command's life starts here."""
+    torn: bool = False
+    """Audio was lost right before its first or after its last word: more may have been said."""
 
     @property
     def duration_s(self) -> float:

@@ -206,7 +206,7 @@ class Ear:
         if frame.position != self._expected:
             self._detector.reset()  # audio was lost: what came before says nothing about this frame
         self._expected = frame.end
-        return self._gate.feed(frame, self._probability(frame))
+        return self._gate.feed(frame, self._probability(frame) if frame.pcm else 0.0)
 
     def flush(self) -> list[Utterance]:
         """Close what is open: no frame will follow."""
@@ -263,6 +263,9 @@ def understand(
     if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
         stations = ", ".join(decision.stations)
         decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
+    if utterance.torn and isinstance(decision, Command) and decision.answer != "cancel":
+        detail = f"audio was lost while {decision.words!r} was said, there may have been more; say it again"
+        decision = Rejection("cut-off", detail, decision.confidence)
     return Understanding(utterance, transcript if transcript.text else None, decision, recognized_s, interpreted_s)
 
 

@@ -39,7 +39,7 @@ WAITING: Final = 8
 _DAY_S: Final = 86_400.0
 _SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _INFO: Final = b"edge-asr recording 1"
-_UNLABELLED: Final = frozenset({"cancelled", "not-confirmed", "not-allowed", "recognizer-failed"})
+_UNLABELLED: Final = frozenset({"cancelled", "not-confirmed", "not-allowed", "cut-off", "recognizer-failed"})
 """Rejections that say nothing about the hearing."""
 
 

@@ -591,23 +591,26 @@ class Microphone:
         try:
             stream = _Stream(wanted.device, wanted.channel, wanted.rate)
         except SourceError as error:
-            self._lose(error)
+            self._lose(error, mailbox)
         else:
             with contextlib.closing(stream):
                 try:
                     self._capture(stream, mailbox)
                 except SourceError as error:
-                    self._lose(error)  # before closing, which may hang
+                    self._lose(error, mailbox)  # before closing, which may hang
         if self.state == "lost":
             self._stop.wait(RETRY_S)
 
-    def _lose(self, error: SourceError) -> None:
+    def _lose(self, error: SourceError, mailbox: _Mailbox) -> None:
         if self._stop.is_set():
             return
         if self.state == "opening" and not self._wait:
             raise error
         if self.state != "lost":
             log.warning("%s: %s; looking for it every %g s", self.name, error, RETRY_S)
+        if self.state == "capturing" and self.last_frame_ns is not None:  # what is being said ends here
+            self.lost_samples += self._cutter.skip(1)
+            mailbox.put([AudioFrame(self.name, self._cutter.end, b"", self.last_frame_ns)])
         self.state, self.trouble, self.rate_error = "lost", str(error), None
 
     def _capture(self, stream: _Stream, mailbox: _Mailbox) -> None:

@@ -2,9 +2,9 @@
 
 Law: pure; no clock, no I/O, no logger. Every utterance is one unbroken stretch of its source's samples: pre-roll,
 speech, and the part of the closing silence that the recognizer needs. A jump in the frames' positions (lost audio)
-closes the utterance at the jump. No utterance is longer than ``max_utterance_s``: continuous speech, or a machine that
-sounds like it, is cut at the quietest moment of the last seconds, and the rest goes on as the next utterance. Two
-utterances may share silence, never a frame of speech.
+closes the utterance at the jump; what was said right before or after it is marked as torn. No utterance is longer than
+``max_utterance_s``: continuous speech, or a machine that sounds like it, is cut at the quietest moment of the last
+seconds, and the rest goes on as the next utterance. Two utterances may share silence, never a frame of speech.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class _Open:
     needed_samples: float
     """With less speech than this it is dropped."""
     id: str = field(default_factory=new_id)
+    torn: bool = False
 
     @property
     def speech_samples(self) -> int:
@@ -61,6 +62,8 @@ class SpeechGate:
         self._pre_roll: deque[AudioFrame] = deque()
         self._open: _Open | None = None
         self._expected: int | None = None
+        self._resumed: int | None = None
+        """Position at which audio went on after a loss; None: somebody has spoken since."""
 
     @property
     def speaking(self) -> bool:
@@ -69,7 +72,11 @@ class SpeechGate:
 
     def feed(self, frame: AudioFrame, probability: float) -> list[Utterance]:
         """Take the next frame with its speech probability; return the utterances that it closed."""
-        closed = self.flush() if self._expected not in {None, frame.position} else []
+        closed = []
+        if self._expected not in {None, frame.position}:
+            if self._open is not None and _length(self._open.closing_silence) < KEEP_SILENCE_S * SAMPLE_RATE:
+                self._open.torn = True
+            closed, self._resumed = self.flush(), frame.position
         self._expected = frame.end
         if self._open is None:
             self._wait(frame, probability)
@@ -84,7 +91,7 @@ class SpeechGate:
 
     def growing(self) -> Utterance | None:
         """The open utterance as far as it has come, for a partial result."""
-        return None if self._open is None else _joined(self._open.id, self._open.frames)
+        return None if self._open is None else _joined(self._open, self._open.frames)
 
     def foreseen(self) -> Utterance | None:
         """What the open utterance will be unless somebody speaks on.
@@ -103,6 +110,9 @@ class SpeechGate:
         if probability >= self._options.threshold:
             voiced = [False] * (len(self._pre_roll) - 1) + [True]
             self._open = _Open(list(self._pre_roll), voiced, self._options.min_speech_s * SAMPLE_RATE)
+            if self._resumed is not None:
+                self._open.torn = frame.position - self._resumed < KEEP_SILENCE_S * SAMPLE_RATE
+                self._resumed = None
             self._pre_roll.clear()
             return
         while self._pre_roll and frame.end - self._pre_roll[0].position > self._options.pre_roll_s * SAMPLE_RATE:
@@ -131,7 +141,7 @@ class SpeechGate:
         quietest = min(late, key=lambda i: _energy(frames[i]))
         needed = 1 if utterance.speech_samples >= utterance.needed_samples else utterance.needed_samples
         self._open = _Open(frames[quietest:], voiced[quietest:], needed)
-        return self._closed(_Open(frames[:quietest], voiced[:quietest], needed, utterance.id))
+        return self._closed(_Open(frames[:quietest], voiced[:quietest], needed, utterance.id, utterance.torn))
 
     def _closed(self, utterance: _Open) -> list[Utterance]:
         if utterance.speech_samples < utterance.needed_samples:
@@ -140,7 +150,7 @@ class SpeechGate:
         surplus = _length(utterance.closing_silence) - KEEP_SILENCE_S * SAMPLE_RATE
         while surplus >= _samples(frames[-1]):
             surplus -= _samples(frames.pop())
-        return [_joined(utterance.id, frames)]
+        return [_joined(utterance, frames)]
 
 
 def _samples(frame: AudioFrame) -> int:
@@ -162,11 +172,12 @@ def _tail(frames: list[AudioFrame], seconds: float) -> list[AudioFrame]:
     return [frame for frame in frames if frames[-1].end - frame.position <= seconds * SAMPLE_RATE]
 
 
-def _joined(identifier: str, frames: list[AudioFrame]) -> Utterance:
+def _joined(utterance: _Open, frames: list[AudioFrame]) -> Utterance:
     return Utterance(
-        id=identifier,
+        id=utterance.id,
         source=frames[0].source,
         start=frames[0].position,
         pcm=b"".join(frame.pcm for frame in frames),
         ended_ns=frames[-1].captured_ns,
+        torn=utterance.torn,
     )

@@ -64,6 +64,7 @@ def command(confidence: float) -> Command:
         (Rejection("not-understood", ""), True),
         (Rejection("too-noisy", ""), True),
         (Rejection("not-confirmed", ""), False),
+        (Rejection("cut-off", ""), False),
         (Rejection("recognizer-failed", ""), False),
         (None, False),
     ],

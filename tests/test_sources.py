@@ -69,7 +69,8 @@ def pcm_of(frames: list[AudioFrame]) -> bytes:
 
 
 def jumps(frames: list[AudioFrame]) -> list[int]:
-    """Lost samples before each frame."""
+    """Lost samples before each frame; what only says that the audio broke off is none."""
+    frames = [frame for frame in frames if frame.pcm]
     ends = [0, *(frame.end for frame in frames)]
     return [frame.position - end for frame, end in zip(frames, ends, strict=False)]
 
@@ -294,6 +295,22 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.parametrize("harm", [SoundCard.freeze, SoundCard.unplug])
+def test_a_device_that_goes_says_so_where_its_audio_breaks_off(
+    card: SoundCard, harm: Callable[[SoundCard], None]
+) -> None:
+    async def main() -> None:
+        async with listening(source := microphone()) as frames:
+            await eventually(lambda: len(frames) >= 40, "no frames")
+            harm(card)
+            await eventually(lambda: not frames[-1].pcm, "it does not say so")
+            assert source.state == "lost"
+            card.thaw()
+        assert (frames[-1].position > frames[-2].end, frames[-1].captured_ns) == (True, frames[-2].captured_ns)
+
+    run(main())
+
+
 def test_without_any_microphone_the_line_names_the_remedies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PULSE_SERVER", f"unix:{tmp_path}/nobody")
 
@@ -322,10 +339,10 @@ def outage(
             took_s = await eventually(lambda: source.state == "capturing", "it did not come back")
             assert took_s < 2
             await eventually(lambda: len(frames) > before + 20, "no frames after the outage")
-        gaps = jumps(frames)
+        gaps, heard = jumps(frames), [frame for frame in frames if frame.pcm]
         assert sum(gaps) == source.lost_samples
         (at,) = [i for i, jump in enumerate(gaps) if jump]
-        away_ns = frames[at].captured_ns - frames[at - 1].captured_ns - FRAME_SAMPLES * NS_PER_SAMPLE
+        away_ns = heard[at].captured_ns - heard[at - 1].captured_ns - FRAME_SAMPLES * NS_PER_SAMPLE
         assert gaps[at] * NS_PER_SAMPLE == pytest.approx(away_ns, abs=NS_PER_S // 10)
         assert gaps[at] > away_s * SAMPLE_RATE
 

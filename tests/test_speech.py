@@ -114,6 +114,21 @@ def test_lost_audio_closes_the_utterance_at_the_jump_and_no_pre_roll_reaches_acr
     assert heard.spans() == [(0, 20), (27, 49 + KEPT_FRAMES)]
 
 
+@pytest.mark.parametrize(
+    ("runs", "torn"),
+    [
+        ([(20, SPEECH), (-7, 0), (2, SILENCE), (20, SPEECH), (50, SILENCE)], [True, True]),
+        ([(20, SPEECH), (KEPT_FRAMES, SILENCE), (-7, 0), (KEPT_FRAMES, SILENCE), (20, SPEECH)], [False, False]),
+        ([(20, SPEECH), (-7, 0), (50, SILENCE), (20, SPEECH), (50, SILENCE)], [True, False]),
+        ([(50, SILENCE), (-7, 0), (20, SPEECH), (50, SILENCE), (20, SPEECH)], [True, False]),
+        ([(5, SILENCE), (-1, 0), (500, SPEECH)], [True, False]),
+    ],
+    ids=["both-sides", "in-a-pause", "end", "beginning", "only-the-first-piece-of-long-speech"],
+)
+def test_what_is_said_right_before_or_after_lost_audio_is_torn(runs: list[tuple[int, float]], torn: list[bool]) -> None:
+    assert [utterance.torn for utterance in hear(runs, max_utterance_s=10.0).utterances] == torn
+
+
 def test_the_end_of_the_source_closes_what_is_open() -> None:
     assert hear([(20, SPEECH)]).spans() == [(0, 20)]
     assert hear([(20, SPEECH), (15, SILENCE)]).spans() == [(0, 20 + KEPT_FRAMES)]

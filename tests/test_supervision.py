@@ -12,7 +12,7 @@ import pytest
 from edge_asr import clock, contract, model_store, pipeline, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
-from edge_asr.events import SAMPLE_RATE, AudioFrame, Draft, Message
+from edge_asr.events import SAMPLE_RATE, AudioFrame, Command, Draft, Message, Rejection, Utterance
 from edge_asr.gateway.session import UPLOAD, BusyError, Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.outbox import OutboxError
@@ -34,8 +34,9 @@ class Speaker:
 
     name = "stdin"
 
-    def __init__(self, *recordings: str) -> None:
+    def __init__(self, *recordings: str, breaks_off: bool = False) -> None:
         self._pcm = b"".join(read_file(RECORDINGS / name) + quiet(SAMPLE_RATE) for name in recordings)
+        self._breaks_off = breaks_off
         self._closed = asyncio.Event()
 
     async def frames(self) -> AsyncIterator[AudioFrame]:
@@ -43,6 +44,9 @@ class Speaker:
         for frame in cutter.feed(self._pcm, clock.boottime_ns()):
             await asyncio.sleep(0)
             yield dataclasses.replace(frame, captured_ns=clock.boottime_ns())
+            if self._breaks_off and frame.position > len(self._pcm) // 4:  # half-way
+                yield AudioFrame(self.name, frame.end + 1, b"", clock.boottime_ns())
+                break
         await self._closed.wait()
 
     async def close(self) -> None:
@@ -138,6 +142,33 @@ def test_an_unanswered_question_is_cancelled_in_silence_and_leaves_nothing_for_t
         await running
 
     asyncio.run(scenario())
+
+
+def test_what_was_said_before_a_microphone_went_away_is_understood_at_once(engine: Engine) -> None:
+    async def scenario() -> None:
+        speaker, shelf = Speaker("05-set-oven-temperature.flac", breaks_off=True), Shelf()
+        running = asyncio.create_task(pipe(engine, speaker, shelf).run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.REJECTED])
+        assert "set the oven" in str(shelf.drafts[0].data["text"])
+        assert "degrees" not in str(shelf.drafts[0].data["text"])
+        await speaker.close()
+        await running
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("recording", "passes"), [("20-emergency-stop.flac", False), ("05b-cancel.flac", True)])
+def test_a_command_that_may_lack_words_is_refused_and_only_cancel_passes(
+    engine: Engine, recording: str, *, passes: bool
+) -> None:
+    whole = Utterance("a", "stdin", 0, read_file(RECORDINGS / recording), clock.boottime_ns())
+    assert isinstance(engine.understand(whole, final=True).decision, Command)
+    decision = engine.understand(dataclasses.replace(whole, torn=True), final=True).decision
+    assert isinstance(decision, Command) == passes
+    if not passes:
+        assert isinstance(decision, Rejection)
+        assert decision.reason == "cut-off"
+        assert "'emergency stop'" in decision.detail
 
 
 def test_a_confirmed_command_is_told_with_what_was_said_to_confirm_it(engine: Engine) -> None:
