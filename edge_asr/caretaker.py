@@ -185,7 +185,9 @@ class Caretaker:
             drafts = self._alarms.update(conditions, clock.boottime_ns())
             for alarm in drafts:
                 log.warning(log_line(alarm))
-            with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows what is raised
+            if drafts:
+                self.health_is_due.set()  # it shows what is raised
+            with contextlib.suppress(OutboxError):  # full: the pipeline says so
                 await self._box.outbox.append(*drafts)
             await asyncio.sleep(ATTEND_INTERVAL_S)
 

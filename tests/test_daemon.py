@@ -332,6 +332,38 @@ def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: P
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
 
 
+def test_a_card_that_clips_and_one_whose_middle_is_off_are_alarms_with_remedies_until_they_are_mended(
+    tmp_path: Path,
+) -> None:
+    whole = np.concatenate([to_float(read_file(file)) for file in sorted(RECORDINGS.glob("*.flac"))])
+    voices = whole[: 12 * SAMPLE_RATE]
+    loudest = np.abs(voices).max()
+    harms = {
+        "microphone-clipping": (np.clip(voices * 20 / loudest, -1, 1), "lower its gain"),
+        "microphone-offset": (voices / loudest / 2 + 0.25, "try another"),
+    }
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+
+        def shown() -> list[str]:
+            healths = [m.data["microphones"]["stdin"] for m in subscriber.on("health")]
+            return list(healths[-1].get("troubles", [])) if healths else []
+
+        def told(kind: str, state: str) -> list[Received]:
+            return [m for m in subscriber.on("evt/alarm") if (m.data["kind"], m.data["state"]) == (kind, state)]
+
+        with running(write_settings(tmp_path, broker.port)) as box:
+            for kind, (harmed, remedy) in harms.items():
+                box.feed(from_float(harmed))
+                subscriber.wait_for(lambda _, k=kind: bool(told(k, "raised")), kind)  # type: ignore[misc]
+                (alarm,) = told(kind, "raised")
+                assert (alarm.data["source"], alarm.data["severity"]) == ("stdin", "warning")
+                assert remedy in alarm.data["remedy"]
+                subscriber.wait_for(lambda _, k=kind: k in shown(), f"{kind} in health")  # type: ignore[misc]
+            box.feed(from_float(voices))
+            subscriber.wait_for(lambda _: all(told(kind, "over") for kind in harms), "the end of both", 2 * PATIENCE_S)
+            subscriber.wait_for(lambda _: shown() == [], "health without them")
+
+
 def stopped_once(is_reached: Callable[[Daemon], bool], options: Settings, look_s: float) -> Daemon:
     """A box that listened, and made itself a graph, until that was so; it is looked at every ``look_s``."""
 

@@ -353,6 +353,8 @@ def test_a_model_spoilt_after_its_activation_raises_an_alarm_and_the_daemon_goes
         (alarm,) = subscriber.on("evt/alarm")
     assert alarm.data["kind"] == "model-rolled-back"
     assert alarm.data["detail"].startswith(f"fragile is not used, {EMBEDDED} is again: ")
+    assert alarm.data["remedy"].startswith("import another release")
+    assert "alarm model-rolled-back raised: {detail}; {remedy}\n".format_map(alarm.data) in box.log
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another user")
