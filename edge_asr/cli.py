@@ -4,8 +4,8 @@ Only this room and its `cli_*` neighbours print or exit.
 
 Exit codes (sysexits.h): 0 done; 1 a test, a check or the demo found something wrong; 2 wrong usage; 66 an input file
 cannot be read, or there is no outbox; 69 a microphone, broker or other service is not there; 70 the recognizer cannot
-be kept running; 74 the outbox cannot be written; 78 settings, model or grammar cannot be used (systemd does not restart
-on this one); 130 interrupted.
+be kept running; 74 the outbox cannot be written, or a disk fails; 78 settings, model or grammar cannot be used (systemd
+does not restart on this one); 130 interrupted.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ The exit codes are documented in ``cli``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -49,6 +50,17 @@ CODES = {
 """Expected errors by name: who only runs the service has not loaded all rooms that raise them."""
 
 
+FAILING = frozenset({errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ESTALE, errno.ENXIO})
+"""What the kernel says of a file where the machine has trouble, not the file: another start may find it gone."""
+
+
+def exit_code(error: Exception) -> int | None:
+    """Of an expected error; None: a bug. What cannot be used because the machine fails is worth another start."""
+    code = CODES.get(f"{type(error).__module__}.{type(error).__name__}")
+    said = getattr(error, "errno", getattr(error.__context__, "errno", None))
+    return EXIT_IO if code == EXIT_CONFIG and said in FAILING else code
+
+
 class ExamplesLast(click.Group):
     """A group whose commands keep the line breaks of their examples and are listed in the order of this file."""
 
@@ -89,7 +101,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = CODES.get(f"{type(error).__module__}.{type(error).__name__}")
+        code = exit_code(error)
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # our reader has seen enough
             code = 0

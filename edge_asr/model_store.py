@@ -209,7 +209,7 @@ def bundled_manifests() -> tuple[Manifest, ...]:
 
 def manifests_in(folder: Path) -> tuple[Manifest, ...]:
     """List the models of a folder by name; their files are not looked at. Raises ModelError."""
-    with _explained():
+    with _explained(folder):
         return tuple(read_manifest(path) for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")))
 
 
@@ -219,7 +219,7 @@ def locate(name_or_path: str, installed: Path | None = None, provider: Provider 
     By its bundled name, its name in the folder of ``installed`` models, or the path of its directory. With a
     ``provider`` the weights are those that suit it, and files of others are not looked at; else the CPU's.
     """
-    with _explained():
+    with _explained(name_or_path):
         folder = _folder(name_or_path, installed)
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder / MANIFEST)
@@ -236,19 +236,20 @@ def locate(name_or_path: str, installed: Path | None = None, provider: Provider 
 def locate_vad(name: str = "silero-vad") -> Path:
     """Find a bundled speech detector's ONNX file and check it. Raises ModelError."""
     folder = bundled("models") / name
-    with _explained():
+    with _explained(folder):
         manifest = read_manifest(folder / MANIFEST)
         _verify(folder, manifest)
     return folder / manifest.model_file
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Whatever the file system refuses becomes one line."""
+def _explained(place: object) -> Iterator[None]:
+    """Whatever the file system refuses becomes one line; a failing disk does not say under which file it fails."""
     try:
         yield
     except OSError as error:
-        raise ModelError(f"{error.filename}: {error.strerror}; check that it is there and may be read") from None
+        found = error.filename or place
+        raise ModelError(f"{found}: {error.strerror}; check that it is there and may be read") from None
 
 
 def _folder(name_or_path: str, installed: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +164,28 @@ def test_bad_settings_are_one_line_with_the_place_and_exit_code_78(tmp_path: Pat
 def test_a_bad_change_of_a_setting_is_one_line_and_exit_code_78(change: str, complaint: str) -> None:
     done = edge_asr("check", "--set", change)
     assert (done.returncode, done.stderr) == (78, f"edge-asr: {complaint}\n")
+
+
+@pytest.mark.parametrize("failing", ["settings.yaml", "model/tokens.txt", "grammar.yaml"])
+def test_a_disk_that_fails_under_a_file_is_one_line_and_exit_code_74_which_systemd_tries_again(
+    tmp_path: Path, failing: str
+) -> None:
+    folder = tmp_path.resolve()
+    shutil.copytree(model_store.bundled("models") / model_store.EMBEDDED, folder / "model")
+    shutil.copy(model_store.bundled("grammars") / "factory.en.yaml", folder / "grammar.yaml")
+    path = folder / "settings.yaml"
+    path.write_text(
+        f"state_dir: {folder}\nmodel: {{name: {folder}/model}}\ncommands: {{grammars: [{folder}/grammar.yaml]}}\n"
+        "log: {level: error}\n",
+        encoding="utf-8",
+    )
+    broken = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(folder / failing), "-e", "inject=read:error=EIO"]
+    run = [sys.executable, "-m", "edge_asr.cli", "run", "--settings", str(path)]
+    done = subprocess.run([*broken, *run], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    (line,) = done.stderr.splitlines()
+    assert str((folder / failing).parent) in line
+    assert "Input/output error" in line
+    assert done.returncode == 74
 
 
 def test_listen_to_a_broker_that_is_not_there_is_one_line_and_exit_code_69() -> None:
