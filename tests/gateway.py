@@ -8,11 +8,14 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import importlib.resources
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import pytest
 import soundfile
 import soxr
 import yaml
@@ -34,6 +38,26 @@ from tests.broker import PATIENCE_S, Broker, free_port, wait_until
 
 RECORDINGS = model_store.bundled("recordings")
 CHROMIUM = "/usr/bin/chromium"
+AXE = importlib.resources.files("axe_playwright_python") / "axe.min.js"
+OFFER = """v=0
+o=- 1 1 IN IP4 0.0.0.0
+s=-
+t=0 0
+a=group:BUNDLE 0
+m=audio 9 UDP/TLS/RTP/SAVPF 111
+c=IN IP4 0.0.0.0
+a=mid:0
+a=sendonly
+a=rtcp-mux
+a=ice-ufrag:abcd
+a=ice-pwd:abcdefghijklmnopqrstuvwx
+a=fingerprint:sha-256 {}
+a=setup:actpass
+a=rtpmap:111 opus/48000/2
+a=candidate:1 1 udp 2130706431 127.0.0.1 9 typ host
+""".format(":".join(["AB"] * 32)).replace("\n", "\r\n")
+"""Of a call that nobody makes."""
+
 START_S = 3 * PATIENCE_S
 """A whole daemon and its model are loaded, maybe beside other tests."""
 
@@ -68,7 +92,7 @@ class Box:
 
     def board(self) -> dict[str, Any]:
         """What the dashboard shows."""
-        connection = http.client.HTTPSConnection("localhost", self.port, context=self.tls, timeout=PATIENCE_S)
+        connection = http.client.HTTPSConnection(self.address, self.port, context=self.tls, timeout=PATIENCE_S)
         with contextlib.closing(connection):
             connection.request("GET", "/board", headers={"Authorization": f"Bearer {self.watch}"})
             found: dict[str, Any] = json.load(connection.getresponse())
@@ -156,7 +180,7 @@ def box(
     subprocess.run([*program, "gateway", "cert", address, "-s", str(settings)], check=True, capture_output=True)
     tokens = Tokens(folder / "state/gateway/tokens.json")
     token, watch = tokens.add("tablet", "talk"), tokens.add("office", "watch")
-    tls = ssl.create_default_context(cafile=folder / "state/gateway/ca.crt")
+    tls = ssl.create_default_context(cafile=section.get("cert_file", folder / "state/gateway/ca.crt"))
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*prefix, *program, "run", "-s", str(settings)], stderr=log, stdin=subprocess.DEVNULL
@@ -177,10 +201,12 @@ def box(
 
 
 @functools.cache
-def transcribed(path: Path) -> list[dict[str, Any]]:
-    """What `edge-asr transcribe` makes of a file, which nobody changes."""
+def transcribed(*paths: Path) -> list[dict[str, Any]]:
+    """What `edge-asr transcribe` makes of files, which nobody changes."""
     done = subprocess.run(
-        [sys.executable, "-m", "edge_asr.cli", "transcribe", str(path), "--json"], check=True, capture_output=True
+        [sys.executable, "-m", "edge_asr.cli", "transcribe", *map(str, paths), "--json"],
+        check=True,
+        capture_output=True,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -202,29 +228,32 @@ def microphone_file(folder: Path, *names: str) -> Path:
 
 
 @contextlib.contextmanager
-def chromium(running: Box, microphone: Path | None, *, asks: bool = False, **context: Any) -> Iterator[BrowserContext]:
-    """A real browser that trusts the box's certificate; its microphone plays a file once, and nobody is asked.
+def chromium(
+    running: Box, microphone: Path | None, *more: str, asks: bool = False, again: bool = False, **context: Any
+) -> Iterator[BrowserContext]:
+    """A real browser that trusts the box's certificate; its microphone plays a file once, or again and again.
 
-    Where it asks, nobody is there to say yes.
+    Nobody is asked for the microphone; where the page asks, nobody is there to say yes.
     """
     certificate = x509.load_pem_x509_certificate((running.folder / "state/gateway/server.crt").read_bytes())
     key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     trusted = base64.b64encode(hashlib.sha256(key).digest()).decode()
-    arguments = [f"--ignore-certificate-errors-spki-list={trusted}"]
-    with browsing(running.folder, microphone, *arguments, asks=asks, **context) as browser:
+    arguments = [f"--ignore-certificate-errors-spki-list={trusted}", *more]
+    with browsing(running.folder, microphone, *arguments, asks=asks, again=again, **context) as browser:
         yield browser
 
 
 @contextlib.contextmanager
 def browsing(
-    folder: Path, microphone: Path | None, *arguments: str, asks: bool = False, **context: Any
+    folder: Path, microphone: Path | None, *arguments: str, asks: bool = False, again: bool = False, **context: Any
 ) -> Iterator[BrowserContext]:
     """A real browser with a microphone, and a profile of its own in a folder."""
+    once = "" if again else "%noloop"
     arguments = (
         *arguments,
         *(["--deny-permission-prompts"] if asks else ["--use-fake-ui-for-media-stream"]),
         "--use-fake-device-for-media-stream",
-        *([f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []),
+        *([f"--use-file-for-fake-audio-capture={microphone}{once}"] if microphone else []),
         "--disable-background-networking",
         "--no-first-run",
     )
@@ -245,19 +274,66 @@ def browsing(
             browser.close()
 
 
-def open_page(browser: BrowserContext, running: Box, **options: str) -> tuple[Page, list[str]]:
-    """The station's page by its link, and what its console complains of."""
-    for name, value in options.items():
-        browser.add_init_script(f"localStorage.setItem('{name}', '{value}')")
-    page = browser.pages[0] if browser.pages else browser.new_page()
-    complaints: list[str] = []
+def wait_for_pause(page: Page) -> None:
+    """Wait until somebody has spoken into the microphone and is silent: the recording has a long pause."""
+    page.wait_for_function(
+        """() => {
+          const bar = document.querySelector("#meter i");
+          window.listening ??= setInterval(() => {
+            if (new DOMMatrix(getComputedStyle(bar).transform).a > 0.3) window.loud = performance.now();
+          }, 20);
+          return performance.now() - window.loud > 800;
+        }"""
+    )
+
+
+def faults_of(page: Page) -> list[str]:
+    """What axe-core finds on a page that keeps people out: screen readers, keyboards, weak eyes."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run()")
+    return [f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]]
+
+
+def opened(browser: BrowserContext, url: str) -> tuple[Page, list[str]]:
+    """A page, and what its console complains of."""
+    page, complaints = browser.pages[0], list[str]()
     page.on(
         "console", lambda message: complaints.append(message.text) if message.type in {"error", "warning"} else None
     )
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(f"{running.url}/#token={running.token}")
+    page.goto(url)
+    return page, complaints
+
+
+def open_page(browser: BrowserContext, running: Box, **options: str) -> tuple[Page, list[str]]:
+    """The station's page by its link, and what its console complains of."""
+    for name, value in options.items():
+        browser.add_init_script(f"localStorage.setItem('{name}', '{value}')")
+    page, complaints = opened(browser, f"{running.url}/#token={running.token}")
     page.wait_for_selector("#gateway-state[data-state=on]")
     return page, complaints
+
+
+@contextlib.contextmanager
+def isolated(program: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A program in namespaces of its own, at work meanwhile; what it has found when it ends."""
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen([sys.executable, "-m", program], stdout=subprocess.PIPE, stderr=complaints)
+
+        def found() -> dict[str, Any]:
+            output, _ = process.communicate(timeout=100)
+            complaints.seek(0)
+            assert process.returncode == 0, complaints.read().decode()
+            result: dict[str, Any] = json.loads(output)
+            if "refused" in result:
+                pytest.skip(result["refused"])
+            return result
+
+        try:
+            yield found
+        finally:
+            process.send_signal(signal.SIGINT)  # so that what it has started ends as well
+            process.communicate()
 
 
 def run(scenario: Callable[[], Any]) -> Any:

@@ -15,7 +15,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ from edge_asr import clock
 from edge_asr.audio import quiet, read_file
 from edge_asr.events import SAMPLE_RATE
 from edge_asr.gateway import certificates, wire
-from edge_asr.gateway.call import Call, OfferError
+from edge_asr.gateway.call import Call, OfferError, check
 from edge_asr.gateway.container import Container, ContainerError, decode
-from edge_asr.gateway.rules import BURST, Pace, Rules
-from edge_asr.gateway.session import BusyError, Session
+from edge_asr.gateway.rules import BURST, Handler, Pace, Rules
+from edge_asr.gateway.session import BusyError, Session, _ending
 from edge_asr.gateway.talk import Talk
 from edge_asr.gateway.tokens import Station, Tokens
+from edge_asr.gateway.transcriptions import _Collected
 from edge_asr.gateway.vosk import _parsed, _rate
 from edge_asr.settings import Gateway
 from tests.broker import wait_until
-from tests.gateway import Box, box, recording, run, transcribed
+from tests.gateway import OFFER, Box, box, recording, run, transcribed
 from tests.test_gateway import STOP, encoded
 
 HALF_OPEN = 1000
@@ -49,29 +51,13 @@ LOOK_S = 0.5
 """What looking at the log adds."""
 WEBM = encoded(STOP, "webm")
 OGG = encoded(STOP, "ogg")
-OFFER = """v=0
-o=- 1 1 IN IP4 0.0.0.0
-s=-
-t=0 0
-a=group:BUNDLE 0
-m=audio 9 UDP/TLS/RTP/SAVPF 111
-c=IN IP4 0.0.0.0
-a=mid:0
-a=sendonly
-a=rtcp-mux
-a=ice-ufrag:abcd
-a=ice-pwd:abcdefghijklmnopqrstuvwx
-a=fingerprint:sha-256 {}
-a=setup:actpass
-a=rtpmap:111 opus/48000/2
-a=candidate:1 1 udp 2130706431 127.0.0.1 9 typ host
-""".format(":".join(["AB"] * 32)).replace("\n", "\r\n")
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """A box with little room, and no broker."""
-    with box(tmp_path_factory.mktemp("abused"), max_sessions=3, max_sessions_per_token=2) as started:
+    room: dict[str, Any] = {"max_sessions": 4, "max_sessions_per_address": 3, "max_sessions_per_token": 2}
+    with box(tmp_path_factory.mktemp("abused"), **room) as started:
         yield started
 
 
@@ -91,43 +77,51 @@ def half_open(port: int, number: int, tls: ssl.SSLContext) -> socket.socket:
     return plain
 
 
-def test_a_thousand_half_open_connections_do_not_disturb_who_is_talking_and_are_closed(running: Box) -> None:
+@pytest.fixture(scope="module")
+def flood(running: Box) -> Iterator[Future[list[socket.socket]]]:
+    """A thousand of them, which come while the first test that wants them runs; those that were not turned away."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     held: list[socket.socket] = []
 
-    def flood() -> None:
+    def come() -> list[socket.socket]:
         for number in range(HALF_OPEN):
-            with contextlib.suppress(OSError):  # turned away
+            with contextlib.suppress(OSError):
                 held.append(half_open(running.port, number, running.tls))
+        return held
 
+    with ThreadPoolExecutor(1) as elsewhere:
+        yield elsewhere.submit(come)
+    for connection in held:
+        connection.close()
+
+
+def test_a_thousand_half_open_connections_do_not_disturb_who_is_talking(
+    running: Box, flood: Future[list[socket.socket]]
+) -> None:
     async def talk() -> list[str]:
         async with running.client() as client:
-            flooding = asyncio.get_running_loop().run_in_executor(None, flood)
             texts = []
             for number in (1, 2):
                 await client.say(read_file(STOP), talk=number)
                 await client.send(type="end")
                 texts.append((await client.until("transcript"))["text"])
-            await flooding
+            held = await asyncio.wrap_future(flood)
+            assert len(held) == HALF_OPEN
             async with running.client() as late:  # and somebody new still gets in
                 await late.until("ready")
             return texts
 
     assert run(talk) == [transcribed(STOP)[0]["text"]] * 2
-    assert len(held) == HALF_OPEN
-    for connection in held:
-        connection.settimeout(20)
-        with contextlib.suppress(OSError, ssl.SSLError):
-            while connection.recv(4096):
-                pass  # an alert of TLS may come before the end
-        connection.close()
 
 
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nAuthorization: Bearer TOKEN\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nAuthorization: Bearer TOKEN" + b"a" * 20_000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nAuthorization : Bearer TOKEN\r\n\r\n", b"400"),
+        (b"GET /?token=TOKEN HTTP/1.1\r\nHost: localhost\r\nHost: other\r\n\r\n", b"400"),
         (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nHost: [\r\n\r\n", b"4"),
         (b"\x00\xff\r\n\r\n", b"400"),
@@ -140,29 +134,72 @@ def test_a_request_that_is_too_large_or_none_is_refused(running: Box, request_: 
         socket.create_connection(("127.0.0.1", running.port), timeout=10) as plain,
         running.tls.wrap_socket(plain, server_hostname="localhost") as secure,
     ):
-        secure.sendall(request_)
+        secure.sendall(request_.replace(b"TOKEN", running.token.encode()))
         assert secure.recv(4096).split(b" ")[1].startswith(status)
 
 
+async def knock(running: Box, address: str, token: str) -> tuple[int, str, str]:
+    """What somebody at this address of our own is told: status, when to come again, and why."""
+    here = aiohttp.TCPConnector(ssl=running.tls, local_addr=(address, 0))
+    async with aiohttp.ClientSession(connector=here, headers={"Authorization": f"Bearer {token}"}) as http:
+        response = await http.get(f"https://127.0.0.1:{running.port}/ws", headers={"Upgrade": "websocket"})
+        found = await response.json()
+        return response.status, response.headers.get("Retry-After", ""), found["error"]
+
+
 def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
-    async def crowd() -> tuple[str, int, str]:
-        other = running.tokens.add("other", "talk")
+    async def crowd() -> tuple[dict[str, Any], list[tuple[int, str, str]]]:
+        tokens = [running.tokens.add(name, "talk") for name in ("other", "another")]
         async with running.client() as first, running.client() as second:
             await first.until("ready")
             await second.until("ready")
             async with running.client() as third:
                 refused = await third.until("error")
-            async with running.client(token=other) as last, running.http() as http:
+            async with running.client(token=tokens[0]) as last:
                 await last.until("ready")
-                with pytest.raises(aiohttp.WSServerHandshakeError) as full:
-                    await http.ws_connect(f"{running.url}/ws")
-                headers = full.value.headers
-                assert headers
-                return refused["detail"], full.value.status, headers["Retry-After"]
+                here = await knock(running, "127.0.0.1", tokens[0])
+                connector = aiohttp.TCPConnector(ssl=running.tls, local_addr=("127.0.0.2", 0))
+                async with (
+                    aiohttp.ClientSession(connector=connector) as http,
+                    http.ws_connect(f"https://127.0.0.1:{running.port}/ws") as there,
+                ):
+                    await there.send_json({"type": "hello", "token": tokens[1]})
+                    await there.receive_str()
+                    return refused, [here, await knock(running, "127.0.0.3", tokens[1])]
 
-    detail, status, retry_after = run(crowd)
-    assert detail == "tablet has 2 sessions open already"
-    assert (status, retry_after) == (503, "5")
+    refused, knocks = run(crowd)
+    assert (refused["reason"], refused["detail"]) == ("busy", "tablet has 2 sessions open already")
+    assert knocks == [
+        (503, "5", "3 sessions are open from this address already"),
+        (503, "5", "all 4 sessions are taken; try again later"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("opened_s", "silent_s", "state", "reason"),
+    [
+        (999, 99, "attached", ""),
+        (1001, 1, "talking", "old"),
+        (900, 101, "attached", "idle"),
+        (900, 101, "talking", ""),
+        (900, 29, "alone", ""),
+        (900, 31, "alone", "gone"),
+    ],
+)
+def test_a_session_ends_by_age_by_silence_or_when_nobody_comes_back(
+    opened_s: float, silent_s: float, state: str, reason: str
+) -> None:
+    async def scenario() -> str:
+        session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+        now = session.opened + opened_s
+        session.active = now - silent_s
+        if state != "alone":
+            session.attach(_Collected(), 0)
+        if state == "talking":
+            session.begin(wire.Start(type="start", talk=1))
+        return _ending(session, Gateway(max_session_s=1000, idle_s=100, resume_s=30), now)[0]
+
+    assert asyncio.run(scenario()) == reason
 
 
 def children(pid: int) -> list[int]:
@@ -234,6 +271,14 @@ def test_a_peer_that_has_died_without_a_word_is_noticed_within_ten_seconds(runni
     mute_s, call_s = run(lambda: die(calling))
     assert mute_s < 10 + LOOK_S
     assert call_s < 10 + LOOK_S
+
+
+def test_half_open_connections_are_closed_in_the_end(flood: Future[list[socket.socket]]) -> None:
+    for connection in flood.result(60):
+        connection.settimeout(20)
+        with contextlib.suppress(OSError, ssl.SSLError):
+            while connection.recv(4096):
+                pass  # an alert of TLS may come before the end
 
 
 def test_no_secret_is_in_the_log(running: Box) -> None:
@@ -406,6 +451,10 @@ def mangled(lines: list[str], place: int, other: str) -> str:
     return "\r\n".join(lines)
 
 
+async def nobody_decides(_session: Session, _answer: wire.Answer) -> None:
+    """No question is open."""
+
+
 SDP_LINES = OFFER.split("\r\n")
 
 
@@ -419,8 +468,9 @@ SDP_LINES = OFFER.split("\r\n")
 def test_any_offer_is_answered_or_refused(offer: str) -> None:
     async def scenario() -> None:
         session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
-        call = Call(session, [], None, owns_session=True)
+        call = Call(session, [], None, nobody_decides, owns_session=True)
         try:
+            check(offer)
             answer = await call.answer(offer, controlled=False)
         except (OfferError, BusyError) as error:
             assert "\n" not in str(error).strip()  # noqa: PT017 - either outcome is right
@@ -452,7 +502,7 @@ PARTS = st.sampled_from(
 def test_any_fragment_of_candidates_is_taken_or_refused(lines: list[str]) -> None:
     async def scenario() -> None:
         session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
-        call = Call(session, [], None, owns_session=True)
+        call = Call(session, [], None, nobody_decides, owns_session=True)
         try:
             await call.answer(OFFER, controlled=False)
             with contextlib.suppress(OfferError):
@@ -475,16 +525,53 @@ def test_an_address_may_make_so_many_requests_and_then_as_many_as_refill() -> No
     assert [pace.allows("a", 1.2), pace.allows("a", 1.2), pace.allows("a", 1.2)] == [True, True, False]
 
 
-def test_a_token_may_make_no_more_requests_from_many_addresses_than_from_one(tmp_path: Path) -> None:
+def guarded(rules: Rules, remote: str, handler: Handler, **headers: str) -> web.StreamResponse:
+    """What the middleware makes of a request from an address."""
+    request = make_mocked_request("GET", "/", headers={"Host": "localhost", **headers}).clone(remote=remote)
+    return asyncio.run(rules.guard(request, handler))
+
+
+def test_who_makes_too_many_requests_by_one_token_or_from_one_address_is_told_to_come_again(tmp_path: Path) -> None:
     tokens = Tokens(tmp_path / "tokens.json")
     busy, calm = (tokens.add(name, "talk") for name in ("busy", "calm"))
     rules = Rules(Gateway(), tokens, lambda _: None)
 
-    def ask(token: str, times: int) -> list[Station]:
-        request = make_mocked_request("GET", "/", headers={"Authorization": f"Bearer {token}"})
-        return [rules.require(request, "talk") for _ in range(times)]
+    async def served(request: web.Request) -> web.StreamResponse:
+        rules.admit(request)
+        return web.Response()
 
-    with pytest.raises(web.HTTPTooManyRequests) as refused:
-        ask(busy, 100 * round(BURST))  # far faster than it refills
-    assert refused.value.headers["Retry-After"] == "5"
-    assert [station.name for station in ask(calm, 1)] == ["calm"]
+    def ask(token: str, addresses: Iterable[str]) -> list[web.StreamResponse]:
+        return [guarded(rules, each, served, Authorization=f"Bearer {token}") for each in addresses]
+
+    for refused in (  # far faster than it refills
+        ask(busy, (f"10.0.{number // 250}.{number % 250}" for number in range(5 * round(BURST))))[-1],
+        ask("wrong", ["10.1.0.1"] * 5 * round(BURST))[-1],
+    ):
+        assert (refused.status, refused.headers["Retry-After"]) == (429, "5")
+    (answer,) = ask(calm, ["10.2.0.1"])
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:8443", None, 200),
+        ("127.0.0.1:8443", "http://127.0.0.1:8443", 200),
+        ("[::1]:8443", None, 200),
+        ("evil.example", None, 403),
+        ("localhost:8443", "https://evil.example", 403),
+        ("localhost:8443", "null", 403),
+        ("localhost:8443", "https://mes.plant", 200),
+    ],
+)
+def test_a_gateway_without_tokens_serves_this_machines_names_and_pages_alone(
+    tmp_path: Path, host: str, origin: str | None, status: int
+) -> None:
+    options = Gateway(open=True, tls=False, origins=("https://mes.plant",))
+    rules = Rules(options, Tokens(tmp_path / "tokens.json"), lambda _: None)
+
+    async def served(_: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    sent = {"Host": host, **({} if origin is None else {"Origin": origin})}
+    assert guarded(rules, "127.0.0.1", served, **sent).status == status

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.resources
 import json
 import os
+import re
 import ssl
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_asr.events import RejectionReason
 from edge_asr.gateway import GatewayError, certificates
 from edge_asr.gateway.tokens import Tokens
-
-
-def edge_asr(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "edge_asr.cli", *arguments], capture_output=True, text=True, check=False
-    )
+from tests.test_cli import edge_asr, typed
 
 
 def test_openssl_accepts_the_certificate_for_every_name_and_no_other(tmp_path: Path) -> None:
@@ -151,21 +150,21 @@ def test_what_root_makes_for_the_service_belongs_to_the_service(tmp_path: Path) 
 
 def test_the_command_line_makes_lists_and_revokes(tmp_path: Path) -> None:
     state = ("--set", f"state_dir={tmp_path}")
-    made = edge_asr("gateway", "token", "add", "tablet-3", *state)
+    made = typed("gateway", "token", "add", "tablet-3", *state)
     assert made.returncode == 0
     token = made.stdout.strip()
     assert Tokens(tmp_path / "gateway/tokens.json").admit(token)
     assert f"https://HOST:8443/#token={token}" in made.stderr
-    listed = edge_asr("gateway", "token", "list", "--json", *state)
+    listed = typed("gateway", "token", "list", "--json", *state)
     assert json.loads(listed.stdout)["name"] == "tablet-3"
     assert token not in listed.stdout
-    assert edge_asr("gateway", "token", "revoke", "tablet-3", *state).returncode == 0
-    again = edge_asr("gateway", "token", "revoke", "tablet-3", *state)
+    assert typed("gateway", "token", "revoke", "tablet-3", *state).returncode == 0
+    again = typed("gateway", "token", "revoke", "tablet-3", *state)
     assert (again.returncode, again.stderr) == (69, "edge-asr: tablet-3 has no token; there are: none\n")
-    certificate = edge_asr("gateway", "cert", "10.3.7.20", *state)
+    certificate = typed("gateway", "cert", "10.3.7.20", *state)
     assert certificate.returncode == 0
     assert certificates.fingerprint(tmp_path / "gateway/ca.crt") in certificate.stdout
-    assert "neither a host name nor an IP address" in edge_asr("gateway", "cert", "a b", *state).stderr
+    assert "neither a host name nor an IP address" in typed("gateway", "cert", "a b", *state).stderr
 
 
 def test_without_its_packages_the_gateway_is_one_line_that_says_how_to_get_them(tmp_path: Path) -> None:
@@ -196,3 +195,12 @@ def test_a_gateway_that_cannot_be_opened_safely_is_one_line(tmp_path: Path, sect
     *before, line = done.stderr.splitlines()
     assert complaint in line
     assert not any(complaint in each or "Traceback" in each for each in before)
+
+
+def test_the_page_has_every_word_in_both_languages_and_one_for_every_rejection() -> None:
+    page = importlib.resources.files("edge_asr.gateway") / "page/texts.js"
+    english, chinese = page.read_text(encoding="utf-8").split("  zh: {")
+    keys = re.findall(r'"([\w-]+)":', english)
+    assert sorted(keys) == sorted(re.findall(r'"([\w-]+)":', chinese))
+    assert len(keys) == len(set(keys))
+    assert {f"reason-{reason}" for reason in get_args(RejectionReason)} <= set(keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 import socket
@@ -17,8 +16,9 @@ import pytest
 
 from edge_asr.gateway.call import _announced
 from edge_asr.settings import Gateway
+from tests.behind_mapping import HOST, PORTS
 from tests.broker import free_port, wait_until
-from tests.gateway import Box, box, recording, run, transcribed
+from tests.gateway import Box, box, isolated, recording, run, transcribed
 from tests.test_gateway import WhipClient
 
 STOP = recording("20-emergency-stop")
@@ -46,12 +46,25 @@ def destinations(running: Box, log: Path) -> Iterator[set[str]]:
         found -= own_addresses()
 
 
-def test_calls_take_the_ports_of_the_settings_and_ask_no_server_that_these_do_not_name(tmp_path: Path) -> None:
+def own_certificate(folder: Path) -> dict[str, Any]:
+    """Settings with a certificate that somebody else has made."""
+    made = {"cert_file": str(folder / "own.crt"), "key_file": str(folder / "own.key")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    for extension in ("subjectAltName=DNS:localhost", "keyUsage=critical,keyCertSign,digitalSignature"):
+        command += ["-addext", extension]
+    subprocess.run([*command, "-out", made["cert_file"], "-keyout", made["key_file"]], check=True, capture_output=True)
+    return made
+
+
+def test_calls_take_the_ports_and_certificate_of_the_settings_and_ask_nobody_that_these_do_not_name(
+    tmp_path: Path,
+) -> None:
     port = free_port()
 
     async def crowd(running: Box) -> tuple[str, list[int], str]:
         bearer = {"Authorization": f"Bearer {running.token}"}
         first, second = WhipClient(running, STOP), WhipClient(running, STOP)
+        first.more = "a=candidate:9 1 udp 2130706431 0b5e0a4c-7d2b.local 50000 typ host\r\n"
         async with running.http() as http:
             response = await first.call(http)
             await first.until("ready")
@@ -60,17 +73,27 @@ def test_calls_take_the_ports_of_the_settings_and_ask_no_server_that_these_do_no
             await http.delete(running.url + response.headers["Location"], headers=bearer)
             statuses.append((await second.offer(http)).status)
             answer = await response.text()
+            assert (await http.get(f"{running.url}/ca.crt")).status == 404  # there is none of ours to install
         await first.peer.close()
         await second.peer.close()
         return answer, statuses, refused.headers["Retry-After"]
 
-    with box(tmp_path, udp_ports=[port, port]) as running, destinations(running, tmp_path / "strace") as contacted:
+    section = {"udp_ports": [port, port], **own_certificate(tmp_path)}
+    with box(tmp_path, **section) as running, destinations(running, tmp_path / "strace") as contacted:
         answer, statuses, retry_after = run(lambda: crowd(running))
     assert set(re.findall(r"^a=candidate:\S+ \d udp \d+ \S+ (\d+) typ host", answer, re.MULTILINE)) == {str(port)}
     assert statuses == [503, 201]
     assert retry_after == "5"
     assert contacted == set()
     assert re.search(r'inet_addr\("', (tmp_path / "strace").read_text(encoding="utf-8"))  # it was watched
+
+
+def test_who_calls_a_container_by_the_address_of_its_host_is_understood() -> None:
+    with isolated("tests.behind_mapping") as called:
+        found = called()
+    assert found["said"] == transcribed(STOP)[0]["text"]
+    assert {address for address, _ in found["candidates"]} == {HOST}
+    assert all(PORTS[0] <= int(port) <= PORTS[1] for _, port in found["candidates"])
 
 
 def test_an_announced_address_stands_in_for_our_own_and_not_for_a_relays() -> None:
@@ -113,8 +136,7 @@ def test_servers_of_the_settings_are_asked_turn_relays_the_call_and_its_password
         async with running.http() as http:
             await client.call(http)
             await client.until("ready")
-            assert client.channel
-            client.channel.send(json.dumps({"type": "start", "talk": 1}))
+            client.say(type="start", talk=1)
             said: str = (await client.until("transcript"))["text"]
         await client.peer.close()
         return said

@@ -1,9 +1,10 @@
-"""Programs that others have written talk to the gateway: FFmpeg by WHIP, curl as a client of OpenAI's interface."""
+"""Programs that others have written talk to the gateway: FFmpeg by WHIP, vosk's own client, curl as one of OpenAI's."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,25 @@ def test_ffmpeg_calls_by_whip_and_its_command_reaches_the_broker(site: tuple[Box
     subscriber.wait_for(lambda _: subscriber.on("evt/command"), "its command")
     (said,) = subscriber.on("evt/command")
     assert (said.data["intent"], said.data["source"]) == ("EmergencyStop", "tablet")
+
+
+def test_vosks_own_client_works_unchanged(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    (expected,) = transcribed(STOP)
+    address = running.url.replace("https://", f"wss://station:{running.token}@")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vosk_by_itself", address, str(STOP)],
+        env={**os.environ, "SSL_CERT_FILE": str(running.folder / "state/gateway/ca.crt")},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr + running.log
+    (said,) = [each for each in json.loads(done.stdout) if each["text"]]
+    assert said["text"] == expected["text"]
+    assert [word["word"] for word in said["result"]] == said["text"].split()
+    assert all(0 <= word["start"] < word["end"] < len(read_file(STOP)) / 32_000 for word in said["result"])
 
 
 @pytest.fixture(scope="module")

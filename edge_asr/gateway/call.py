@@ -1,19 +1,20 @@
 """Carries a session's audio by WebRTC, and its events on a data channel; `whip` is how such a call is set up.
 
 Law: one audio track, Opus, nothing sent back but events on the client's data channel; no STUN or TURN server is asked
-unless the settings name one. What was offered wrongly is an OfferError, whatever aiortc makes of it. A peer from which
-neither audio nor a message comes for :data:`DEAD_S` is gone.
+unless the settings name one, and nobody for the address behind a name. What was offered wrongly is an OfferError,
+whatever aiortc makes of it. A peer from which neither audio nor a message comes for :data:`DEAD_S` is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import re
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from aiortc import (
@@ -52,14 +53,27 @@ MAX_BUFFERED_BYTES: Final = 1_000_000
 class OfferError(Exception):
     """An offer or candidate that cannot be taken; one line."""
 
+    def __init__(self, reason: str, *, malformed: bool = True) -> None:
+        super().__init__(reason)
+        self.malformed = malformed
+        """Whether it is none at all; otherwise what it asks for is not to be had here."""
+
 
 class Call:
     """One WebRTC connection of a session."""
 
     def __init__(
-        self, session: Session, ice_servers: list[RTCIceServer], announce: str | None, *, owns_session: bool
+        self,
+        session: Session,
+        ice_servers: list[RTCIceServer],
+        announce: str | None,
+        decide: Callable[[Session, wire.Answer], Coroutine[Any, Any, None]],
+        *,
+        owns_session: bool,
     ) -> None:
         self.session = session
+        self._decide = decide
+        """Takes a yes or no to a question of the session."""
         self._owns_session = owns_session
         """Whether the session ends with this call; otherwise a WebSocket carries it."""
         self._announce = announce
@@ -81,11 +95,10 @@ class Call:
         self.ended = asyncio.Event()
 
     async def answer(self, offer: str, *, controlled: bool) -> str:
-        """The answer to an SDP offer. Raises OfferError, BusyError."""
-        _check(offer)
+        """The answer to an SDP offer that has passed :func:`check`. Raises OfferError, BusyError."""
         self._voice.controlled = controlled or "m=application" in offer
         try:
-            await asyncio.wait_for(self._negotiate(offer), ANSWER_S)
+            await asyncio.wait_for(self._negotiate(_with_usable_candidates(offer)), ANSWER_S)
         except Exception as error:  # noqa: BLE001 - aiortc raises what its parser happens to stumble over
             await self.close()
             raise OfferError(f"this offer cannot be answered ({type(error).__name__}: {error})"[:200]) from None
@@ -94,7 +107,7 @@ class Call:
             await self.close()
             raise BusyError("no UDP port is free for a call, or this machine has no address but 127.0.0.1")
         found = re.search(r"^a=ice-ufrag:(\S+)", answer, re.MULTILINE)
-        self.etag = f'"{found[1] if found else ""}"'
+        self.etag = found[1] if found else ""
         self._start(self._watch(), "watch")
         return _announced(_wide(answer), self._announce)
 
@@ -112,7 +125,8 @@ class Call:
                 try:
                     candidate = candidate_from_sdp(value)
                     candidate.sdpMid = mid
-                    await self._peer.addIceCandidate(candidate)
+                    if _is_usable(candidate.protocol, candidate.ip):
+                        await self._peer.addIceCandidate(candidate)
                 except (ValueError, AssertionError, IndexError, KeyError, AttributeError):
                     raise OfferError(f"no candidate: {value[:100]}") from None
 
@@ -181,10 +195,14 @@ class Call:
                 self.session.begin(order.model_copy(update={"format": "rtp", "age_ms": self._voice.kept_ms}))
             elif isinstance(order, wire.End):
                 self.session.finish_soon()
+            elif isinstance(order, wire.Answer):
+                self._start(self._decide(self.session, order), "answer")
             elif isinstance(order, wire.Ping):
                 self.send({"type": "pong"})
-        except (wire.WireError, BusyError) as error:
-            self.send({"type": "error", "detail": str(error)})
+        except wire.WireError as error:
+            self.session.complain("misunderstood", str(error))
+        except BusyError as error:
+            self.session.complain("busy", str(error))
 
     async def _until_its_end(self, track: MediaStreamTrack) -> None:
         with contextlib.suppress(MediaStreamError):
@@ -219,16 +237,39 @@ class Call:
         task.add_done_callback(self._tasks.discard)
 
 
-def _check(offer: str) -> None:
-    """What a WHIP offer must look like before aiortc sees it."""
-    if not offer.startswith("v=0"):
-        raise OfferError("this is no SDP")
+def check(offer: str) -> None:
+    """What a WHIP offer must look like before aiortc sees it. Raises OfferError."""
     kinds = re.findall(r"^m=(\S+)", offer, re.MULTILINE)
+    if not offer.startswith("v=0") or not kinds:
+        raise OfferError("this is no SDP of an offer")
     if kinds.count("audio") != 1 or len(kinds) > 2 or set(kinds) - {"audio", "application"}:
-        offered = " ".join(kinds)[:80] or "nothing"
-        raise OfferError(f"expected one audio track and perhaps a data channel, not {offered}")
+        expected = "expected one audio track and perhaps a data channel"
+        raise OfferError(f"{expected}, not {' '.join(kinds)[:80]}", malformed=False)
     if re.search(r"^a=(recvonly|inactive)\s*$", offer, re.MULTILINE):
-        raise OfferError("the audio must be sent to us: a=sendonly")
+        raise OfferError("the audio must be sent to us: a=sendonly", malformed=False)
+    if not re.search(r"^a=rtpmap:\d+ opus/48000/2\s*$", offer, re.MULTILINE | re.IGNORECASE):
+        raise OfferError("the audio must be Opus: a=rtpmap:111 opus/48000/2", malformed=False)
+    if offer.count("\na=candidate:") > MAX_CANDIDATES:
+        raise OfferError(f"more than {MAX_CANDIDATES} candidates")
+
+
+def _is_usable(protocol: str, address: str) -> bool:
+    """Whether a candidate is one to try; RFC 9725 wants others passed over in silence.
+
+    Names are: aioice would ask the whole network for them, a second each, and their owner finds us anyway.
+    """
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return protocol.lower() == "udp"
+
+
+def _with_usable_candidates(offer: str) -> str:
+    """The offer without the others, and then without the word that more will not come."""
+    candidate = re.compile(r"^a=candidate:\S+ \d+ (\S+) \d+ (\S+) .*\n?", re.MULTILINE)
+    kept = candidate.sub(lambda found: found[0] if _is_usable(found[1], found[2]) else "", offer)
+    return kept if kept == offer else re.sub(r"^a=end-of-candidates\s*\n", "", kept, flags=re.MULTILINE)
 
 
 def _wide(answer: str) -> str:

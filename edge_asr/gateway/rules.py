@@ -49,6 +49,10 @@ _SECURITY: Final = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class HasteError(BusyError):
+    """An address or a token makes too many requests."""
+
+
 class Pace:
     """How many requests an address or a token may make: a bucket that refills."""
 
@@ -78,8 +82,8 @@ class Rules:
         self._tokens = tokens
         self._admitted = admitted
         """Tells the door that a connection has brought a whole header."""
-        self._pace = Pace(REQUESTS_PER_S, BURST)
-        self._pace_of_tokens = Pace(REQUESTS_PER_S, BURST)
+        self._addresses = Pace(REQUESTS_PER_S, BURST)
+        self._stations = Pace(REQUESTS_PER_S, BURST)
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -88,13 +92,14 @@ class Rules:
         problem = self._foreign(request)
         if problem:
             return _refusal(403, problem)
-        if not self._pace.allows(request.remote or "", asyncio.get_running_loop().time()):
-            return _refusal(429, "too many requests from this address; try again in a moment", RETRY_AFTER_S)
         upgrades = request.headers.get(hdrs.UPGRADE, "").lower() == "websocket"
         try:
+            _keep_pace(self._addresses, request.remote or "", "from this address")
+            if request.method == hdrs.METH_OPTIONS and request.match_info.http_exception is not None:
+                return _preflight(request.match_info.http_exception)
             return await asyncio.wait_for(handler(request), None if upgrades else REQUEST_S)
         except BusyError as error:
-            return _refusal(503, str(error), RETRY_AFTER_S)
+            return _refusal(429 if isinstance(error, HasteError) else 503, str(error), RETRY_AFTER_S)
         except asyncio.TimeoutError:
             return _refusal(408, f"this took longer than {REQUEST_S:g} s")
         except web.HTTPException as error:
@@ -116,16 +121,18 @@ class Rules:
             response.headers[hdrs.VARY] = hdrs.ORIGIN
 
     def admit(self, request: web.Request, token: str | None = None) -> Station | None:
-        """Whom the token of a request, or one sent apart, admits."""
+        """Whom the token of a request, or one sent apart, admits. Raises HasteError."""
         given = token or _authorization(request.headers.get(hdrs.AUTHORIZATION, ""))
-        if given:
-            return self._tokens.admit(given)
-        return LOCAL if self._options.open else None
+        local = LOCAL if self._options.open else None
+        station = self._tokens.admit(given) if given else local
+        if station is not None:
+            _keep_pace(self._stations, station.name, "with this token")
+        return station
 
     def require(self, request: web.Request, role: Role) -> Station:
         """The station of a request whose token has this role.
 
-        Raises HTTPUnauthorized, HTTPForbidden, HTTPTooManyRequests.
+        Raises HTTPUnauthorized, HTTPForbidden, HasteError.
         """
         station = self.admit(request)
         if station is None:
@@ -133,9 +140,6 @@ class Rules:
             raise web.HTTPUnauthorized(text="a token of this gateway is wanted", headers=challenge)
         if station.role != role and station is not LOCAL:
             raise web.HTTPForbidden(text=f"this token may {station.role}, not {role}")
-        if not self._pace_of_tokens.allows(station.name, time.monotonic()):
-            wait = {hdrs.RETRY_AFTER: str(RETRY_AFTER_S)}
-            raise web.HTTPTooManyRequests(text="too many requests with this token; try again in a moment", headers=wait)
         return station
 
     def _foreign(self, request: web.Request) -> str:
@@ -152,6 +156,18 @@ class Rules:
         schemes = ("https",) if self._options.tls else ("http", "https")  # https: a proxy before us took the TLS off
         own = {f"{scheme}://{request.host}" for scheme in schemes}
         return "" if origin in own else f"pages of {origin[:100]} may not use this gateway"
+
+
+def _keep_pace(pace: Pace, who: str, whence: str) -> None:
+    if not pace.allows(who, time.monotonic()):
+        raise HasteError(f"too many requests {whence}; try again in a moment")
+
+
+def _preflight(missing: web.HTTPException) -> web.Response:
+    """A page of another origin asks beforehand, where nobody else answers; :meth:`Rules.secure` says what it may."""
+    if isinstance(missing, web.HTTPMethodNotAllowed):
+        return web.Response()
+    raise missing
 
 
 def _refusal(status: int, reason: str, retry_after_s: int | None = None) -> web.Response:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from edge_asr import clock, contract, settings
 from edge_asr.events import Json, Message, Utterance
@@ -104,6 +105,7 @@ class Gateway:
                 Pages(self._authority, vosk.serve),
             ),
             access_log=None,
+            logger=_http_log(),
             handle_signals=False,
             keepalive_timeout=KEEP_ALIVE_S,
             max_line_size=MAX_HEADER_BYTES,
@@ -157,6 +159,17 @@ class Gateway:
                     seen = fresh
             except (OSError, settings.SettingsError) as error:
                 log.warning("gateway: the old certificate stays: %s", error)
+
+
+def _http_log() -> logging.Logger:
+    """What aiohttp has to say, except of requests that are none: it would quote them, and they may hold a token."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+    quiet = logging.getLogger(f"{__name__}.http")
+    quiet.addFilter(is_ours)
+    return quiet
 
 
 def _application(

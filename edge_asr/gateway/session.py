@@ -58,7 +58,7 @@ class Outlet(Protocol):
         """Send one, now or soon; never waits."""
 
     def cut(self, reason: str) -> None:
-        """Close the connection; the session stays."""
+        """Close the connection, for another has taken over; the session stays."""
 
 
 class Session:
@@ -121,6 +121,10 @@ class Session:
         if self._outlet is not None:
             self._outlet.send(event)
 
+    def complain(self, reason: str, detail: str) -> None:
+        """Tell the client what is wrong; by the reason, one of docs/gateway.md, it finds words of its own."""
+        self.tell("error", {"reason": reason, "detail": detail}, keep=False)
+
     def begin(self, start: wire.Start) -> None:
         """Start a talk, which ends the one before; a number that is known goes on with that talk. Raises BusyError."""
         if self.talk is not None and start.talk <= self.talk.number:
@@ -136,7 +140,7 @@ class Session:
         self.talk = talk = Talk(self.source, start.talk, rate=rate, age_ns=age_ns)
         self.container = None
         if start.format in {"webm", "ogg"}:
-            self.container = Container(start.format, talk, lambda why: self.tell("error", {"detail": why}, keep=False))
+            self.container = Container(start.format, talk, lambda why: self.complain("lost", why))
         self._talks.put_nowait(talk)
 
     async def take(self, position: int, data: memoryview) -> float:
@@ -158,8 +162,12 @@ class Session:
                 await self.container.put(position, bytes(data))
             else:
                 await talk.put(position, from_pcm16(data))
-        except (ValueError, ContainerError) as error:
+        except ValueError as error:
             raise wire.WireError(str(error)) from None
+        except ContainerError as error:  # the client cannot help it: this daemon has begun after the talk
+            self.complain("lost", str(error))
+            self.finish()
+            self._skipping = True
         self._acknowledge()
         return (talk.position - before) / talk.rate
 
@@ -290,13 +298,13 @@ class Sessions:
         asked = {each.id for each in self.pipeline.pending if each.utterance.source == session.source}
         try:
             if answer.pending_id not in asked:
-                session.tell("error", {"detail": "that question is not open any more"}, keep=False)
+                session.complain("answered", "that question is not open any more")
             elif answer.answer == "confirm":
                 await self.pipeline.confirm(answer.pending_id, answer.confirmations_left, "")
             else:
                 await self.pipeline.cancel(answer.pending_id)
         except ConfirmationError as error:
-            session.tell("error", {"detail": str(error)}, keep=False)
+            session.complain("answered", str(error))
 
     def understood(self, utterance: Utterance) -> None:
         """Note where in its talk an utterance began, for what is told of it next."""
@@ -339,10 +347,12 @@ class Sessions:
             await asyncio.sleep(SWEEP_S)
             now = asyncio.get_running_loop().time()
             for session in self:
-                reason = self._too_long(session, now)
+                reason, detail = _ending(session, self.options, now)
+                if not reason and not self.admitted(session.station):
+                    reason, detail = "revoked", "its token was revoked"
                 if reason and not session.over.is_set():
-                    log.info("%s: session ended: %s", session.source, reason)
-                    session.tell("error", {"detail": reason}, keep=False)
+                    log.info("%s: session ended: %s", session.source, detail)
+                    session.complain(reason, detail)
                     session.close()
 
     async def close(self) -> None:
@@ -350,16 +360,6 @@ class Sessions:
         for session in self:
             session.close()
         await asyncio.gather(*(task for _, task in self._running.values()))
-
-    def _too_long(self, session: Session, now: float) -> str:
-        if not session.attached and now - session.active > self.options.resume_s:
-            return "the connection is gone"
-        if now - session.opened > self.options.max_session_s:
-            return f"{self.options.max_session_s:g} s are the longest a session may last"
-        talking = session.talk is not None and not session.talk.ended
-        if not talking and now - session.active > self.options.idle_s:
-            return f"nobody spoke for {self.options.idle_s:g} s"
-        return "" if self.admitted(session.station) else "its token was revoked"
 
     def admitted(self, station: Station) -> bool:
         """Whether a station may still be here: by its token, or because this gateway is open to its own machine."""
@@ -370,7 +370,7 @@ class Sessions:
             await session.run(self.pipeline.hear)
         except Exception:
             log.exception("%s: the session failed", session.source)
-            session.tell("error", {"detail": "the session failed; the log knows more"}, keep=False)
+            session.complain("failed", "the session failed; the log knows more")
         finally:
             session.over.set()
             del self._running[session.source]
@@ -379,6 +379,18 @@ class Sessions:
     def _of(self, data: Mapping[str, Json]) -> Session | None:
         found = self._running.get(str(data.get("source")))
         return found[0] if found else None
+
+
+def _ending(session: Session, options: settings.Gateway, now: float) -> tuple[str, str]:
+    """(reason, detail) why a session has lasted long enough; empty: it may go on."""
+    if not session.attached and now - session.active > options.resume_s:
+        return "gone", "the connection is gone"
+    if now - session.opened > options.max_session_s:
+        return "old", f"{options.max_session_s:g} s are the longest a session may last"
+    talking = session.talk is not None and not session.talk.ended
+    if not talking and now - session.active > options.idle_s:
+        return "idle", f"nobody spoke for {options.idle_s:g} s"
+    return "", ""
 
 
 LOCAL = Station("local", "talk", "", "")

@@ -80,9 +80,11 @@ class _Conversation:
         """Nobody takes over such a session."""
 
     async def carry(self, socket: web.WebSocketResponse) -> None:
-        """Answer until `eof`."""
+        """Answer until `eof`. Raises WireError, BusyError."""
         while True:
             message = await socket.receive(timeout=SILENT_S)
+            if self._session.over.is_set():
+                raise BusyError("the session has ended")
             if message.type is WSMsgType.BINARY:
                 await self._hear(message.data)
                 await socket.send_str(json.dumps(self._answer(), ensure_ascii=False))

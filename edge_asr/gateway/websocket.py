@@ -34,6 +34,7 @@ AHEAD_S: Final = 45.0
 
 UNAUTHORIZED: Final = 4401
 REPLACED: Final = 4409
+"""A page that was opened twice: whoever hears this must not resume, or the two would take turns for ever."""
 
 Admit = Callable[[str | None], Station | None]
 
@@ -68,6 +69,7 @@ class Connection:
         self._outgoing: asyncio.Queue[Event | None] = asyncio.Queue()
         self._severed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when we are done with this client's connection."""
+        self._goodbye: int = WSCloseCode.OK
         self._heard_s = 0.0
         self._began = asyncio.get_running_loop().time()
 
@@ -79,15 +81,15 @@ class Connection:
             if session is not None:
                 await self._carry(session)
         except wire.WireError as error:
-            await self._refuse(1003, str(error))
+            await self._refuse(WSCloseCode.UNSUPPORTED_DATA, "misunderstood", str(error))
         except BusyError as error:
-            await self._refuse(1013, str(error))
+            await self._refuse(WSCloseCode.TRY_AGAIN_LATER, "busy", str(error))
         except (asyncio.TimeoutError, ConnectionError) as error:
             log.info("%s: the connection is gone %s", session.source if session else self._address, error)
         finally:
             if session is not None:
                 session.detach(self)
-            await self._socket.close()
+            await self._socket.close(code=self._goodbye)
 
     async def _greet(self, admit: Admit) -> Session | None:
         """The session that the first message opens or resumes."""
@@ -99,7 +101,8 @@ class Connection:
             raise wire.WireError(f"the first message must be a hello, not {hello.type}")
         station = admit(hello.token)
         if station is None or station.role != "talk":
-            await self._refuse(UNAUTHORIZED, "this token may not talk here; ask who looks after the box for one")
+            detail = "this token may not talk here; ask who looks after the box for one"
+            await self._refuse(UNAUTHORIZED, "unauthorized", detail)
             return None
         session = self._sessions.resume(hello.session, station) if hello.session else None
         resumed = session is not None
@@ -190,14 +193,19 @@ class Connection:
         if self._outgoing.qsize() < MAX_OUTGOING:
             self._outgoing.put_nowait(event)
         else:
-            self.cut("the client does not read")
+            self._sever("the client does not read")
 
     def cut(self, reason: str) -> None:
-        """Close the connection; the session stays."""
+        """Close the connection, for another has taken over; the session stays."""
+        self._goodbye = REPLACED
+        self._sever(reason)
+
+    def _sever(self, reason: str) -> None:
         if not self._severed.done():
             self._severed.set_exception(ConnectionResetError(reason))
 
-    async def _refuse(self, code: int, reason: str) -> None:
+    async def _refuse(self, code: int, reason: str, detail: str) -> None:
+        event = {"type": "error", "reason": reason, "detail": detail}
         with contextlib.suppress(ConnectionError):
-            await self._socket.send_str(json.dumps({"type": "error", "detail": reason}, ensure_ascii=False))
-            await self._socket.close(code=code, message=reason.encode()[:120])
+            await self._socket.send_str(json.dumps(event, ensure_ascii=False))
+            await self._socket.close(code=code, message=detail.encode()[:120])

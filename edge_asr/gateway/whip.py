@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from aiohttp import hdrs, web
+from aiohttp import ETag, hdrs, web
 from aiortc import RTCIceServer
 
 from edge_asr import settings
 from edge_asr.gateway import GatewayError, dtls, ice
-from edge_asr.gateway.call import MAX_SDP_BYTES, Call, OfferError
+from edge_asr.gateway.call import MAX_SDP_BYTES, Call, OfferError, check
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import BusyError, Session, Sessions
 from edge_asr.gateway.tokens import Station
@@ -62,17 +62,18 @@ class Whip:
             raise web.HTTPUnprocessableEntity(text="the DTLS client's side must be ours: a=setup:actpass or passive")
         servers = self._ice_servers()
         self._calls = {key: call for key, call in self._calls.items() if not call.ended.is_set()}
-        session, bound = self._session(request, station)
         try:
-            call = Call(session, servers, self._options.announce, owns_session=not bound)
+            check(offer)
+            session, bound = self._session(request, station)
+            call = Call(session, servers, self._options.announce, self._sessions.answer, owns_session=not bound)
             answer = await call.answer(offer, controlled=bound)
         except OfferError as error:
-            raise web.HTTPBadRequest(text=str(error)) from None
+            raise _refusal(error) from None
         before = self.call_of(session)
         self._calls[session.id] = call
         if before is not None:
             await before.close()
-        headers = {hdrs.LOCATION: f"/whip/{session.id}", hdrs.ETAG: call.etag, "Accept-Patch": FRAGMENT}
+        headers = {hdrs.LOCATION: f"/whip/{session.id}", hdrs.ETAG: f'"{call.etag}"', "Accept-Patch": FRAGMENT}
         return web.Response(status=201, body=answer.encode(), content_type=SDP, headers=headers)
 
     def _ice_servers(self) -> list[RTCIceServer]:
@@ -93,22 +94,22 @@ class Whip:
         return session, True
 
     async def _describe(self, _request: web.Request) -> web.Response:
-        return web.Response(status=204, headers={"Accept-Post": SDP, "Allow": "POST, OPTIONS"})
+        return web.Response(headers={"Accept-Post": SDP, "Allow": "POST, OPTIONS"})
 
     async def _trickle(self, request: web.Request) -> web.Response:
         call = self._find(request)
-        tag = request.headers.get(hdrs.IF_MATCH)
-        if tag is None:
-            raise web.HTTPPreconditionRequired(text=f"If-Match: {call.etag} is wanted")
-        if tag == "*":
+        tags = request.if_match
+        if tags is None:
+            raise web.HTTPPreconditionRequired(text=f'If-Match: "{call.etag}" is wanted')
+        if ETag("*") in tags:
             raise web.HTTPUnprocessableEntity(text="ICE restarts are not served; make another offer")
-        if tag != call.etag:
+        if ETag(call.etag) not in tags:
             raise web.HTTPPreconditionFailed(text="these candidates belong to another ICE session")
         fragment = await _body(request, FRAGMENT, MAX_FRAGMENT_BYTES)
         try:
             await call.trickle(fragment)
         except OfferError as error:
-            raise web.HTTPBadRequest(text=str(error)) from None
+            raise _refusal(error) from None
         return web.Response(status=204)
 
     async def _hang_up(self, request: web.Request) -> web.Response:
@@ -124,6 +125,10 @@ class Whip:
         if call.session.station != self._rules.require(request, "talk"):
             raise web.HTTPForbidden(text="this call belongs to another station")
         return call
+
+
+def _refusal(error: OfferError) -> web.HTTPException:
+    return (web.HTTPBadRequest if error.malformed else web.HTTPNotAcceptable)(text=str(error))
 
 
 async def _body(request: web.Request, content_type: str, limit: int) -> str:

@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import threading
@@ -23,6 +24,9 @@ from typing_extensions import Self
 
 _NEW_NETWORK, _NEW_MOUNTS = 0x40000000, 0x00020000
 _PRIVATE, _RECURSIVE = 1 << 18, 1 << 14
+_PROTOCOL = 9
+"""Where an IPv4 header names what it carries."""
+
 _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x0001 | 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +58,8 @@ class Weather:
     there: bool = True
     """From device to broker."""
     back: bool = True
+    udp: bool = True
+    """Many a firewall lets TCP through alone."""
 
 
 class Link:
@@ -103,8 +109,8 @@ class Link:
             if self._over in readable:
                 return
             for end in readable:
-                packet, number = os.read(end, 65_536), number + 1
-                if self._passes(from_device=end == self._device):
+                packet, number = self._carried(os.read(end, 65_536), from_device=end == self._device), number + 1
+                if packet is not None:
                     # Never before the packet ahead of it: TCP takes reordering for loss.
                     latest[end] = max(latest[end], time.monotonic() + self._travel_s())
                     heapq.heappush(underway, (latest[end], number, other[end], packet))
@@ -112,9 +118,12 @@ class Link:
                 _, _, end, packet = heapq.heappop(underway)
                 os.write(end, packet)
 
-    def _passes(self, *, from_device: bool) -> bool:
+    def _carried(self, packet: bytes, *, from_device: bool) -> bytes | None:
+        """What comes out at the other end; None: nothing."""
         whole = self.weather.there if from_device else self.weather.back
-        return whole and self._luck.random() >= self.weather.loss
+        if not whole or (packet[_PROTOCOL] == socket.IPPROTO_UDP and not self.weather.udp):
+            return None
+        return packet if self._luck.random() >= self.weather.loss else None
 
     def _travel_s(self) -> float:
         return max(0.0, self.weather.delay_s + self._luck.uniform(-1, 1) * self.weather.jitter_s)

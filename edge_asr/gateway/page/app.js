@@ -3,7 +3,7 @@
 import { draw, slots } from "./history.js";
 import { Microphone, MicrophoneError, PIECE_MS } from "./microphone.js";
 import { Socket } from "./socket.js";
-import { choose, fill, text } from "./texts.js";
+import { choose, fill, known, text } from "./texts.js";
 import { RATE, Voice } from "./voice.js";
 
 const TAIL_MS = 250; // people let go of the button before they have finished the word
@@ -35,6 +35,7 @@ let wanted = false;
 let broker = "unknown";
 let final = ""; // what was understood last in this talk
 let question = null;
+let noticed = null;
 const items = new Map(); // utterance id -> its line of the history
 
 function newLink() {
@@ -43,6 +44,8 @@ function newLink() {
   fresh.addEventListener("state", showState);
   fresh.addEventListener("event", ({ detail }) => handle(detail));
   fresh.addEventListener("refused", () => notice("token-needed", "enter-token", () => openOptions("token")));
+  fresh.addEventListener("full", () => notice("error-busy"));
+  fresh.addEventListener("dropped", () => notice("kept-too-long"));
   return fresh;
 }
 
@@ -129,24 +132,31 @@ button.addEventListener("contextmenu", (event) => event.preventDefault());
 button.addEventListener("click", (event) => {
   if (event.detail === 0) (wanted ? finish() : begin()); // screen readers click without a pointer
 });
-const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, dialog, a, button:not(#talk)");
+let held = false; // the space bar, by which this button was pressed: wherever the focus is then, it is let go here
+const isTalkKey = (event) =>
+  event.code === "Space" && (held || !event.target.closest("input, dialog, a, button:not(#talk)"));
 document.addEventListener("keydown", (event) => {
   if (!isTalkKey(event)) return;
   event.preventDefault();
   if (event.repeat) return;
+  held = true;
   if (options.mode === "hold") begin();
   else (wanted ? finish() : begin());
 });
 document.addEventListener("keyup", (event) => {
   if (!isTalkKey(event)) return;
   event.preventDefault();
+  held = false;
   if (options.mode === "hold") finish();
 });
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) finish();
   else if (link.session) link.connect();
 });
-addEventListener("blur", () => options.mode === "hold" && finish());
+addEventListener("blur", () => {
+  held = false;
+  if (options.mode === "hold") finish();
+});
 
 // ---------------------------------------------------------------- what comes back
 
@@ -156,7 +166,7 @@ function handle(event) {
     case "ready":
       by("station").textContent = event.source;
       call();
-      clearNotice();
+      if (noticed?.key !== "kept-too-long") clearNotice();
       break;
     case "transcribing":
       live(event.text || text("transcribing"), event.text ? "partial" : "hint");
@@ -188,7 +198,8 @@ function handle(event) {
       live(text("overloaded"), "hint");
       break;
     case "error":
-      notice(event.detail);
+      if (event.reason === "lost") finish();
+      notice(known(`error-${event.reason}`) ? `error-${event.reason}` : event.detail);
       break;
   }
 }
@@ -226,7 +237,7 @@ function ask(event) {
   by("question-slots").replaceChildren();
   slots(by("question-slots"), event);
   by("question").hidden = false;
-  by("confirm").focus({ preventScroll: true });
+  by("question").focus({ preventScroll: true }); // not on Yes: the space bar is for talking, and No can be said
   const until = performance.now() + Math.max(1000, new Date(event.confirm_until) - new Date(event.time));
   const whole = until - performance.now();
   clearInterval(ask.clock);
@@ -248,16 +259,17 @@ by("cancel").addEventListener("click", () => question && link.answer(question, "
 // ---------------------------------------------------------------- how things stand
 
 function notice(key, action, act) {
+  noticed = { key, action, act };
   by("notice").hidden = false;
   by("notice-text").textContent = text(key);
-  const help = text(`${key}-help`);
-  by("notice-help").textContent = help === key || help.endsWith("-help") ? "" : help;
+  by("notice-help").textContent = known(`${key}-help`) ? text(`${key}-help`) : "";
   by("notice-action").hidden = !action;
   by("notice-action").textContent = action ? text(action) : "";
   by("notice-action").onclick = act ?? null;
 }
 
 function clearNotice() {
+  noticed = null;
   by("notice").hidden = true;
 }
 
@@ -268,7 +280,7 @@ function showState() {
   const chip = by("broker-state");
   chip.dataset.state = link.state === "on" ? broker : "unknown";
   chip.textContent = text(`broker-${chip.dataset.state}`);
-  if (talking && link.state !== "on") live(text("sending-later"), "hint");
+  if ((talking || link.waiting) && link.state !== "on") live(text("sending-later"), "hint");
 }
 
 function showTalk() {
@@ -311,6 +323,7 @@ function translate() {
   }
   if (by("live").className === "hint") live(text(talking ? "listening" : "idle"), "hint");
   items.forEach((line) => draw(line, line.event, line.kind));
+  if (noticed) notice(noticed.key, noticed.action, noticed.act);
   showState();
   showTalk();
 }

@@ -79,6 +79,7 @@ function sources(found) {
   rows("sources", Object.entries(found).map(([name, health]) => {
     const meter = document.createElement("meter");
     Object.assign(meter, { min: -80, max: 0, low: -60, high: -3, optimum: -30, value: health.level_dbfs ?? -80 });
+    meter.ariaLabel = `${text("level")} ${name}`;
     meter.title = health.level_dbfs === null ? "–" : `${health.level_dbfs} dBFS`;
     return [name, meter, health.snr_db === null ? "–" : `${health.snr_db.toFixed(0)} dB`, health.lost_s.toFixed(1)];
   }), [2, 3]);

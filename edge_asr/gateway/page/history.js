@@ -16,7 +16,7 @@ export function draw(line, event, kind) {
   }
   const badges = add(body, "p", "", "badges");
   add(badges, "span", kind === "rejected" ? text(`reason-${event.reason}`) : text(kind), "badge kind");
-  if (event.source && line.closest(".dashboard")) add(badges, "span", event.source, "badge");
+  if (event.source && document.body.matches(".dashboard")) add(badges, "span", event.source, "badge");
   if (kind === "command" && event.confirmed) add(badges, "span", text("kind-confirmed"), "badge");
   if (event.language && event.language !== "nospeech") add(badges, "span", text(`lang-${event.language}`), "badge");
   if (event.emotion && !/UNK/.test(event.emotion)) add(badges, "span", text(`emotion-${event.emotion}`), "badge");

@@ -36,6 +36,7 @@ export class Socket extends EventTarget {
     }));
     socket.onmessage = ({ data }) => this.#hear(JSON.parse(data));
     socket.onclose = ({ code }) => socket === this.socket && this.#lost(code);
+    socket.onerror = () => socket === this.socket && this.state === "connecting" && this.#ask();
     this.heard = performance.now();
     clearInterval(this.pulse);
     this.pulse = setInterval(() => this.#beat(), PING_MS);
@@ -161,8 +162,18 @@ export class Socket extends EventTarget {
     } else if (this.state === "on") this.#send({ type: "ping" });
   }
 
+  /** Browsers do not say why a WebSocket was not let in. */
+  async #ask() {
+    const response = await fetch("ws").catch(() => undefined);
+    if ([429, 503].includes(response?.status)) this.dispatchEvent(new Event("full"));
+  }
+
   #lost(code) {
     clearInterval(this.pulse);
+    if (code === 4409) {
+      this.session = null; // a page opened twice: the other one has it now
+      this.have = 0;
+    }
     if (code === 4401) {
       this.socket = null;
       this.#is("off");

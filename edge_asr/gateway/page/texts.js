@@ -35,14 +35,20 @@ const TEXTS = {
     "busy-microphone-help": "Close it, then press the button again.",
     "token-needed": "This station has no valid token.",
     "token-needed-help": "Ask who looks after the box for its link, or enter the token here.",
-    "enter-token": "Enter token", "full": "The box takes nobody else just now; trying again by itself.",
-    "session-over": "The session has ended; press the button to go on.",
+    "enter-token": "Enter token",
+    "error-busy": "The box takes nobody else just now; trying again by itself.",
+    "error-answered": "That question is not open any more.",
+    "error-lost": "What you said has not arrived whole. Please say it again.",
+    "error-idle": "Nobody spoke for a long time; a new session begins.",
+    "error-old": "The session has ended; a new one begins.",
+    "error-failed": "The session failed; a new one begins. Who looks after the box finds more in its log.",
+    "kept-too-long": "No connection for too long: the oldest of your words are lost.",
     "lang-zh": "Chinese", "lang-en": "English", "lang-yue": "Cantonese", "lang-ja": "Japanese", "lang-ko": "Korean",
     "emotion-HAPPY": "happy", "emotion-SAD": "sad", "emotion-ANGRY": "angry", "emotion-NEUTRAL": "calm",
     "emotion-FEARFUL": "afraid", "emotion-DISGUSTED": "disgusted", "emotion-SURPRISED": "surprised",
     "event-BGM": "music", "event-Laughter": "laughter", "event-Applause": "applause", "event-Cry": "crying",
     "event-Sneeze": "sneeze", "event-Breath": "breath", "event-Cough": "cough",
-    "sure": "sure", "lost": "of audio were lost",
+    "sure": "sure",
     "watch-token": "Token that may watch", "watch-needed": "This page wants a token with the role watch: edge-asr gateway token add NAME --role watch",
     "alarms": "Alarms", "sources": "What is being heard", "sessions": "Sessions", "source": "Source", "level": "Level",
     "snr": "S/N", "lost-s": "Lost s", "by": "By", "address": "Address", "state": "State", "said": "Said lately",
@@ -86,14 +92,20 @@ const TEXTS = {
     "busy-microphone-help": "请关闭它，然后再按一次按钮。",
     "token-needed": "本工位没有有效的令牌。",
     "token-needed-help": "请向设备管理员索取链接，或在此输入令牌。",
-    "enter-token": "输入令牌", "full": "设备目前无法接入更多工位；会自动重试。",
-    "session-over": "会话已结束；按下按钮继续。",
+    "enter-token": "输入令牌",
+    "error-busy": "设备目前无法接入更多工位；会自动重试。",
+    "error-answered": "这个问题已经关闭。",
+    "error-lost": "您的话没有完整送达，请再说一遍。",
+    "error-idle": "长时间无人讲话；将开始新的会话。",
+    "error-old": "会话已结束；将开始新的会话。",
+    "error-failed": "会话出错；将开始新的会话。设备管理员可在日志中查看详情。",
+    "kept-too-long": "连接中断太久：最早的语音已丢失。",
     "lang-zh": "中文", "lang-en": "英语", "lang-yue": "粤语", "lang-ja": "日语", "lang-ko": "韩语",
     "emotion-HAPPY": "高兴", "emotion-SAD": "悲伤", "emotion-ANGRY": "生气", "emotion-NEUTRAL": "平静",
     "emotion-FEARFUL": "害怕", "emotion-DISGUSTED": "厌恶", "emotion-SURPRISED": "惊讶",
     "event-BGM": "音乐", "event-Laughter": "笑声", "event-Applause": "掌声", "event-Cry": "哭声",
     "event-Sneeze": "喷嚏", "event-Breath": "呼吸", "event-Cough": "咳嗽",
-    "sure": "置信度", "lost": "的音频丢失",
+    "sure": "置信度",
     "watch-token": "可查看的令牌", "watch-needed": "本页面需要角色为 watch 的令牌：edge-asr gateway token add NAME --role watch",
     "alarms": "报警", "sources": "正在收听", "sessions": "会话", "source": "来源", "level": "电平",
     "snr": "信噪比", "lost-s": "丢失秒数", "by": "方式", "address": "地址", "state": "状态", "said": "最近的话",
@@ -110,6 +122,10 @@ let chosen = "en";
 export function choose(language) {
   chosen = language in TEXTS ? language : "en";
   document.documentElement.lang = chosen === "zh" ? "zh-CN" : "en";
+}
+
+export function known(key) {
+  return key in TEXTS[chosen];
 }
 
 export function text(key) {
