@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -44,6 +44,9 @@ OTHER: Literal["zh"] = "zh"
 
 WARM = 50
 """Utterances after which the memory in use is the base line."""
+
+LAST_LINES = 20
+"""Of the log of a daemon that does not start."""
 
 DRIFT_LIMIT_MB = 4.0
 """Of 10,000 orders; 1 kB lost with each of them is 5 MB."""
@@ -189,16 +192,14 @@ def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
     ):
         manager.bind(f"{folder}/notify")
-        manager.settimeout(60)
         changes = [f"state_dir={folder}/state", "sources=[{type: microphone}]", "log.level=error"]
         changes += [f"model.name={model}", f"model.languages=[{OTHER}]"] if model else []
         changes += ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
         command = [sys.executable, "-m", "edge_asr.cli", "run", *(part for each in changes for part in ("--set", each))]
         variables = {**compiled(Path(folder)), **card.environment, "NOTIFY_SOCKET": f"{folder}/notify"}
         began = time.monotonic()
-        with subprocess.Popen(command, env=variables) as daemon:
-            while b"READY=1" not in manager.recv(4096):
-                pass
+        with started(command, variables, Path(folder) / "log") as daemon:
+            await_ready(daemon, manager, Path(folder) / "log")
             ready_s = time.monotonic() - began
             ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
             threading.Thread(target=_listen, args=[manager], daemon=True).start()
@@ -206,9 +207,31 @@ def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[
             pids = family(daemon.pid)
             quiet = idle(pids, idle_s)
             memory = memory_mb(pids)
-            daemon.terminate()
         ready = {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
         return {**ready, **memory, **quiet}
+
+
+@contextmanager
+def started(command: list[str], variables: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is told to end in any case."""
+    with log.open("wb") as errors, subprocess.Popen(command, env=variables, stderr=errors) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def await_ready(daemon: subprocess.Popen[bytes], manager: socket.socket, log: Path, limit_s: float = 60.0) -> None:
+    """Return when the daemon says READY=1; one that ends or takes too long is an error with its last lines."""
+    manager.settimeout(0.1)
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and daemon.poll() is None:
+        with suppress(TimeoutError):
+            if b"READY=1" in manager.recv(4096):
+                return
+    how = f"is not ready after {limit_s:g} s" if daemon.poll() is None else f"ended with {daemon.poll()}"
+    last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    raise SystemExit("\n".join([f"edge-asr run {how}", *last]))
 
 
 def _listen(manager: socket.socket) -> None:
