@@ -23,8 +23,8 @@ from typing import Any
 
 from edge_asr import clock, model_store, prepared, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
-from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
-from edge_asr.inference import SileroDetector
+from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Draft, Utterance, new_id
+from edge_asr.inference import OnnxRecognizer, SileroDetector
 from edge_asr.model_store import ModelFiles
 from edge_asr.outbox import Outbox
 from edge_asr.pipeline import Pipeline, Timing, Understanding
@@ -32,7 +32,7 @@ from edge_asr.prepared import FOLDER, Record
 from edge_asr.settings import Settings
 from edge_asr.speech import KEEP_SILENCE_S
 from edge_asr.worker import Worker
-from tests.bench_engine import machine, make_model
+from tests.bench_engine import machine, make_model, noise
 
 NAMES = (
     *("01-start-line-three", "03-set-mixer-speed", "05-set-oven-temperature", "13-set-conveyor-speed"),
@@ -105,6 +105,37 @@ async def commits(options: Settings, worker: Worker, outbox: Outbox, rounds: int
     return found
 
 
+def cpu_s(pid: int) -> float:
+    """What all threads of a process have used so far."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text(encoding="ascii").split()[0]) for task in tasks) / clock.NS_PER_S
+
+
+async def overhead(
+    worker: Worker, outbox: Outbox, files: ModelFiles, options: Settings, rounds: int
+) -> dict[str, float]:
+    """CPU time of an utterance of 3 s by way of the worker into the outbox, over that of the bare decode, by turns."""
+    bare = OnnxRecognizer(files, options.model, prepared.find(files, options.models_directory, options.model))
+    decodes_s, ways_s = [], []
+    for number in range(rounds + 1):
+        began_s = time.thread_time()
+        bare.recognize(noise(3, 2 * number))
+        decodes_s.append(time.thread_time() - began_s)
+        pcm = noise(3, 2 * number + 1)  # new to both, so that its features are new
+        began_s = time.process_time() + cpu_s(worker.pid)
+        utterance = Utterance(new_id(), "bench", 0, pcm, clock.boottime_ns())
+        heard = await asyncio.to_thread(worker.understand, utterance, final=True)
+        assert heard.transcript is not None
+        await outbox.append(Draft("evt/transcript", "transcript", {"text": heard.transcript.text}))
+        ways_s.append(time.process_time() + cpu_s(worker.pid) - began_s)
+    pairs = list(zip(decodes_s, ways_s, strict=True))[1:]  # the first one warms up
+    return {
+        "decode_ms": round(1000 * statistics.median(decode for decode, _ in pairs), 1),
+        "way_ms": round(1000 * statistics.median(way for _, way in pairs), 1),
+        "overhead": round(statistics.median(way / decode for decode, way in pairs) - 1, 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="times each recording is played")
@@ -124,6 +155,7 @@ def main() -> None:
         try:
             with closing(Outbox(folder / "outbox.db", 100_000_000)) as outbox:
                 found = asyncio.run(commits(options, worker, outbox, arguments.rounds))
+                extra = asyncio.run(overhead(worker, outbox, files, options, 5 * arguments.rounds))
         finally:
             worker.close()
     waits = sorted(each["to_commit_ms"] for each in found)
@@ -133,6 +165,7 @@ def main() -> None:
         "utterances": len(found),
         "audio_s": statistics.median(each["audio_s"] for each in found),
         "to_commit_ms": {"p50": statistics.median(waits), "p95": waits[int(0.95 * (len(waits) - 1))]},
+        "overhead": extra,
         "load_after": round(os.getloadavg()[0], 1),
     }
     print(json.dumps(figures, indent=1))

@@ -18,7 +18,7 @@ import soundfile
 import soxr
 from click.testing import CliRunner
 
-from edge_asr import cli, command_line, doctor, model_store, settings
+from edge_asr import bench, cli, command_line, doctor, model_store, settings
 from tests.broker import HOST, Broker, free_port, wait_until
 from tests.soundcard import sound_card
 
@@ -81,6 +81,14 @@ def test_the_service_does_not_carry_the_memory_of_other_verbs() -> None:
 def test_every_exit_code_is_of_an_error_that_there_is(name: str) -> None:
     room, _, error = name.rpartition(".")
     assert issubclass(getattr(importlib.import_module(room), error), Exception)
+
+
+def test_bench_shows_what_each_stage_costs_hotwords_and_grammar_included() -> None:
+    changed = settings.Settings.model_validate({"hotwords": {"phrases": ["RCCB"]}})
+    stages = {stage["name"]: stage["cpu_ms_per_audio_s"] for stage in bench.run(changed, rounds=1)["stages"]}
+    whole = stages.pop("everything, as the daemon")
+    assert set(stages) >= {"speech detector", "recognizer, onnxruntime", "hotwords", "command grammar"}
+    assert all(0 < cost < whole for cost in stages.values())
 
 
 def test_transcribe_prints_one_json_object_per_utterance() -> None:
