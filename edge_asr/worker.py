@@ -46,9 +46,10 @@ LIMIT_S: Final = 8.0
 WORK_BASE_S: Final = 4.0
 """CPU time that any utterance may take: more is a loop without an end."""
 
-WORK_FACTOR: Final = 12.0
-"""What a second of speech may take besides, over what a second of the golden recording took on this very box, so a slow
-board gets more. Three paces and five languages are 8.3 plain decodes, and attention grows faster than length."""
+WORK_FACTOR: Final = 16.0
+"""What a second of speech may take besides, over what a second of the golden recording took on this very box, slow or
+fast. Three paces and five languages are 8.3 plain decodes, attention grows faster than length, and the golden
+recording's features were known."""
 
 CLOCK_LIMIT_S: Final = 30.0
 """On the clock, for what computes now and then and never answers."""

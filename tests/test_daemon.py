@@ -277,6 +277,19 @@ def test_what_the_outbox_gave_up_is_told_in_the_log_with_its_remedy(tmp_path: Pa
         assert "deleted were 1 transcript; restore the broker or raise outbox.limits" in box.log
 
 
+def test_a_damaged_outbox_is_an_alarm_with_its_remedy(tmp_path: Path) -> None:
+    outbox = tmp_path / "state" / "outbox.db"
+    outbox.parent.mkdir()
+    with contextlib.closing(Outbox(outbox, 2**20)) as opened:
+        asyncio.run(opened.append(Draft("evt/transcript", "transcript", {})))
+    with outbox.open("r+b") as file:
+        file.write(bytes(4096))
+    with running(write_settings(tmp_path, free_port())) as box:
+        box.wait_for_log(
+            f"alarm outbox-damaged raised: {outbox} was damaged; what was readable is kept; check the disk"
+        )
+
+
 def test_a_broker_that_forbids_the_devices_own_meta_is_told_in_the_log_the_metrics_and_the_status_line(
     tmp_path: Path,
 ) -> None:

@@ -132,13 +132,13 @@ def test_a_loop_without_an_end_is_noticed_in_time_and_costs_nothing_else(
 @pytest.mark.parametrize("pace", [0.02, 0.1, 1.0])
 def test_however_slow_the_box_the_longest_speech_in_five_languages_at_three_paces_is_no_loop(pace: float) -> None:
     needed_s = (5 + 1.0 + 1.1 + 1.2) * pace * inference.MAX_UTTERANCE_S
-    assert worker.work_limit_s(inference.MAX_UTTERANCE_S, pace) > 1.4 * needed_s
+    assert worker.work_limit_s(inference.MAX_UTTERANCE_S, pace) > 1.9 * needed_s
 
 
 def test_a_loop_in_an_order_is_noticed_within_the_watchdogs_ten_seconds_with_the_largest_model(walled: Worker) -> None:
     assert walled.facts.golden_s == pytest.approx(2, abs=1)
     assert 0 < walled.facts.golden_cpu_s < walled.facts.golden_s
-    assert worker.work_limit_s(speech_s=4.0, pace=0.1) < 10
+    assert worker.work_limit_s(speech_s=4.0, pace=0.07) < 10  # its own graph, docs/performance.md
 
 
 def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
