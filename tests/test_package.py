@@ -9,17 +9,33 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import edge_asr
 from tests.sysbox import CHECKOUT, Sysbox, booted
 from tests.test_systemd import speak
 
 SETTINGS = """
 device: box
-sources: [{type: files, paths: [/etc/edge-asr/order.wav]}, {type: microphone}]
+sources: [{type: files, paths: [/etc/edge-asr/order.wav, /etc/edge-asr/order.wav]}, {type: microphone}]
 commands: {grammars: [factory.en], min_confidence: 0.3}
+mqtt: {host: 127.0.0.1}
 """
+
+MOSQUITTO = """
+listener 1883 127.0.0.1
+allow_anonymous true
+persistence true
+persistence_location /var/lib/mosquitto/
+user root
+"""
+LINE = ("mosquitto_sub", "-h", "127.0.0.1", "-i", "line", "-c", "-q", "1", "-t", "voice/box/evt/+")
+"""A consumer whose session the broker keeps."""
+
+
+NEXT = f"{edge_asr.__version__}+next"
 
 
 def build(folder: Path, *options: str) -> Path:
@@ -52,7 +68,7 @@ def test_a_package_holds_what_it_must_and_nothing_that_anybody_may_change(arch: 
     assert package.name.endswith(f"_{arch}.deb")
     for path in (
         "/lib/systemd/system/edge-asr.service",
-        "/etc/edge-asr/settings.yaml",
+        "/usr/share/edge-asr/settings.yaml",
         "/usr/bin/edge-asr",
         "/opt/edge-asr/.venv/bin/edge-asr",
         "/usr/share/doc/edge-asr/copyright",
@@ -61,6 +77,7 @@ def test_a_package_holds_what_it_must_and_nothing_that_anybody_may_change(arch: 
     assert any(path.endswith("bundled/models/micro-en/model.int8.onnx") for path in held)
     assert {entry.split()[1] for entry in held.values()} == {"root/root"}
     assert [path for path, entry in held.items() if entry[0] != "l" and entry[8] == "w"] == []
+    assert not [path for path in held if path.startswith("/etc/")]  # what a person changes is never asked about
     fields = subprocess.run(["dpkg-deb", "--field", package], check=True, capture_output=True, text=True).stdout
     assert f"Architecture: {arch}\n" in fields
     assert "@" not in fields.replace("maintainers@", "")
@@ -71,6 +88,22 @@ def test_the_maintainer_scripts_are_sound_shell(script: str) -> None:
     subprocess.run(["sh", "-n", CHECKOUT / "packaging/debian" / script], check=True)
 
 
+def next_version(package: Path, folder: Path) -> Path:
+    """The package as a later release would be: another version number, another example of settings."""
+    tree = folder / "next"
+    subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
+    (package_init,) = tree.glob("opt/edge-asr/.venv/lib/python*/site-packages/edge_asr/__init__.py")
+    for path in (tree / "DEBIAN/control", package_init):
+        text = path.read_text(encoding="utf-8")
+        assert edge_asr.__version__ in text
+        path.write_text(text.replace(edge_asr.__version__, NEXT), encoding="utf-8")
+    with (tree / "usr/share/edge-asr/settings.yaml").open("a", encoding="utf-8") as example:
+        example.write("# what is new in it\n")
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", "-Znone", tree, folder / "next.deb"], check=True)
+    shutil.rmtree(tree)
+    return folder / "next.deb"
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sysbox]:
     folder = tmp_path_factory.mktemp("package")
@@ -79,36 +112,55 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sysbox]:
         (folder / "machine").mkdir()
         box = stack.enter_context(booted(folder / "machine", bare=True))
         shutil.copy(package, box.root / "opt/edge-asr.deb")
+        shutil.move(next_version(package, folder), box.root / "opt/next.deb")
+        box.run("rm", "-f", "/usr/sbin/policy-rc.d")  # the host's: it lets no package start anything
+        box.write("/etc/mosquitto.conf", MOSQUITTO)
+        (box.root / "var/lib/mosquitto").mkdir()
+        box.start("mosquitto.service", "[Service]\nType=notify\nExecStart=mosquitto -c /etc/mosquitto.conf\n")
+        box.run(*LINE, "-E")
+        box.run("systemctl", "stop", "mosquitto")
         yield box
 
 
-def commands_waiting(box: Sysbox) -> int:
+def outbox(box: Sysbox) -> dict[str, Any]:
     status = box.run("env", "STATE_DIRECTORY=/var/lib/edge-asr", "edge-asr", "outbox", "status", "--json")
-    return int(json.loads(status)["waiting"].get("command", 0))
+    found: dict[str, Any] = json.loads(status)
+    return found
 
 
-@pytest.mark.timeout(300)  # builds and installs 360 MB
-def test_installed_it_runs_upgraded_it_keeps_the_outbox_purged_it_leaves_nothing(machine: Sysbox) -> None:
-    machine.run("rm", "-f", "/usr/sbin/policy-rc.d")  # the host's: it lets no package start anything
+@pytest.mark.timeout(300)  # builds 360 MB, installs them twice
+def test_installed_it_runs_upgraded_it_keeps_settings_and_outbox_purged_it_leaves_nothing(machine: Sysbox) -> None:
     machine.run("dpkg", "--install", "/opt/edge-asr.deb")
     assert machine.show("edge-asr", "ActiveState") == "active"
     assert machine.run("systemctl", "is-enabled", "edge-asr").strip() == "enabled"
-    assert machine.run("edge-asr", "--version").startswith("edge-asr")
+    assert machine.run("edge-asr", "--version") == f"edge-asr, version {edge_asr.__version__}\n"
+    example = (CHECKOUT / "examples/settings.yaml").read_text(encoding="utf-8")
+    assert machine.run("cat", "/etc/edge-asr/settings.yaml") == example
 
     machine.write("/etc/edge-asr/settings.yaml", SETTINGS)
     speak("stop line two", machine.root / "etc/edge-asr/order.wav")
     machine.run("systemctl", "restart", "edge-asr")
-    machine.wait_for("a command in the outbox", lambda: commands_waiting(machine) == 1)
+    machine.wait_for("two commands in the outbox", lambda: outbox(machine)["waiting"]["command"] == 2)
 
     before = machine.show("edge-asr", "MainPID")
     machine.run("systemctl", "disable", "edge-asr")
     machine.run("rm", "/etc/edge-asr/order.wav")
-    machine.run("dpkg", "--install", "/opt/edge-asr.deb")  # the same version again takes an upgrade's way
+    waiting = outbox(machine)["last_seq"]
+    machine.run("dpkg", "--install", "/opt/next.deb")
+    assert machine.run("edge-asr", "--version") == f"edge-asr, version {NEXT}\n"
     assert machine.show("edge-asr", "ActiveState") == "active"
     assert machine.show("edge-asr", "MainPID") != before
     assert machine.run("systemctl", "is-enabled", "edge-asr", check=False).strip() == "disabled"
-    assert "device: box" in machine.run("cat", "/etc/edge-asr/settings.yaml")
-    assert commands_waiting(machine) == 1
+    assert machine.run("cat", "/etc/edge-asr/settings.yaml") == SETTINGS
+
+    assert sum(outbox(machine)["waiting"].values()) >= waiting
+    machine.run("systemctl", "start", "mosquitto")
+    machine.wait_for("an empty outbox", lambda: sum(outbox(machine)["waiting"].values()) == 0, 60)
+    sent = outbox(machine)["last_seq"]
+    delivered = machine.run(*LINE, "-C", str(sent), "-W", "30").splitlines()
+    seqs = [json.loads(payload)["data"]["seq"] for payload in delivered]
+    assert [seq for seq in seqs if seq <= waiting] == list(range(1, waiting + 1))
+    assert len(set(seqs)) == sent
 
     machine.run("dpkg", "--remove", "edge-asr")
     assert machine.show("edge-asr", "ActiveState") == "inactive"
