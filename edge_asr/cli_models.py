@@ -78,7 +78,8 @@ def models_pull(options: Settings, release: str, mirror: str, sha256: str | None
         def show(have: int, total: int | None) -> None:
             progress.update(task, completed=have, total=total)
 
-        download.fetch(f"{mirror.rstrip('/')}/{archive}", folder / archive, *expected, progress=show)
+        address = f"{mirror.rstrip('/')}/{archive}"
+        download.fetch(address, folder / archive, *expected, progress=show, spare_bytes=installation.SPARE_BYTES)
     manifest = Store(options.models_directory).add(folder / archive, options.model.signed_by)
     (folder / archive).unlink()
     _tell_imported(manifest)

@@ -7,6 +7,7 @@ SHA-256 was right; until then it is ``NAME.part``, which the next attempt contin
 from __future__ import annotations
 
 import http.client
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -35,14 +36,22 @@ class DownloadError(Exception):
     """A file could not be fetched; the message names its address and the remedy."""
 
 
-def fetch(url: str, target: Path, sha256: str, size: int | None, *, progress: Progress) -> None:
-    """Download to ``target``; raises DownloadError. What is there already is not fetched again."""
+def fetch(url: str, target: Path, sha256: str, size: int | None, *, progress: Progress, spare_bytes: int = 0) -> None:
+    """Download to ``target``; raises DownloadError. What is there already is not fetched again.
+
+    ``spare_bytes`` of the disk are left to others: what is begun and cannot end would fill it.
+    """
     if urllib.parse.urlsplit(url).scheme not in {"http", "https"}:
         raise DownloadError(f"{url}: is not an http or https address; import files with `edge-asr models import`")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
-        _complete(url, part, size, progress)
+
+        def show(have: int, total: int | None) -> None:
+            _check_room(url, part, (total or have) - have, spare_bytes)
+            progress(have, total)
+
+        _complete(url, part, size, show)
         actual = sha256_of(part)
         if actual != sha256:
             part.unlink()
@@ -75,6 +84,12 @@ def _complete(url: str, part: Path, size: int | None, progress: Progress) -> Non
         time.sleep(_PAUSE_S * 2 ** max(0, failures - 1))
 
 
+def _check_room(url: str, part: Path, wanted_bytes: int, spare_bytes: int) -> None:
+    if wanted_bytes > shutil.disk_usage(part.parent).free - spare_bytes:
+        part.unlink(missing_ok=True)
+        raise DownloadError(f"{url}: {wanted_bytes >> 20} MiB more are more than there is room for; free space first")
+
+
 def _append(url: str, part: Path, size: int | None, progress: Progress) -> bool:
     """One connection; whether everything is there now."""
     have = part.stat().st_size if part.exists() else 0
@@ -96,6 +111,7 @@ def _append(url: str, part: Path, size: int | None, progress: Progress) -> bool:
         total = size if length is None or size is not None else have + length
         with part.open("r+b" if have else "wb") as file:
             file.seek(have)
+            progress(have, total)
             while block := response.read1(_BLOCK_BYTES):
                 have += len(block)
                 if have > (total or MAX_BYTES):

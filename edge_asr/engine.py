@@ -52,6 +52,8 @@ class Engine:
         grammar_paths(options.commands)  # a wrong name is told at once, not after a model was loaded
         provider = inference.reachable(options.model)
         files = model_store.locate(installation.chosen(options), options.models_directory, provider)
+        if not files.model.is_relative_to(model_store.bundled("models")):
+            installation.check_signature(files.model.parent, options.model.signed_by)
         if provider != "cpu" and files.model.name == model_store.WEIGHTS["cpu"][0]:
             log.warning("%s has 8-bit weights only, slower on %s than others; see docs/jetson.md", files.name, provider)
         vad = model_store.locate_vad()

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ TRIALS: Final = 3
 
 _STATE: Final = "active.json"
 SPARE_BYTES: Final = 64 * 1024 * 1024
-"""Left free on the disk by an import: the outbox needs to go on."""
+"""Left free on the disk by a download and an import: the outbox needs to go on."""
 
 _TEXTS: Final = ("LICENSE", "README")
 
@@ -223,11 +224,14 @@ def _is_wanted(name: str) -> bool:
 
 
 def _copy(path: Path, staging: Path, room_bytes: int) -> None:
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and _is_wanted(entry.name))
+    files = sorted(entry for entry in path.iterdir() if _is_wanted(entry.name) and not entry.is_dir())
+    for file in files:  # root reads what a link on a stick leads to, and the service's user gets it
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise ModelError(f"{file}: is a link or a device; models are plain files, copy it with `cp --dereference`")
     if sum(file.stat().st_size for file in files) > room_bytes:
         raise ModelError(f"{path}: {room_bytes >> 20} MiB of room are not enough for it; free space first")
     for file in files:
-        shutil.copyfile(file, staging / file.name)
+        shutil.copyfile(file, staging / file.name, follow_symlinks=False)
 
 
 def _hand_over(folder: Path) -> None:

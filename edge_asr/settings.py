@@ -81,7 +81,7 @@ class Model(_Section):
     """Name of a bundled or imported model, or the path, with a ``/`` in it, of a directory in SenseVoice's contract
     (model.int8.onnx, tokens.txt). None: the one that `edge-asr models activate` chose, else the bundled one."""
     signed_by: Path | None = None
-    """Ed25519 public key (PEM): only models whose manifest is signed with it are imported and activated."""
+    """Ed25519 public key (PEM): only models whose manifest is signed with it are imported and used."""
     engine: Literal["onnxruntime", "sherpa-onnx"] = "onnxruntime"
     """sherpa-onnx gives text only: commands are then matched on the text."""
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,19 @@ def test_another_content_is_refused_and_not_kept(tmp_path: Path) -> None:
 def test_more_than_expected_is_refused_at_once(tmp_path: Path) -> None:
     with mirror(a_bin=CONTENT) as served, pytest.raises(DownloadError, match="more than the 1000 bytes expected"):
         get(f"{served.url}/a.bin", tmp_path / "a.bin", size=1000)
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), None])
+def test_a_disk_is_never_filled_and_nothing_is_kept_of_what_has_no_room(tmp_path: Path, size: int | None) -> None:
+    spare_bytes = shutil.disk_usage(tmp_path).free * 2
+    with (
+        mirror(a_bin=CONTENT) as served,
+        pytest.raises(DownloadError, match="than there is room for"),
+    ):
+        fetch(
+            f"{served.url}/a.bin", tmp_path / "a.bin", SHA256, size, progress=lambda *_: None, spare_bytes=spare_bytes
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:

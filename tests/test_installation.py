@@ -165,6 +165,29 @@ def test_a_site_with_a_key_takes_only_what_openssl_signed_with_it(store: Store, 
     assert "no public key in PEM" in refusal(lambda: store.add(given, private.with_name("site.pem")))
 
 
+def test_a_model_whose_signature_no_longer_holds_is_not_heard_with(tmp_path: Path) -> None:
+    private, public = keys(tmp_path, "site")
+    options = settings.load(None, {"state_dir": str(tmp_path / "state"), "model.signed_by": str(public)})
+    store = Store(options.models_directory)
+    given = copy(tmp_path, "signed")
+    sign(given, private)
+    store.add(given, public)
+    store.activate("signed")
+    assert prepare_engine(options)[0].name == "signed"
+    (store.folder / "signed/manifest.json.sig").unlink()
+    assert "has no manifest.json.sig" in refusal(lambda: prepare_engine(options))
+    store.activate(EMBEDDED)  # ships with the program, whose package vouches for it
+    assert prepare_engine(options)[0].name == EMBEDDED
+
+
+def test_a_link_in_a_folder_is_not_followed(store: Store, tmp_path: Path) -> None:
+    given = copy(tmp_path, "stick")
+    (tmp_path / "secret").write_text("of root", encoding="ascii")
+    (given / "README").symlink_to(tmp_path / "secret")
+    assert "README: is a link or a device" in refusal(lambda: store.add(given))
+    assert not list(store.folder.glob("[!.]*/"))
+
+
 def rsa(folder: Path) -> Path:
     subprocess.run(["openssl", *f"genrsa -out {folder}/rsa.pem 2048".split()], check=True, capture_output=True)
     command = f"rsa -in {folder}/rsa.pem -pubout -out {folder}/rsa.pub"
