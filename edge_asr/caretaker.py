@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 30.0
 
+CERTIFICATE_DAYS = 30
+"""So long before the gateway's certificate ends people are told: without it no browser gives us its microphone."""
+
 ATTEND_INTERVAL_S = 1.0
 """Between two looks at what hears; its cost is one percentile a source."""
 
@@ -68,6 +71,7 @@ class Caretaker:
         self._meter = ProcessMeter()
         self._alarms = AlarmBoard()
         self._thermals = thermal.read()
+        self._certificate_days: float | None = None
         self._judges: dict[str, HearingJudge] = {}
         self.metrics = Metrics()
         self.health_is_due = asyncio.Event()
@@ -92,6 +96,7 @@ class Caretaker:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
         while True:
             self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
+            self._certificate_days = await asyncio.to_thread(_certificate_days, self._box.options)
             try:
                 await self._box.outbox.drop_outdated()
                 statistics = await self._box.outbox.statistics()
@@ -208,8 +213,26 @@ class Caretaker:
         refusal = self._box.publisher.refusal
         if refusal is not None:
             yield Condition("broker-refused", None, "critical", refusal.detail, refusal.remedy)
+        days = self._certificate_days
+        if days is not None and days < CERTIFICATE_DAYS:
+            detail = (
+                f"the gateway's certificate ends in {days:.0f} days" if days > 0 else "the gateway's certificate ended"
+            )
+            yield Condition("certificate-ends", None, "warning", detail, "renew it: `edge-asr gateway cert`")
         wanted, in_use = self._box.options.model.provider, self._box.worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"
             remedy = "install a matching wheel; see docs/jetson.md"
             yield Condition("provider-fallback", None, "warning", detail, remedy)
+
+
+def _certificate_days(options: Settings) -> float | None:
+    """Days until the gateway's certificate ends; None: there is no gateway, or none that has one."""
+    if options.gateway is None or not options.gateway.tls:
+        return None
+    from edge_asr.gateway import GatewayError, certificates  # noqa: PLC0415 - 9 MB that only a gateway needs
+
+    try:
+        return certificates.days_left(options.gateway.cert_file or certificates.Files(options.gateway_directory).server)
+    except GatewayError:  # being renewed; at a start it is one line and exit code 78
+        return None

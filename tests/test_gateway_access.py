@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from edge_asr.events import RejectionReason
 from edge_asr.gateway import GatewayError, certificates
 from edge_asr.gateway.tokens import Tokens
+from tests.broker import Broker, Subscriber, free_port
 from tests.test_cli import edge_asr, typed
+from tests.test_daemon import running, write_settings
 
 
 def test_openssl_accepts_the_certificate_for_every_name_and_no_other(tmp_path: Path) -> None:
@@ -84,6 +86,19 @@ def test_a_certificate_is_due_that_is_not_there_lacks_a_name_or_ends_soon(
     monkeypatch.setattr(certificates, "SERVER_DAYS", certificates.DUE_DAYS)
     certificates.make(tmp_path, [])
     assert certificates.is_due(tmp_path, [])
+
+
+def test_an_alarm_says_that_the_certificate_ends_soon(
+    tmp_path: Path, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "SERVER_DAYS", 20)
+    certificates.make(tmp_path / "state/gateway", [])
+    path = write_settings(tmp_path, broker.port, gateway={"port": free_port()}, monitoring={"port": None})
+    with Subscriber(broker) as subscriber, running(path):
+        subscriber.wait_for(lambda m: any(x.topic.endswith("evt/alarm") for x in m), "an alarm")
+        (alarm,) = subscriber.on("evt/alarm")
+    assert (alarm.data["kind"], alarm.data["state"]) == ("certificate-ends", "raised")
+    assert alarm.data["detail"] == "the gateway's certificate ends in 19 days"
 
 
 def test_a_box_that_woke_up_in_1970_signs_nothing(tmp_path: Path) -> None:
