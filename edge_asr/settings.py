@@ -506,7 +506,10 @@ class Settings(_Section):
         of_systemd = os.environ.get("STATE_DIRECTORY")
         if of_systemd:
             return Path(of_systemd.split(":")[0])
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        try:
+            home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        except RuntimeError:  # a container's user that no file names
+            raise SettingsError("state_dir: this user has no home directory; set it, or STATE_DIRECTORY") from None
         return Path(home) / "edge-asr"
 
     @property

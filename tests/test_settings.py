@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def test_the_outbox_lies_in_the_state_directory_of_systemd_else_of_the_user(monk
     assert Settings().outbox_path == Path("/srv/worker/state/edge-asr/outbox.db")
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/edge-asr:/var/lib/other")
     assert Settings().outbox_path == Path("/var/lib/edge-asr/outbox.db")
+
+
+def test_a_user_without_a_home_is_one_line_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(SettingsError, match="state_dir: this user has no home directory; set it, or STATE_DIRECTORY"):
+        _ = Settings().outbox_path
 
 
 def test_variables_override_the_file_and_overrides_override_both(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
