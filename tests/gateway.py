@@ -33,8 +33,10 @@ from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 from edge_asr import model_store
 from edge_asr.audio import read_file
+from edge_asr.gateway import certificates
 from edge_asr.gateway.tokens import Tokens
 from tests.broker import PATIENCE_S, Broker, free_port, wait_until
+from tests.test_cli import typed
 
 RECORDINGS = model_store.bundled("recordings")
 CHROMIUM = "/usr/bin/chromium"
@@ -177,7 +179,7 @@ def box(
         tree["mqtt"] = {"host": broker.host, "port": broker.port, "max_retry_s": 1}
     settings.write_text(yaml.safe_dump(tree), encoding="utf-8")
     program = [sys.executable, "-m", "edge_asr.cli"]
-    subprocess.run([*program, "gateway", "cert", address, "-s", str(settings)], check=True, capture_output=True)
+    certificates.make(folder / "state/gateway", [address])
     tokens = Tokens(folder / "state/gateway/tokens.json")
     token, watch = tokens.add("tablet", "talk"), tokens.add("office", "watch")
     tls = ssl.create_default_context(cafile=section.get("cert_file", folder / "state/gateway/ca.crt"))
@@ -203,11 +205,8 @@ def box(
 @functools.cache
 def transcribed(*paths: Path) -> list[dict[str, Any]]:
     """What `edge-asr transcribe` makes of files, which nobody changes."""
-    done = subprocess.run(
-        [sys.executable, "-m", "edge_asr.cli", "transcribe", *map(str, paths), "--json"],
-        check=True,
-        capture_output=True,
-    )
+    done = typed("transcribe", *map(str, paths), "--json")
+    assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -68,7 +68,18 @@ def cut_link() -> Iterator[Found]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, cut_link: Found) -> Iterator[tuple[Box, Subscriber]]:  # noqa: ARG001
+def other_device() -> Iterator[Found]:
+    """So does this."""
+    with isolated("tests.other_device") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory,
+    cut_link: Found,  # noqa: ARG001 - it works meanwhile
+    other_device: Found,  # noqa: ARG001
+) -> Iterator[tuple[Box, Subscriber]]:
     """A box with its gateway, a broker, and a subscriber of everything."""
     folder = tmp_path_factory.mktemp("site")
     # One token for all tests: on a busy machine the gateway may not have noticed yet that their browsers are gone.
@@ -333,23 +344,6 @@ def test_a_page_without_permission_or_token_or_https_says_what_to_do(site: tuple
         page.wait_for_selector("#notice")
         assert "may not use the microphone" in page.inner_text("#notice-text")
         assert "site settings" in page.inner_text("#notice-help")
-
-
-def test_who_follows_the_documentation_talks_from_another_device_and_the_broker_has_the_command() -> None:
-    with isolated("tests.other_device") as followed:
-        found = followed()
-    (expected,) = transcribed(PRESS)
-    assert found == {"said": expected["text"], "intent": expected["command"]["intent"], "source": "tablet-3"}
-
-
-def test_a_call_cut_in_the_middle_of_a_sentence_goes_on_over_the_websocket_and_costs_no_word_and_no_session(
-    cut_link: Found,
-) -> None:
-    found = cut_link()
-    assert found["way"] == "rtp"
-    assert found["said"] == [row["text"] for row in transcribed(PRESS)]
-    assert found["sessions"] == 1
-    assert "30 s are kept" in found["shown"]
 
 
 class WhipClient:
@@ -774,3 +768,21 @@ def test_candidates_are_trickled_under_their_etag_only(site: tuple[Box, Subscrib
         return statuses
 
     assert run(ask) == [428, 412, 422, 400, 204, 204, 405, 200]
+
+
+def test_who_follows_the_documentation_talks_from_another_device_and_the_broker_has_the_command(
+    other_device: Found,
+) -> None:
+    found = other_device()
+    (expected,) = transcribed(PRESS)
+    assert found == {"said": expected["text"], "intent": expected["command"]["intent"], "source": "tablet-3"}
+
+
+def test_a_call_cut_in_the_middle_of_a_sentence_goes_on_over_the_websocket_and_costs_no_word_and_no_session(
+    cut_link: Found,
+) -> None:
+    found = cut_link()
+    assert found["way"] == "rtp"
+    assert found["said"] == [row["text"] for row in transcribed(PRESS)]
+    assert found["sessions"] == 1
+    assert "30 s are kept" in found["shown"]

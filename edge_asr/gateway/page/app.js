@@ -277,6 +277,7 @@ function showState() {
   const gateway = by("gateway-state");
   gateway.dataset.state = link.state;
   gateway.textContent = text(`gateway-${link.state}`);
+  for (const id of ["confirm", "cancel"]) by(id).disabled = link.state !== "on"; // it would not arrive
   const chip = by("broker-state");
   chip.dataset.state = link.state === "on" ? broker : "unknown";
   chip.textContent = text(`broker-${chip.dataset.state}`);

@@ -135,10 +135,12 @@ function said(messages) {
 
 function about({ meta, clock_synchronized: synchronized }) {
   const facts = {
-    model: meta.model, "SHA-256": meta.model_sha256, provider: meta.provider, grammars: Object.keys(meta.grammars).join(", "),
+    model: meta.model, hash: meta.model_sha256, provider: meta.provider, grammars: Object.keys(meta.grammars).join(", "),
     broker: meta.broker ?? "–", clock: text(synchronized ? "clock-good" : "clock-bad"),
   };
-  by("about").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
+  by("about").replaceChildren(
+    ...Object.entries(facts).flatMap(([name, value]) => [element("dt", text(`about-${name}`)), element("dd", value)]),
+  );
 }
 
 function element(tag, words = "", kind = "") {

@@ -1,9 +1,10 @@
 // Draws one line of what was said and what became of it; the page and the dashboard share it.
 
-import { text } from "./texts.js";
+import { speaksTheBoxs, text } from "./texts.js";
 
 /** `event`: the data of docs/mqtt.md; `kind`: transcript, command, pending, rejected or expired. */
 export function draw(line, event, kind) {
+  const watched = document.body.matches(".dashboard");
   line.dataset.kind = kind;
   line.replaceChildren();
   const time = add(line, "time", new Date(event.end ?? event.time).toLocaleTimeString([], { hour12: false }));
@@ -16,14 +17,14 @@ export function draw(line, event, kind) {
   }
   const badges = add(body, "p", "", "badges");
   add(badges, "span", kind === "rejected" ? text(`reason-${event.reason}`) : text(kind), "badge kind");
-  if (event.source && document.body.matches(".dashboard")) add(badges, "span", event.source, "badge");
+  if (event.source && watched) add(badges, "span", event.source, "badge");
   if (kind === "command" && event.confirmed) add(badges, "span", text("kind-confirmed"), "badge");
   if (event.language && event.language !== "nospeech") add(badges, "span", text(`lang-${event.language}`), "badge");
   if (event.emotion && !/UNK/.test(event.emotion)) add(badges, "span", text(`emotion-${event.emotion}`), "badge");
   if (event.event && !/^Speech|UNK/.test(event.event)) add(badges, "span", text(`event-${event.event}`), "badge");
   if (event.confidence > 0) add(badges, "span", `${Math.round(100 * event.confidence)} % ${text("sure")}`, "badge");
   if (kind === "expired") add(body, "p", text("expired-detail"), "hint");
-  else if (kind === "rejected" && event.detail) add(body, "p", event.detail, "hint");
+  else if (kind === "rejected" && event.detail && (watched || speaksTheBoxs())) add(body, "p", event.detail, "hint");
 }
 
 export function slots(list, event) {

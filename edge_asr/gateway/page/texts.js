@@ -57,6 +57,8 @@ const TEXTS = {
     "figure-finals": "before the recognizer", "figure-rtf": "real-time factor", "figure-utterances": "utterances",
     "figure-cpu": "CPU of a core", "figure-memory": "memory", "figure-temperature": "temperature",
     "clock-good": "set by a time service", "clock-bad": "not set by a time service",
+    "about-model": "Model", "about-hash": "SHA-256", "about-provider": "Runs on", "about-grammars": "Grammars",
+    "about-broker": "Broker", "about-clock": "Clock",
   },
   zh: {
     "options": "设置", "done": "完成", "mode": "讲话按钮", "mode-hold": "按住说话",
@@ -114,6 +116,8 @@ const TEXTS = {
     "figure-finals": "等待识别", "figure-rtf": "实时系数", "figure-utterances": "语句",
     "figure-cpu": "单核 CPU", "figure-memory": "内存", "figure-temperature": "温度",
     "clock-good": "已由时间服务校准", "clock-bad": "未由时间服务校准",
+    "about-model": "模型", "about-hash": "SHA-256", "about-provider": "运行于", "about-grammars": "语法",
+    "about-broker": "MQTT 服务器", "about-clock": "时钟",
   },
 };
 
@@ -122,6 +126,11 @@ let chosen = "en";
 export function choose(language) {
   chosen = language in TEXTS ? language : "en";
   document.documentElement.lang = chosen === "zh" ? "zh-CN" : "en";
+}
+
+/** Whether sentences that the box has written, which is in English, are of the page's language. */
+export function speaksTheBoxs() {
+  return chosen === "en";
 }
 
 export function known(key) {
