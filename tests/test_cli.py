@@ -174,19 +174,14 @@ def test_a_bad_change_of_a_setting_is_one_line_and_exit_code_78(change: str, com
     assert (done.returncode, done.stderr) == (78, f"edge-asr: {complaint}\n")
 
 
-@pytest.mark.parametrize("failing", ["settings.yaml", "model/tokens.txt", "grammar.yaml"])
+@pytest.mark.parametrize("failing", ["settings.yaml", "model/tokens.txt"])
 def test_a_disk_that_fails_under_a_file_is_one_line_and_exit_code_74_which_systemd_tries_again(
     tmp_path: Path, failing: str
 ) -> None:
     folder = tmp_path.resolve()
     shutil.copytree(model_store.bundled("models") / model_store.EMBEDDED, folder / "model")
-    shutil.copy(model_store.bundled("grammars") / "factory.en.yaml", folder / "grammar.yaml")
     path = folder / "settings.yaml"
-    path.write_text(
-        f"state_dir: {folder}\nmodel: {{name: {folder}/model}}\ncommands: {{grammars: [{folder}/grammar.yaml]}}\n"
-        "log: {level: error}\n",
-        encoding="utf-8",
-    )
+    path.write_text(f"state_dir: {folder}\nmodel: {{name: {folder}/model}}\nlog: {{level: error}}\n", encoding="utf-8")
     broken = ["strace", "-f", "-qq", "-o", "/dev/null", "-P", str(folder / failing), "-e", "inject=read:error=EIO"]
     run = [sys.executable, "-m", "edge_asr.cli", "run", "--settings", str(path)]
     done = subprocess.run([*broken, *run], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)

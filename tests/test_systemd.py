@@ -229,7 +229,7 @@ def journal_of_service(box: Sysbox) -> str:
 
 def received(box: Sysbox, topic: str) -> Mapping[str, Any]:
     """The data of the next, or the retained, message of a topic as a foreign client gets it."""
-    subscribe = ("mosquitto_sub", "-h", "127.0.0.1", "-V", "mqttv5", "-q", "1", "-C", "1", "-W", "30")
+    subscribe = ("mosquitto_sub", "-h", "127.0.0.1", "-V", "mqttv5", "-q", "1", "-C", "1", "-W", "55")
     return check(f"voice/box/{topic}", json.loads(box.run(*subscribe, "-t", f"voice/box/{topic}")))
 
 
@@ -433,26 +433,32 @@ def test_broken_settings_are_one_line_and_exit_78_without_a_restart(
     site.run("systemctl", "reset-failed", "edge-asr")
 
 
-PAUSED = SOONER.replace("TimeoutStopSec=1", "TimeoutStopSec=3") + "ExecStopPost=\n"
-"""And of its own pause ten seconds become two."""
+PAUSED = SOONER.replace("TimeoutStopSec=1", "TimeoutStopSec=2") + "ExecStopPost=\n"
+"""And of its own pause ten seconds become one."""
+
+
+def told_by_systemd(box: Sysbox) -> list[tuple[int, str]]:
+    """What systemd has said of the service so far, and when (microseconds since the machine's start)."""
+    box.run("journalctl", "--sync")
+    lines = box.run("journalctl", "--no-pager", "--output=json", "_PID=1", "UNIT=edge-asr.service").splitlines()
+    return [(int(entry["__MONOTONIC_TIMESTAMP"]), str(entry["MESSAGE"])) for entry in map(json.loads, lines)]
 
 
 def test_a_start_that_fails_is_tried_again_without_haste_until_what_was_in_its_way_is_gone(site: Sysbox) -> None:
     (pause,) = re.findall(r"^ExecStopPost=.* sleep 10 .*$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
-    site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", PAUSED + pause.replace("sleep 10", "sleep 2"))
+    site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", PAUSED + pause.replace("sleep 10", "sleep 1"))
     site.write("/etc/edge-asr/settings.yaml", settings_text())
     site.run("systemctl", "daemon-reload")
     site.run("sh", "-c", "rm -rf /var/lib/private/edge-asr; mkdir -p /var/lib/private/edge-asr/outbox.db")
     try:
         site.run("systemctl", "start", "--no-block", "edge-asr")
-        site.wait_for("the pause", lambda: site.show("edge-asr", "SubState") == "stop-post")
-        assert site.show("edge-asr", "ExecMainStatus") == "74"
-        ended_us = int(site.show("edge-asr", "ExecMainExitTimestampMonotonic"))
-        assert "outbox.db" in journal_of_service(site)
+        site.wait_for("a failure", lambda: "status=74" in "".join(text for _, text in told_by_systemd(site)))
         site.run("rmdir", "/var/lib/private/edge-asr/outbox.db")
         site.wait_for("readiness", lambda: site.show("edge-asr", "SubState") == "running")
-        assert site.show("edge-asr", "NRestarts") == "1"
-        assert int(site.show("edge-asr", "ExecMainStartTimestampMonotonic")) - ended_us > 2_000_000
+        ended_us = max(at_us for at_us, text in told_by_systemd(site) if "status=74" in text)
+        began_us = min(at_us for at_us, text in told_by_systemd(site) if at_us > ended_us and "Starting " in text)
+        assert began_us - ended_us > 1_000_000
+        assert int(site.show("edge-asr", "NRestarts")) >= 1
     finally:
         site.run("systemctl", "stop", "edge-asr")
         site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
