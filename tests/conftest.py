@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -30,6 +33,26 @@ def _the_log_as_it_was() -> Iterator[None]:
         logger.setLevel(level)
         logger.handlers[:] = handlers
     logging.captureWarnings(capture=False)
+
+
+@pytest.fixture(scope="session")
+def fuzzing() -> Iterator[Callable[[], tuple[int, str]]]:
+    """The gateway's parsers are fuzzed beside other tests, which mostly wait; exit status and report at the end."""
+    fuzz = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
+    with tempfile.TemporaryFile("w+") as output:
+        checkout = Path(__file__).parent.parent
+        process = subprocess.Popen(["nice", "-n", "5", *fuzz], stdout=output, stderr=output, cwd=checkout)
+
+        def report() -> tuple[int, str]:
+            status = process.wait(110)
+            output.seek(0)
+            return status, output.read()
+
+        try:
+            yield report
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
