@@ -193,6 +193,7 @@ def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[
     ):
         manager.bind(f"{folder}/notify")
         changes = [f"state_dir={folder}/state", "sources=[{type: microphone}]", "log.level=error"]
+        changes += ["model.optimized=false"]  # else the worker makes way for a faster one while it is measured
         changes += [f"model.name={model}", f"model.languages=[{OTHER}]"] if model else []
         changes += ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
         command = [sys.executable, "-m", "edge_asr.cli", "run", *(part for each in changes for part in ("--set", each))]
