@@ -84,6 +84,11 @@ class Caretaker:
         return self._box.pipeline.trouble or worst
 
     @property
+    def alarms(self) -> list[str]:
+        """What is wrong, a sentence each, but for what :meth:`Daemon._status` sees by itself."""
+        return [each.detail for each in self._alarms.raised if each.kind not in {"microphone-gone", "broker-refused"}]
+
+    @property
     def pages(self) -> Pages:
         """What may be asked for."""
         return {"/metrics": self._show_metrics, "/livez": self._show_life, "/readyz": self._show_readiness}

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_REFUSALS = (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError, WorkerError)
+"""What may be wrong with settings that are to be taken over."""
+
 OPTIMIZE_AFTER_S = 60.0
 """The first minute belongs to the start; what makes a graph then takes CPU time that nobody else wants."""
 
@@ -344,15 +347,17 @@ class Daemon:
     async def _reload_for_systemd(self) -> None:
         """Answer SIGHUP."""
         systemd.reloading()
-        with contextlib.suppress(settings.SettingsError, ModelError, HotwordError, grammar.GrammarError):
-            await self.reload()  # which has logged what is wrong
-        systemd.ready(self._status())
+        try:
+            with contextlib.suppress(*_REFUSALS):
+                await self.reload()  # which has logged what is wrong
+        finally:
+            systemd.ready(self._status())
 
     async def reload(self) -> list[str]:
         """Read the settings again and take over what may change while running: :data:`RELOADED`, and another model.
 
         Bad settings change nothing. A new model is loaded beside the old one, which goes on working until then. The
-        result: what needs a restart. Raises SettingsError, ModelError, HotwordError, GrammarError.
+        result: what needs a restart. Raises SettingsError, ModelError, HotwordError, GrammarError, WorkerError.
         """
         if self._read_settings is None:
             raise settings.SettingsError("this edge-asr runs without a settings file; there is nothing to reload")
@@ -361,7 +366,7 @@ class Daemon:
                 fresh = await asyncio.to_thread(self._read_settings)
                 updated = self.options.model_copy(update={name: getattr(fresh, name) for name in RELOADED})
                 await self._fit(updated)
-            except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError) as error:
+            except _REFUSALS as error:
                 log.error("reload refused, nothing has changed: %s", error)  # noqa: TRY400 - no bug, no traceback
                 raise
             finally:
@@ -381,7 +386,7 @@ class Daemon:
             take_back = await asyncio.to_thread(order)
             try:
                 await self._fit(self.options)
-            except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError, WorkerError):
+            except _REFUSALS:
                 await asyncio.to_thread(take_back)
                 raise
 
@@ -478,7 +483,7 @@ class Daemon:
         broker = f"{broker}; {refusal.detail}" if refusal is not None else broker
         doing = "Muted by request" if self.pipeline.muted else f"Listening with {self.worker.name}"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
-        return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble])])
+        return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble]), *self._caretaker.alarms])
 
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""

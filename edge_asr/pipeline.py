@@ -438,7 +438,7 @@ class Pipeline:
 
     @property
     def busy_since_ns(self) -> int | None:
-        """CLOCK_BOOTTIME at which the oldest decode or commit under way began; None: idle. The watchdog's question."""
+        """CLOCK_BOOTTIME at which the oldest commit under way began; None: none. The watchdog's question."""
         return min(self._began_ns.values(), default=None)
 
     async def close(self) -> None:

@@ -274,6 +274,9 @@ class _Process:
             self._line.send(request)
             self._await_answer(limit_s, idle_s, work_s)
             answer: tuple[object, int] = self._line.recv()
+        except BlockingIOError:
+            self.end()
+            raise _EndedError(f"took no audio for more than {LIMIT_S:g} s") from None
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
         return answer
@@ -329,6 +332,8 @@ class _Zygote:
     def fork(self) -> tuple[int, Connection]:
         """Process id of a new worker and the line to it. Raises WorkerError."""
         ours, theirs = socket.socketpair()
+        # Long speech is more than a socket holds: one that hangs before it has taken it all would block us for ever.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
         with theirs:
             answer = self._order(b"", theirs.fileno())
         return struct.unpack("i", answer)[0], Connection(ours.detach())

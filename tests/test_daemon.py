@@ -327,11 +327,20 @@ def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: P
     hum = from_float(rng.normal(0, 10 ** (-45 / 20), 12 * SAMPLE_RATE))
     spoken = to_float(read_file(COMMAND))
     noisy = from_float(spoken + to_float(hum)[: spoken.size])
-    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+    with (
+        Broker(tmp_path) as broker,
+        Subscriber(broker) as subscriber,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(PATIENCE_S)
         commands = {"grammars": ["factory.en"], "max_noise_dbfs": -50}
-        with running(write_settings(tmp_path, broker.port, commands=commands)) as box:
+        settings = write_settings(tmp_path, broker.port, commands=commands)
+        with running(settings, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
             box.feed(hum)
             subscriber.wait_for(lambda m: any(x.data.get("kind") == "too-noisy" for x in m), "the alarm")
+            while b"commands are blocked" not in manager.recv(4096):
+                pass
             box.feed(noisy + hum[: 2 * SAMPLE_RATE])
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/rejected") for x in m), "a rejection")
             (rejected,) = subscriber.on("evt/rejected")
