@@ -66,7 +66,7 @@ async function begin() {
   link.connect();
   call();
   if (!wanted) return; // let go while the browser asked for permission
-  if (options.way === "opus") {
+  if (options.way === "opus" && Microphone.records) {
     recording = microphone.record((bytes) => link.put(bytes, bytes.length, PIECE_MS / 1000));
     link.start(recording.format, RATE, 0);
   } else {

@@ -2,6 +2,7 @@
 
 const BEFORE_MS = 320;
 export const PIECE_MS = 100; // of a compressed stream
+const KINDS = { webm: "audio/webm;codecs=opus", ogg: "audio/ogg;codecs=opus" };
 
 export class MicrophoneError extends Error {}
 
@@ -41,11 +42,15 @@ export class Microphone {
     return this.context.sampleRate;
   }
 
+  /** Whether this browser records what the gateway can read; some iPhones record MP4 alone. */
+  static get records() {
+    return Object.values(KINDS).some((kind) => window.MediaRecorder?.isTypeSupported(kind));
+  }
+
   /** Record as a compressed stream until the function that it returns is called, which waits for the last of it. */
   record(onBytes) {
-    const kinds = { webm: "audio/webm;codecs=opus", ogg: "audio/ogg;codecs=opus" };
-    const format = Object.keys(kinds).find((kind) => MediaRecorder.isTypeSupported(kinds[kind]));
-    const recorder = new MediaRecorder(this.stream, { mimeType: kinds[format], audioBitsPerSecond: 48000 });
+    const [format, mimeType] = Object.entries(KINDS).find(([, kind]) => MediaRecorder.isTypeSupported(kind));
+    const recorder = new MediaRecorder(this.stream, { mimeType, audioBitsPerSecond: 48000 });
     let last = Promise.resolve();
     recorder.ondataavailable = ({ data }) => {
       last = last.then(async () => onBytes(new Uint8Array(await data.arrayBuffer())));
