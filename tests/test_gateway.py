@@ -36,6 +36,7 @@ from tests.gateway import (
     OFFER,
     Box,
     box,
+    browsing,
     chromium,
     faults_of,
     isolated,
@@ -572,12 +573,17 @@ def test_what_was_said_reaches_a_client_that_was_away_when_it_was_understood(sit
     assert [event["text"] for event in events if event["type"] == "transcript"] == ["emergency stop"]
 
 
-def test_a_command_that_waited_in_a_tablets_memory_comes_as_expired_not_as_live(site: tuple[Box, Subscriber]) -> None:
+@pytest.mark.parametrize(
+    ("age_ms", "at_s"), [(25_000, 0), (300_000, 0), (300_000, 275)], ids=["resent", "of long ago", "goes on"]
+)
+def test_a_command_that_waited_in_a_tablets_memory_comes_as_expired_not_as_live(
+    site: tuple[Box, Subscriber], age_ms: int, at_s: int
+) -> None:
     running, subscriber = site
 
     async def talk() -> dict[str, Any]:
         async with running.client() as client:
-            await client.say(read_file(STOP), age_ms=25_000)
+            await client.say(read_file(STOP), age_ms=age_ms, position=at_s * SAMPLE_RATE)
             await client.send(type="end")
             await client.until("ended")
             return {event["type"]: event for event in client.events}
@@ -588,6 +594,23 @@ def test_a_command_that_waited_in_a_tablets_memory_comes_as_expired_not_as_live(
     subscriber.wait_for(lambda m: any(x.data["id"] == ident for x in m), "it")
     (arrived,) = [message for message in subscriber.messages if message.data["id"] == ident]
     assert arrived.topic.endswith("evt/expired")
+
+
+def test_the_page_says_of_a_talk_how_old_it_is(tmp_path: Path) -> None:
+    with plain_pages() as port, browsing(tmp_path, None) as browser:
+        page = browser.pages[0]
+        page.goto(f"http://127.0.0.1:{port}/")
+        age_ms = page.evaluate(
+            """async () => {
+              const { Socket } = await import("/socket.js");
+              return new Promise((told) => {
+                const socket = Object.assign(new Socket(""), { state: "on" });
+                socket.socket = { send: (text) => told(JSON.parse(text).age_ms) };
+                socket.start("pcm16", 16000, 300000);
+              });
+            }"""
+        )
+    assert 300_000 <= age_ms < 301_000
 
 
 def test_a_session_is_taken_over_by_its_own_token_alone_and_who_had_it_is_told_not_to_come_back(

@@ -151,6 +151,16 @@ def test_a_talk_has_what_was_said_right_before_its_start_and_nothing_older() -> 
     assert abs(samples / SAMPLE_RATE - (BEFORE_S + 0.02 + 0.2)) < 0.04
 
 
+def test_what_a_sender_skips_is_no_audio_to_slow_it_down_for() -> None:
+    async def scenario() -> list[float]:
+        _, session = new_voice(controlled=True)
+        session.begin(wire.Start(type="start", talk=1, rate=RATE))
+        piece = memoryview(bytes(2 * STEP))
+        return [await session.take(position, piece) for position in (0, 290 * RATE, 290 * RATE + STEP // 2)]
+
+    assert asyncio.run(scenario()) == [0.02, 0.02, 0.01]  # half of the last is there already
+
+
 def test_the_sender_is_told_how_much_of_it_has_come() -> None:
     async def scenario() -> None:
         voice, _ = new_voice(controlled=True)

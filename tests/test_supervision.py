@@ -229,6 +229,37 @@ def test_a_recognizer_without_time_for_another_speaker_still_takes_recordings(
     sessions.check_room("10.0.0.1", UPLOAD)
 
 
+def test_no_station_speaks_under_the_name_of_another_station_or_of_a_microphone(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge_asr.gateway.session.SWEEP_S", 0.01)
+    tokens = Tokens(tmp_path / "tokens.json")
+
+    async def scenario() -> tuple[list[str], list[str]]:
+        sessions = Sessions(settings.Gateway(), tokens, pipe(engine, Speaker(), Shelf()))
+
+        def sources(*names: str) -> list[str]:
+            stations = {station.name: station for station in tokens.stations()}
+            return [sessions.open(stations[name], "10.0.0.1", "websocket").source for name in names]
+
+        for name in ("press", "press_2", Speaker.name):
+            tokens.add(name, "talk")
+        found = sources("press", "press", "press_2", "press_2", Speaker.name)
+        tokens.add("press_3", "talk")
+        sweeping = asyncio.create_task(sessions.sweep())
+        await next(session for session in sessions if session.source == "press_3").settled(10)
+        sweeping.cancel()
+        left = [session.source for session in sessions]
+        found += sources("press_3")
+        await sessions.close()
+        return found, left
+
+    found, left = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert found == ["press", "press_3", "press_2", "press_2_2", "stdin_2", "press_3"]
+    assert left == ["press", "press_2", "press_2_2", "stdin_2"]
+    assert "stdin: a source or a token has this name already; this session is called stdin_2" in caplog.text
+
+
 def test_what_is_understood_counts_against_the_capacity(engine: Engine) -> None:
     async def scenario() -> None:
         speaker, shelf = Speaker("01-start-line-three.flac"), Shelf()

@@ -8,6 +8,7 @@ what was lost and nothing twice. Whatever goes wrong in a session ends that sess
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 from collections import Counter, deque
@@ -156,7 +157,7 @@ class Session:
         self.active = asyncio.get_running_loop().time()
         if self.format == "rtp":
             self.format = "pcm16"  # the client has given WebRTC up and goes on here
-        before = talk.position
+        before = talk.taken
         try:
             if self.container is not None:
                 await self.container.put(position, bytes(data))
@@ -169,7 +170,7 @@ class Session:
             self.finish()
             self._skipping = True
         self._acknowledge()
-        return (talk.position - before) / talk.rate
+        return (talk.taken - before) / talk.rate
 
     def offer(self, samples: NDArray[Any], lost: int = 0) -> None:
         """Audio of the talk under way that came by WebRTC: mono, 48 kHz, so many were lost before it; nobody waits."""
@@ -275,8 +276,7 @@ class Sessions:
             if deserted is None:
                 raise BusyError(f"{station.name} has {len(of_station)} sessions open already")
             deserted.close()  # its client is here, and does not resume it
-        names = (station.name, *(f"{station.name}_{count}" for count in range(2, self.options.max_sessions + 2)))
-        session = Session(next(name for name in names if name not in self._running), station, address)
+        session = Session(self._free_name(station), station, address)
         session.kind = kind
         task = asyncio.create_task(self._run(session), name=f"session:{session.source}")
         self._running[session.source] = session, task
@@ -350,6 +350,8 @@ class Sessions:
                 reason, detail = _ending(session, self.options, now)
                 if not reason and not self.admitted(session.station):
                     reason, detail = "revoked", "its token was revoked"
+                elif not reason and session.source in self.tokens.names_of_others(session.station):
+                    reason, detail = "old", f"another token is called {session.source} now"
                 if reason and not session.over.is_set():
                     log.info("%s: session ended: %s", session.source, detail)
                     session.complain(reason, detail)
@@ -364,6 +366,15 @@ class Sessions:
     def admitted(self, station: Station) -> bool:
         """Whether a station may still be here: by its token, or because this gateway is open to its own machine."""
         return station is LOCAL or self.tokens.holds(station)
+
+    def _free_name(self, station: Station) -> str:
+        """The station's name or the first with a number that means nobody else: grammars trust it (``stations:``)."""
+        taken = {*self._running, *self.pipeline.ears, *self.tokens.names_of_others(station)}
+        names = itertools.chain([station.name], (f"{station.name}_{count}" for count in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        if name != station.name and station.name not in self._running:
+            log.warning("%s: a source or a token has this name already; this session is called %s", station.name, name)
+        return name
 
     async def _run(self, session: Session) -> None:
         try:

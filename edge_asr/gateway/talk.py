@@ -36,6 +36,8 @@ class Talk:
         """Counted by the client, from 1."""
         self.position = 0
         """Index of the sample, in the sender's rate, that is expected next."""
+        self.taken = 0
+        """Samples that really came and were new, in the sender's rate."""
         self.lost_samples = 0
         """Samples at 16 kHz that the sender skipped or the buffer could not hold."""
         self.ended = False
@@ -100,6 +102,7 @@ class Talk:
             self.lost_samples += self._cutter.skip(lost)
             self.position = position
         self.position += len(samples)
+        self.taken += len(samples)
         if len(samples):
             self._deliver(self._resampler.feed(samples))
 

@@ -55,6 +55,11 @@ class Tokens:
         self._refresh()
         return station.sha256 in self._stations
 
+    def names_of_others(self, station: Station) -> set[str]:
+        """Names that belong to tokens other than this station's."""
+        self._refresh()
+        return {each.name for each in self._stations.values() if each.sha256 != station.sha256}
+
     def stations(self) -> list[Station]:
         """All of them in the order of their making. Raises GatewayError."""
         return list(self._read().values())

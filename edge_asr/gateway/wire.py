@@ -17,7 +17,8 @@ from edge_asr.settings import problems
 MAX_MESSAGE_BYTES = 64 * 1024
 """Of audio in one message: a third of a second of 96 kHz PCM, or several seconds of Opus."""
 
-MAX_AGE_MS = 60_000
+MAX_AGE_MS = 7 * 86_400_000
+"""The longest that a session may last. Less would make what was said before it younger than it is."""
 
 POSITION = struct.Struct("<I")
 """Before the audio of every binary message: index of its first sample (PCM) or byte (webm, ogg) within the talk."""

@@ -138,7 +138,7 @@ export class Socket extends EventTarget {
   }
 
   #sendStart({ number, format, rate, began }) {
-    this.#send({ type: "start", talk: number, format, rate, age_ms: Math.min(60000, performance.now() - began) });
+    this.#send({ type: "start", talk: number, format, rate, age_ms: performance.now() - began });
   }
 
   #send(message) {
