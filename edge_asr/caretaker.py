@@ -19,7 +19,7 @@ from edge_asr.alarms import AlarmBoard, Condition, log_line, losses
 from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox
 from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
-from edge_asr.health import ProcessMeter, resident_bytes
+from edge_asr.health import ProcessMeter, cpu_s, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.ledger import Statistics
 from edge_asr.link import destinations
@@ -165,9 +165,10 @@ class Caretaker:
             statistics = await self._box.outbox.statistics()
         except OutboxError:
             statistics = None
-        worker_bytes = None
+        worker_bytes = worker_cpu_s = None
         with contextlib.suppress(OSError):  # it is being replaced
-            worker_bytes = resident_bytes(self._box.worker.pid)
+            pid = self._box.worker.pid
+            worker_bytes, worker_cpu_s = resident_bytes(pid), cpu_s(pid)
         return Snapshot(
             meta=self._box.meta(),
             microphones=self._microphone_health(),
@@ -180,6 +181,7 @@ class Caretaker:
             partials_dropped=self._box.pipeline.partials_dropped,
             recognizers_replaced=self._box.worker.replaced,
             recognizer_bytes=worker_bytes,
+            recognizer_cpu_s=worker_cpu_s,
             clock_synchronized=clock.time_quality() == "synchronized",
         )
 

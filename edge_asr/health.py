@@ -6,6 +6,7 @@ Law: a measurement that cannot be had here is None, never zero.
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import time
 from pathlib import Path
@@ -62,6 +63,12 @@ def resident_bytes(process: int | Literal["self"]) -> int:
     """Memory of a process that is in RAM. Raises OSError where there is none."""
     pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
+
+
+def cpu_s(process: int) -> float:
+    """CPU time of a process so far. Raises OSError where there is none."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def give_back() -> None:

@@ -51,6 +51,7 @@ class Snapshot:
     partials_dropped: int
     recognizers_replaced: int
     recognizer_bytes: int | None
+    recognizer_cpu_s: float | None
     clock_synchronized: bool
 
 

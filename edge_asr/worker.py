@@ -32,7 +32,7 @@ from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
-from edge_asr.health import give_back, resident_bytes
+from edge_asr.health import cpu_s, give_back, resident_bytes
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
@@ -283,23 +283,18 @@ class _Process:
 
     def _await_answer(self, limit_s: float, idle_s: float, work_s: float) -> None:
         began = worked = time.monotonic()
-        cpu_before_s = cpu_s = self._cpu_s()
+        before_s = now_s = cpu_s(self.pid)
         while not self._line.poll(min(limit_s, idle_s, _LOOK_S)):
-            now, last_s, cpu_s = time.monotonic(), cpu_s, self._cpu_s()
-            worked = now if cpu_s != last_s else worked
+            now, last_s, now_s = time.monotonic(), now_s, cpu_s(self.pid)
+            worked = now if now_s != last_s else worked
             for spent_s, allowed_s, what in (
                 (now - worked, idle_s, "hung"),
                 (now - began, limit_s, "hung"),
-                (cpu_s - cpu_before_s, work_s, "computed without an end"),
+                (now_s - before_s, work_s, "computed without an end"),
             ):
                 if spent_s > allowed_s:
                     self.end()
                     raise _EndedError(f"{what} for more than {allowed_s:.2g} s")
-
-    def _cpu_s(self) -> float:
-        """CPU time so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""

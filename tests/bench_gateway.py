@@ -38,6 +38,7 @@ from edge_asr.pipeline import Ear
 from tests.bench_page import begin_talk, page_waits
 from tests.broker import Broker, free_port
 from tests.gateway import Box, Client, box, chromium, microphone_file, open_page, recording
+from tests.soak import family
 
 PIECE_S = 0.02
 PIECE = round(PIECE_S * SAMPLE_RATE) * 2
@@ -127,8 +128,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+def hold(pid: int, cores: set[int]) -> None:
+    """Hold a process and all that come from it to cores: the recognizer is a grandchild, a thread goes by itself."""
+    for each in family(pid):
+        for task in Path(f"/proc/{each}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
 
 
 @contextlib.contextmanager
@@ -311,8 +315,7 @@ def main() -> None:
             # The clients get what is left, so that they are not what is measured.
             others = os.sched_getaffinity(0) - {0} or {0}
             os.sched_setaffinity(0, others)
-            for pid in (running.process.pid, *children(running.process.pid)):
-                os.sched_setaffinity(pid, {0})
+            hold(running.process.pid, {0})
             asyncio.run(sessions(running, 1, 2))  # everything is loaded
             before = stages(port)
             heard = asyncio.run(sessions(running, 1, arguments.rounds))

@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import secrets
 import struct
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def for_a_while(test: Callable[[], None]) -> Callable[[], None]:
     def fuzz() -> None:
         deadline = time.monotonic() + FUZZ_S / PARSERS
         while time.monotonic() < deadline:
-            test()
+            seed(secrets.randbits(64))(test)()  # in CI Hypothesis would begin with the same one each time
 
     fuzz.__name__ = test.__name__
     return fuzz

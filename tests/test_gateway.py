@@ -216,9 +216,15 @@ def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_
     assert slots == [str(value) for value in expected["command"]["slots"].values()]
     assert {"Listening …", "Transcribing …", said} <= set(lived)
     assert complaints == []
-    arrived = [message for message in subscriber.on("evt/command") if message.data["source"] == session["source"]]
+    told = [
+        each for each in running.board()["said"] if (each["type"], each["source"]) == ("command", session["source"])
+    ]
     subscriber.wait_for(
-        lambda _: any(m.data["intent"] == command for m in subscriber.on("evt/command")), f"not only {arrived}"
+        lambda _: any(
+            (m.data["utterance_id"], m.data["intent"]) == (told[-1]["utterance_id"], command)
+            for m in subscriber.on("evt/command")
+        ),
+        f"{told[-1]}",
     )
 
 

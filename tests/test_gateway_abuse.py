@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from edge_asr.audio import quiet, read_file
 from edge_asr.gateway import certificates, wire
@@ -29,8 +32,11 @@ from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import BURST, Handler, Pace, Rules
 from edge_asr.gateway.session import Session, _ending
 from edge_asr.gateway.tokens import Station, Tokens
-from edge_asr.gateway.transcriptions import _Collected
+from edge_asr.gateway.transcriptions import MAX_FIELDS_BYTES, _Collected
+from edge_asr.health import cpu_s
 from edge_asr.settings import Gateway
+from tests import fuzz_gateway
+from tests.bench_gateway import hold
 from tests.broker import wait_until
 from tests.fuzz_gateway import PARSERS
 from tests.gateway import Box, box, recording, run, transcribed
@@ -135,6 +141,57 @@ async def knock(running: Box, address: str, token: str) -> tuple[int, str, str]:
         return response.status, response.headers.get("Retry-After", ""), found["error"]
 
 
+def test_an_upload_counts_as_a_session_before_its_first_byte_is_read(running: Box) -> None:
+    def uploads() -> int:
+        return sum(each["kind"] == "upload" for each in running.board()["sessions"])
+
+    async def crowd() -> tuple[int, str]:
+        over = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"--x\r\n"
+            await over.wait()
+            yield b"--x--\r\n"
+
+        async with running.http() as http:
+            bearer = {"Authorization": f"Bearer {running.token}"}
+            form = {**bearer, "Content-Type": "multipart/form-data; boundary=x"}
+            address = f"{running.url}/v1/audio/transcriptions"
+            held = [asyncio.create_task(http.post(address, headers=form, data=slow())) for _ in range(2)]
+            try:
+                await asyncio.to_thread(wait_until, lambda: uploads() == 2, "both are counted")
+                refused = await http.post(address, headers=bearer, data=b"")
+                return refused.status, (await refused.json())["error"]
+            finally:
+                over.set()
+                assert [each.status for each in await asyncio.gather(*held)] == [400, 400]
+
+    assert run(crowd) == (503, "tablet has 2 sessions open already")
+    wait_until(lambda: uploads() == 0, "what held no recording has gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("timestamp_granularities[]", "word" * 500), ("prompt", ""), ("", ""), ("n" * 1000, "")]
+)
+def test_a_form_may_bring_so_much_beside_its_file_and_no_more(running: Box, name: str, value: str) -> None:
+    part = f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+    count = MAX_FIELDS_BYTES // (len(name) + 1 + len(value))
+
+    async def ask(parts: int) -> int:
+        async with running.http() as http:
+            answer = await http.post(
+                f"{running.url}/v1/audio/transcriptions",
+                headers={
+                    "Authorization": f"Bearer {running.token}",
+                    "Content-Type": "multipart/form-data; boundary=x",
+                },
+                data=part.encode() * parts + b"--x--\r\n",
+            )
+            return answer.status
+
+    assert [run(lambda: ask(count)), run(lambda: ask(count + 1))] == [400, 413]  # 400: there is no file
+
+
 def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
     async def crowd() -> tuple[dict[str, Any], list[tuple[int, str, str]]]:
         tokens = [running.tokens.add(name, "talk") for name in ("other", "another")]
@@ -194,11 +251,49 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
+def processes(running: Box) -> list[int]:
+    """The daemon, the recognizer's zygote and the recognizer."""
+    (zygote,) = children(running.process.pid)
+    (worker,) = children(zygote)
+    return [running.process.pid, zygote, worker]
+
+
+def test_the_dashboards_cpu_is_the_recognizers_too(running: Box) -> None:
+    def used_s() -> float:
+        return sum(map(cpu_s, processes(running)))
+
+    async def talk() -> None:
+        async with running.client() as client:
+            await client.say((read_file(STOP) + quiet(16_000)) * 4)
+            await client.send(type="end")
+            await client.until("ended")
+
+    time.sleep(1)  # so that the next look begins another window
+    began_s = time.monotonic()
+    running.board()
+    before_s = used_s()
+    run(talk)
+    time.sleep(1)
+    spent_s = used_s() - before_s
+    assert running.board()["cpu_load"] * (time.monotonic() - began_s) > 0.9 * spent_s
+
+
+def test_the_benchmark_holds_every_thread_of_daemon_and_recognizer_to_its_core(running: Box) -> None:
+    everywhere = os.sched_getaffinity(0)
+    core = {min(everywhere)}
+    hold(running.process.pid, core)
+    try:
+        tasks = [int(each.name) for pid in processes(running) for each in Path(f"/proc/{pid}/task").iterdir()]
+        assert len(tasks) > len(processes(running))
+        assert all(os.sched_getaffinity(task) == core for task in tasks)
+    finally:
+        hold(running.process.pid, everywhere)
+
+
 @contextlib.contextmanager
 def stuck_recognizer(running: Box) -> Iterator[None]:
     """The recognizer's process stands still, though not for so long that another takes its place."""
-    (zygote,) = children(running.process.pid)
-    (worker,) = children(zygote)
+    *_, worker = processes(running)
     os.kill(worker, signal.SIGSTOP)
     try:
         yield
@@ -302,6 +397,22 @@ def test_a_minute_of_any_bytes_into_every_parser_finds_nothing(fuzzing: Callable
     status, report = fuzzing()
     assert status == 0, report
     assert f"{PARSERS} passed" in report
+
+
+def test_fuzzing_begins_from_another_seed_each_time_though_in_ci_nothing_else_is_random(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fuzz_gateway, "FUZZ_S", float(PARSERS))
+    seen: set[int] = set()
+
+    @fuzz_gateway.for_a_while
+    @given(st.integers(0, 2**64))
+    @hypothesis_settings(derandomize=True, database=None, max_examples=2)
+    def look(number: int) -> None:
+        seen.add(number)
+
+    look()
+    assert len(seen) > 2
 
 
 # ---------------------------------------------------------------- paces, formats, names

@@ -278,6 +278,7 @@ SNAPSHOT = Snapshot(
     partials_dropped=0,
     recognizers_replaced=0,
     recognizer_bytes=None,
+    recognizer_cpu_s=None,
     clock_synchronized=False,
 )
 

@@ -57,20 +57,20 @@ class Dashboard:
                 "throttled": list(snapshot.thermals.throttled),
                 "real_time_factor": pipeline.real_time_factor,
                 "utterances": pipeline.utterances,
-                "cpu_load": self._cpu_load(),
+                "cpu_load": self._cpu_load(snapshot.recognizer_cpu_s or 0.0),
                 "memory_bytes": _resident_bytes() + (snapshot.recognizer_bytes or 0),
                 "clock_synchronized": snapshot.clock_synchronized,
                 "said": list(self._said),
             }
         )
 
-    def _cpu_load(self) -> float:
-        """Cores in use since the last look."""
+    def _cpu_load(self, recognizer_s: float) -> float:
+        """Cores in use since the last look, the recognizer's included; none are while another takes its place."""
         then, used, load = self._cpu
         now = time.monotonic()
         if now - then >= CPU_WINDOW_S:  # several may watch at once
-            spent = time.process_time()
-            load = round((spent - used) / (now - then), 4)
+            spent = time.process_time() + recognizer_s
+            load = round(max(0.0, spent - used) / (now - then), 4)
             self._cpu = now, spent, load
         return load
 

@@ -257,15 +257,19 @@ class Sessions:
         return iter([session for session, _ in self._running.values()])
 
     def check_room(self, address: str, kind: str) -> None:
-        """Raise BusyError where nobody from this address can be let in now; an upload is no further speaker."""
-        if self.overloaded:
-            raise BusyError("the recognizer is behind; try again in a moment")
-        if kind != UPLOAD and self.pipeline.is_busy:
-            raise BusyError("the recognizer has no time left for another speaker; try again later")
+        """Raise BusyError where nobody from this address can be let in now."""
+        self.check_time(kind)
         if len(self._running) >= self.options.max_sessions:
             raise BusyError(f"all {self.options.max_sessions} sessions are taken; try again later")
         if Counter(session.address for session in self)[address] >= self.options.max_sessions_per_address:
             raise BusyError(f"{self.options.max_sessions_per_address} sessions are open from this address already")
+
+    def check_time(self, kind: str) -> None:
+        """Raise BusyError where the recognizer has no time for this; an upload is no further speaker."""
+        if self.overloaded:
+            raise BusyError("the recognizer is behind; try again in a moment")
+        if kind != UPLOAD and self.pipeline.is_busy:
+            raise BusyError("the recognizer has no time left for another speaker; try again later")
 
     def open(self, station: Station, address: str, kind: str) -> Session:
         """Let a station in. Raises BusyError."""
@@ -398,7 +402,7 @@ def _ending(session: Session, options: settings.Gateway, now: float) -> tuple[st
         return "gone", "the connection is gone"
     if now - session.opened > options.max_session_s:
         return "old", f"{options.max_session_s:g} s are the longest a session may last"
-    talking = session.talk is not None and not session.talk.ended
+    talking = session.kind == UPLOAD or (session.talk is not None and not session.talk.ended)  # or still on its way
     if not talking and now - session.active > options.idle_s:
         return "idle", f"nobody spoke for {options.idle_s:g} s"
     return "", ""

@@ -1,7 +1,7 @@
 """Speaks OpenAI's `POST /v1/audio/transcriptions`, so that its clients work here with another base address.
 
-Law: an upload is a session like any other, so its commands reach the broker; it stays in memory, is never written to
-disk, and may be :data:`MAX_FILE_BYTES` and :data:`MAX_FILE_S` long.
+Law: an upload is a session like any other, so its commands reach the broker, and it counts as one before its first byte
+is read; it stays in memory, is never written to disk, and may be :data:`MAX_FILE_BYTES` and :data:`MAX_FILE_S` long.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import os
 from typing import Final
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http import HttpProcessingError
 
 from edge_asr.audio import AudioFileError, read_stream
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.gateway import formats, wire
 from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import UPLOAD, Event, Sessions
+from edge_asr.gateway.session import UPLOAD, BusyError, Event, Session, Sessions
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_FILE_S: Final = 600.0
-MAX_FIELD_BYTES: Final = 4096
+MAX_FIELDS_BYTES: Final = 16 * 1024
+"""Everything beside the file, names included."""
+
 PIECE_SAMPLES: Final = SAMPLE_RATE // 2
 WHOLE_S: Final = 55.0
 """For everything; a little less than a request may take."""
@@ -48,7 +51,15 @@ class Transcriptions:
 
     async def _transcribe(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
-        self._sessions.check_room(request.remote or "", UPLOAD)
+        session = self._sessions.open(station, request.remote or "", UPLOAD)
+        try:
+            return await self._answer(request, session)
+        finally:
+            session.close()
+
+    async def _answer(self, request: web.Request, session: Session) -> web.Response:
+        heard = _Collected()
+        session.attach(heard, 0)
         data, fields = await _form(request)
         shape = fields.get("response_format", "json")
         if shape not in formats.KINDS:
@@ -57,18 +68,15 @@ class Transcriptions:
             pcm = await asyncio.to_thread(_pcm, data, fields["filename"])
         except (AudioFileError, ContainerError) as error:
             raise web.HTTPBadRequest(text=str(error)) from None
-        session = self._sessions.open(station, request.remote or "", UPLOAD)
-        heard = _Collected()
-        try:
-            session.attach(heard, 0)
-            session.begin(wire.Start(type="start", talk=1))
-            for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
-                start = position * BYTES_PER_SAMPLE
-                await session.take(position, memoryview(pcm)[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
-            session.close()
-            await session.settled(WHOLE_S)
-        finally:
-            session.close()
+        self._sessions.check_time(UPLOAD)
+        if session.over.is_set():
+            raise BusyError("the session ended before the whole recording had come")
+        session.begin(wire.Start(type="start", talk=1))
+        for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
+            start = position * BYTES_PER_SAMPLE
+            await session.take(position, memoryview(pcm)[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
+        session.close()
+        await session.settled(WHOLE_S)
         whole_s = len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE
         grains = frozenset(fields.get("timestamp_granularities[]", "segment").split())
         text, content_type = formats.written(shape, heard.segments, whole_s, grains)
@@ -94,31 +102,36 @@ async def _form(request: web.Request) -> tuple[bytes, dict[str, str]]:
     """The file of a multipart form, and its other fields. Raises HTTPBadRequest, HTTPRequestEntityTooLarge."""
     if not request.content_type.startswith("multipart/"):
         raise web.HTTPUnsupportedMediaType(text="expected multipart/form-data with a file")
-    data, fields = b"", {"filename": ""}
+    data, fields, used = b"", {"filename": ""}, 0
     try:
         async for part in await request.multipart():
             if not isinstance(part, BodyPartReader):
                 raise web.HTTPBadRequest(text="a multipart form within a multipart form")
-            content = await _read(part, MAX_FILE_BYTES if part.name == "file" else MAX_FIELD_BYTES)
-            if part.name == "file":
-                data, fields["filename"] = content, (part.filename or "upload")[:80]
-            elif part.name is not None:
-                known = fields.get(part.name)  # a list comes as several fields of one name
+            name = part.name or ""
+            if name == "file":
+                data = await _read(part, MAX_FILE_BYTES, len(data))
+                fields["filename"] = (part.filename or "upload")[:80]
+            else:
+                used += len(name) + 1
+                content = await _read(part, MAX_FIELDS_BYTES, used)
+                used += len(content)
+                known = fields.get(name)  # a list comes as several fields of one name
                 value = content.decode(errors="replace")
-                fields[part.name] = value if known is None else f"{known} {value}"
-    except (ValueError, AssertionError, RuntimeError) as error:
+                fields[name] = value if known is None else f"{known} {value}"
+    except (ValueError, AssertionError, RuntimeError, HttpProcessingError) as error:
         raise web.HTTPBadRequest(text=f"this is no multipart form ({error})"[:200]) from None
     if not data:
         raise web.HTTPBadRequest(text="the form holds no `file`")
     return data, fields
 
 
-async def _read(part: BodyPartReader, limit: int) -> bytes:
+async def _read(part: BodyPartReader, limit: int, used: int) -> bytes:
+    """A part of a form, of whose limit so many bytes are used. Raises HTTPRequestEntityTooLarge."""
     content = bytearray()
-    while chunk := await part.read_chunk():
+    while used + len(content) <= limit and (chunk := await part.read_chunk()):
         content += chunk
-        if len(content) > limit:
-            raise web.HTTPRequestEntityTooLarge(limit, len(content))
+    if used + len(content) > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, used + len(content))
     return bytes(content)
 
 
