@@ -164,8 +164,11 @@ def limits_of(options: Settings) -> dict[Category, Limits]:
 
 
 def open_recorder(options: Settings) -> Recorder | None:
-    """What keeps doubtful utterances; None where the settings do not ask for it. Raises SettingsError."""
-    if options.recorder.public_key is None:
+    """What keeps doubtful utterances, and their days where they are kept no more; None where neither is.
+
+    Raises SettingsError.
+    """
+    if options.recorder.public_key is None and not any(options.recordings_directory.glob("*")):
         return None
     from edge_asr.recorder import Recorder  # noqa: PLC0415 - 9 MB of cryptography that is off by default
 

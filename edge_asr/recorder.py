@@ -2,7 +2,8 @@
 
 Law: nothing is kept unless the site has set a public key. Each recording is sealed to that key (HPKE, RFC 9180: X25519,
 HKDF-SHA256, AES-256-GCM) before it reaches the disk, and the box cannot open what it has kept. Quota and age are kept
-to at every recording. A recorder in trouble never disturbs the hearing: what it cannot keep is counted and gone.
+to at the start, at every recording and once a day, without a key too. A recorder in trouble never disturbs the hearing:
+what it cannot keep is counted and gone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +39,9 @@ WAITING: Final = 8
 """Utterances on their way to the disk; 20 s each is 5 MB."""
 
 _DAY_S: Final = 86_400.0
+TIDY_INTERVAL_S: Final = _DAY_S
+"""So often at least it is looked for what is too old: where nobody says anything doubtful, too."""
+
 _SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _INFO: Final = b"edge-asr recording 1"
 _UNLABELLED: Final = frozenset({"cancelled", "not-confirmed", "not-allowed", "cut-off", "recognizer-failed"})
@@ -57,22 +62,26 @@ class Recording:
 
 
 def is_doubtful(heard: Understanding, below: float) -> bool:
-    """Whether a person should listen: rejected for what was heard, or a command that was not quite clear."""
+    """Whether a person should listen: rejected for what was heard, or a command that was not quite clear.
+
+    Where the site has no grammar the transcript is judged; that of an engine which tells no confidence (0) is not.
+    """
     decision = heard.decision
     if isinstance(decision, Rejection):
         return decision.reason not in _UNLABELLED
-    return isinstance(decision, Command) and decision.confidence < below
+    if decision is None:
+        return heard.transcript is not None and 0 < heard.transcript.confidence < below
+    return decision.confidence < below
 
 
 class Recorder:
-    """Seals and writes in a thread of its own."""
+    """Seals and writes in a thread of its own; without a key it only deletes what has become too old."""
 
     def __init__(self, options: RecorderSettings, folder: Path) -> None:
         """Raises SettingsError where the key cannot be used."""
-        assert options.public_key is not None  # noqa: S101 - without it nobody makes one
         self._options = options
         self._folder = folder
-        self._key = _public_key(options.public_key)
+        self._key = _public_key(options.public_key) if options.public_key is not None else None
         self._jobs: queue.Queue[Recording | None] = queue.Queue(WAITING)
         self.kept = 0
         self.failed = 0
@@ -82,7 +91,7 @@ class Recorder:
 
     def offer(self, heard: Understanding) -> None:
         """Keep an utterance if it is doubtful; never blocks."""
-        if is_doubtful(heard, self._options.below):
+        if self._key is not None and is_doubtful(heard, self._options.below):
             try:
                 self._jobs.put_nowait(Recording(_about(heard), _wav(heard.utterance.pcm)))
             except queue.Full:
@@ -94,22 +103,37 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
-        while (recording := self._jobs.get()) is not None:
+        self._attempt(self._tidy)
+        while True:
             try:
-                self._keep(recording)
-                self.kept += 1
-            except OSError as error:
-                if not self.failed:
-                    log.warning("%s: recordings cannot be kept (%s); check the disk", self._folder, error.strerror)
-                self.failed += 1
+                recording = self._jobs.get(timeout=TIDY_INTERVAL_S)
+            except queue.Empty:
+                self._attempt(self._tidy)
+                continue
+            if recording is None:
+                return
+            self._attempt(partial(self._keep, recording))
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not self.failed:
+                log.warning("%s: recordings cannot be kept (%s); check the disk", self._folder, error.strerror)
+            self.failed += 1
 
     def _keep(self, recording: Recording) -> None:
+        assert self._key is not None  # noqa: S101 - without it nothing is offered
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         sealed = _SUITE.encrypt(_packed(recording), self._key, _INFO)
         name = f"{recording.about['utterance_id']}{SUFFIX}"
         unfinished = self._folder / f".{name}"
         unfinished.write_bytes(sealed)
         unfinished.rename(self._folder / name)
+        self._tidy()
+        self.kept += 1
+
+    def _tidy(self) -> None:
         tidy(self._folder, self._options.max_bytes, self._options.days)
 
 

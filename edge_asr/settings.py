@@ -383,11 +383,12 @@ class Recorder(_Section):
     """X25519 public key (PEM) to which every recording is sealed; only its private key, kept elsewhere, opens them.
     None: nothing is recorded."""
     below: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Commands with less confidence are kept, and everything that was rejected for what was heard."""
+    """Commands with less confidence are kept, transcripts where there are no grammars, and everything that was rejected
+    for what was heard."""
     max_bytes: Annotated[int, Field(ge=1_000_000)] = 512 * 1024 * 1024
     """When it is reached the oldest go first."""
     days: Annotated[float, Field(gt=0, le=3650)] = 30.0
-    """Older recordings are deleted."""
+    """Older recordings are deleted, without a key too: at the start, at every recording and once a day."""
 
 
 class Privacy(_Section):

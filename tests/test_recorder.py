@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -20,14 +24,17 @@ from playwright.sync_api import sync_playwright
 
 from edge_asr import evaluation, recorder
 from edge_asr.audio import read_file
+from edge_asr.daemon import open_recorder
 from edge_asr.events import Command, Rejection, RejectionReason, Transcript, Utterance
 from edge_asr.labelling import LabelServer
 from edge_asr.pipeline import Understanding
 from edge_asr.recorder import Recorder, RecorderError, is_doubtful, opened, tidy
 from edge_asr.settings import Recorder as Options
 from edge_asr.settings import SettingsError
-from tests.broker import PATIENCE_S, Broker, Subscriber, free_port
+from edge_asr.settings import load as read_settings
+from tests.broker import PATIENCE_S, Broker, Subscriber, free_port, wait_until
 from tests.gateway import CHROMIUM
+from tests.sysbox import CHECKOUT
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
 
@@ -66,11 +73,23 @@ def command(confidence: float) -> Command:
         (Rejection("not-confirmed", ""), False),
         (Rejection("cut-off", ""), False),
         (Rejection("recognizer-failed", ""), False),
-        (None, False),
     ],
 )
 def test_what_a_person_should_hear_is_kept(decision: Command | Rejection | None, *, doubtful: bool) -> None:
     assert is_doubtful(heard(decision), 0.8) is doubtful
+
+
+@pytest.mark.parametrize(
+    ("transcript", "doubtful"),
+    [
+        (replace(TRANSCRIPT, confidence=0.79), True),
+        (replace(TRANSCRIPT, confidence=0.81), False),
+        (replace(TRANSCRIPT, confidence=0.0), False),  # sherpa-onnx tells none
+        (None, False),
+    ],
+)
+def test_without_a_grammar_what_was_heard_is_judged(transcript: Transcript | None, *, doubtful: bool) -> None:
+    assert is_doubtful(replace(heard(None), transcript=transcript), 0.8) is doubtful
 
 
 def kept(folder: Path, public: Path, *understandings: Understanding, **options: float) -> Recorder:
@@ -136,13 +155,44 @@ def test_the_oldest_go_when_the_quota_is_reached(tmp_path: Path, keys: tuple[Pat
     assert sorted(path.stem for path in (tmp_path / "r").iterdir()) == [u.utterance.id for u in utterances[-3:]]
 
 
+def aged(path: Path, days: float) -> Path:
+    """A recording of so many days ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    os.utime(path, (time.time() - days * 86_400,) * 2)
+    return path
+
+
 def test_what_is_too_old_goes(tmp_path: Path) -> None:
     for name, age_days in (("a", 31), ("b", 29), ("c", 0)):
-        path = tmp_path / f"{name}{recorder.SUFFIX}"
-        path.write_bytes(b"x")
-        os.utime(path, (time.time() - age_days * 86_400,) * 2)
+        aged(tmp_path / f"{name}{recorder.SUFFIX}", age_days)
     assert tidy(tmp_path, 1_000_000, 30) == 1
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["b", "c"]
+
+
+def test_what_is_too_old_goes_where_nobody_speaks(
+    tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "TIDY_INTERVAL_S", 0.01)
+    old, young = aged(tmp_path / "a.sealed", 31), aged(tmp_path / "b.sealed", 29)
+    made = Recorder(Options(public_key=keys[1]), tmp_path)
+    wait_until(lambda: not old.exists(), "the start to delete what is too old")
+    aged(young, 31)
+    wait_until(lambda: not young.exists(), "the next day to delete what has become too old")
+    made.close()
+    assert made.failed == 0
+
+
+def test_what_is_too_old_goes_where_nothing_is_recorded_any_more(tmp_path: Path) -> None:
+    options = read_settings(write_settings(tmp_path, free_port()))
+    assert open_recorder(options) is None
+    old = aged(options.recordings_directory / "a.sealed", 31)
+    young = aged(options.recordings_directory / "b.sealed", 29)
+    made = open_recorder(options)
+    assert made is not None
+    made.offer(heard(command(0.1)))
+    made.close()
+    assert (old.exists(), young.exists(), made.kept) == (False, True, 0)
 
 
 def test_a_disk_that_takes_nothing_is_counted_and_said_once(
@@ -200,6 +250,32 @@ def test_a_person_labels_in_a_browser_and_the_manifest_has_it(tmp_path: Path, ke
     assert duration == pytest.approx(len(read_file(TALK)) / 32_000, abs=0.05)
     first, second = evaluation.read_manifest(labels / "manifest.jsonl")
     assert (first.intent, second.text, second.intent) == (None, "emergency stop", "EmergencyStop")
+
+
+def label(server: LabelServer, audio: str, text: str) -> None:
+    body = json.dumps({"audio": audio, "text": text, "intent": "", "slots": {}}).encode()
+    url = f"http://127.0.0.1:{server.server_port}/{server.secret}/label"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_what_was_labelled_can_be_learned_from_and_the_rest_is_passed_over(
+    tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECKOUT / "tools")
+    monkeypatch.setitem(sys.modules, "wordfreq", SimpleNamespace(top_n_list=None))  # the training environment has it
+    people = importlib.import_module("training.people")
+    labels = exported(tmp_path, keys)
+    with LabelServer(labels) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        noise, spoken = server.entries
+        label(server, noise, "")
+        assert people.utterances(labels / "manifest.jsonl") == []
+        label(server, spoken, "Emergency stop!")
+        server.shutdown()
+    (said,) = people.utterances(labels / "manifest.jsonl")
+    assert (said.text, len(said.audio)) == ("emergency stop", len(read_file(COMMAND)) // 2)
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,23 @@ from training.voices import Said
 def utterances(manifest: Path, without: Collection[str] = ()) -> list[Said]:
     """Of JSON lines ``{audio, text, speaker?}``; speakers ``without`` are left out, to be measured on.
 
-    Raises ValueError naming the line that has no audio or no text.
+    What `edge-asr recordings export` wrote and nobody has labelled is passed over, and what holds no words: an example
+    is somebody who speaks, and noise is learned from the folders of noise. Raises ValueError naming the line that has
+    no audio or no text.
     """
     found = []
     for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
         entry = json.loads(line)
-        if "audio" not in entry or not entry.get("text"):
+        if entry.get("labelled") is False:
+            continue
+        if "audio" not in entry or entry.get("text") is None:
             raise ValueError(f"{manifest}: line {number}: expected `audio` and `text`")
         speaker = entry.get("speaker", "somebody")
-        if speaker in without:
+        text = normal(entry["text"])
+        if speaker in without or not text:
             continue
         audio = to_float(read_file(manifest.parent / entry["audio"]))
         peak = float(np.abs(audio).max(initial=1e-6))
         pcm = np.asarray(audio / peak * 0.9 * 32767, np.int16)
-        found.append(Said(f"people:{speaker}", "people", normal(entry["text"]), pcm))
+        found.append(Said(f"people:{speaker}", "people", text, pcm))
     return found
