@@ -33,6 +33,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_asr import model_store, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.events import SAMPLE_RATE
+from edge_asr.health import cpu_s, resident_bytes
 from edge_asr.inference import SileroDetector
 from edge_asr.pipeline import Ear
 from tests.bench_page import begin_talk, page_waits
@@ -120,12 +121,7 @@ def quantiles_ms(values: Sequence[float]) -> dict[str, float]:
 
 
 def resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return resident_bytes(pid) / 2**20
 
 
 def hold(pid: int, cores: set[int]) -> None:

@@ -22,6 +22,7 @@ from edge_asr import evaluation, grammar, settings
 from edge_asr.audio import read_file, signal_to_noise_db, to_float
 from edge_asr.engine import Engine, build_interpreter, grammar_paths
 from edge_asr.events import Transcript
+from edge_asr.health import resident_bytes
 from edge_asr.inference import SherpaRecognizer
 from edge_asr.posteriors import Recognition, TokenTable
 from edge_asr.settings import Settings
@@ -91,7 +92,8 @@ def heard(task: Task) -> dict[str, Any]:
     options = Settings(model=wanted, commands=settings.Commands(grammars=(task.grammar,)))
     engine = Engine.build(options)
     if task.name != WHISPER:
-        return {"name": task.name, **_measured(task, engine, options.vad), "memory_mb": _resident_mb()}
+        found = _measured(task, engine, options.vad)
+        return {"name": task.name, **found, "memory_mb": round(resident_bytes("self") / 2**20, 1)}
     assert task.python is not None
     with whisper(task.python, engine.recognizer.table) as theirs:
         recognizer = cast(SherpaRecognizer, theirs)  # it answers as that one does
@@ -112,13 +114,6 @@ def _measured(task: Task, engine: Engine, vad: settings.Vad, besides_s: Callable
         kept = {key: found[key] for key in ("snr", "n", "accepted", "acceptance", "wrong_commands", "false_accepts")}
         conditions.append({**kept, "rtf": round(found["rtf"] + (besides_s() - before_s) / audio_s, 4)})
     return {"conditions": conditions}
-
-
-def _resident_mb() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"^VmRSS:\s+(\d+)", status, re.MULTILINE)
-    assert found is not None
-    return round(int(found[1]) / 1024, 1)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

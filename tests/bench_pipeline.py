@@ -33,6 +33,7 @@ from edge_asr.settings import Settings
 from edge_asr.speech import KEEP_SILENCE_S
 from edge_asr.worker import Worker
 from tests.bench_engine import machine, make_model, noise
+from tests.soak import effort
 
 NAMES = (
     *("01-start-line-three", "03-set-mixer-speed", "05-set-oven-temperature", "13-set-conveyor-speed"),
@@ -106,9 +107,8 @@ async def commits(options: Settings, worker: Worker, outbox: Outbox, rounds: int
 
 
 def cpu_s(pid: int) -> float:
-    """What all threads of a process have used so far."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text(encoding="ascii").split()[0]) for task in tasks) / clock.NS_PER_S
+    """What all threads of a process have used so far, to the nanosecond."""
+    return sum(each["cpu_s"] for each in effort([pid]).values())
 
 
 async def overhead(
