@@ -4,29 +4,23 @@ Law:
 
 - An utterance stays here until its understanding is back. A worker that dies of it, or hangs, is replaced by one that
   gets it once more; the second time it becomes a rejection that says why.
-- Workers are forked from a zygote: a process that has imported everything, holds no model and runs one thread. That
-  shares the memory of the code, and a new worker is ready as soon as its model is loaded (docs/operations.md).
+- Workers are forked from a ``zygote``, so a new one is ready as soon as its model is loaded (docs/operations.md).
 - What a worker says is trusted as much as itself: it runs as the same user behind the same walls, hence pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
-import gc
 import logging
 import math
-import os
-import signal
 import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
@@ -37,6 +31,7 @@ from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Settings
+from edge_asr.zygote import Zygote, ZygoteError
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +58,15 @@ LOAD_LIMIT_S: Final = 90.0
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
 
-ZYGOTE_LIMIT_S: Final = 5.0
-"""A fork or the end of a process takes milliseconds; a process that no signal ends (a driver hangs) is given up."""
-
 GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and gives it back."""
 
 _LOOK_S: Final = 0.5
 
-_OOM_SCORE: Final = 500
-"""When memory runs out the kernel takes the worker, which can be replaced, and not the daemon."""
-
 _GOLDEN: Final = "golden"
 """The request to hear the golden recording: by the model alone, whose text no hotword changes."""
 
-_PR_SET_PDEATHSIG: Final = 1
 _REFUSALS: Final = (ModelError, HotwordError, GrammarError)
 
 
@@ -113,12 +101,16 @@ class Facts:
 class Worker:
     """An :class:`Engine` behind a wall. Blocking; any thread may call, they take turns."""
 
-    def __init__(self, options: Settings) -> None:
-        """Fork, load and listen once. Raises ModelError, HotwordError, GrammarError, WorkerError."""
+    def __init__(self, options: Settings, zygote: Zygote | None = None) -> None:
+        """Fork, load and listen once; from a zygote of its own unless it is given one to share.
+
+        Raises ModelError, HotwordError, GrammarError, WorkerError.
+        """
         self._options = options
         self._chosen = installation.chosen(options)
         self._turn = threading.Lock()
-        self._zygote = _Zygote()
+        self._zygote = zygote or Zygote()
+        self._shares_zygote = zygote is not None
         self.replaced = 0
         """Workers that died, hung, grew too large or heard wrongly."""
         self.trouble = ""
@@ -126,7 +118,7 @@ class Worker:
         try:
             self._process = self._begin(options)
         except BaseException:
-            self._zygote.close()
+            self._leave_zygote()
             raise
 
     @property
@@ -160,7 +152,7 @@ class Worker:
                     continue
                 if resident_bytes > self.facts.resident_bytes + GROWTH_LIMIT_BYTES:
                     self._replace(f"has grown to {resident_bytes >> 20} MB")
-                assert isinstance(heard, Understanding)  # noqa: S101 - what _serve answers to this
+                assert isinstance(heard, Understanding)  # noqa: S101 - what `serve` answers to this
                 return heard
         detail = f"{attempts} times the recognizer {trouble}"
         return Understanding(utterance, None, Rejection("recognizer-failed", detail))
@@ -205,10 +197,14 @@ class Worker:
                     self._replace("does not hear the golden recording rightly any more")
 
     def close(self) -> None:
-        """End worker and zygote."""
+        """End the worker."""
         with contextlib.suppress(WorkerError), self._turn:
             self._process.end()
-        self._zygote.close()
+        self._leave_zygote()
+
+    def _leave_zygote(self) -> None:
+        if not self._shares_zygote:
+            self._zygote.close()
 
     def _replace(self, trouble: str) -> None:
         """Put a new worker in the place of one that is of no use. Raises WorkerError."""
@@ -238,7 +234,7 @@ class Worker:
             if isinstance(facts, _REFUSALS):
                 process.end()
                 raise facts
-            assert isinstance(facts, Facts)  # noqa: S101 - what _serve answers first
+            assert isinstance(facts, Facts)  # noqa: S101 - what `serve` answers first
             process.facts = facts
             self.trouble = facts.trouble
             if not facts.golden:
@@ -253,9 +249,15 @@ class _Process:
     facts: Facts
     """Set when it has loaded its model."""
 
-    def __init__(self, zygote: _Zygote) -> None:
+    def __init__(self, zygote: Zygote) -> None:
+        """Raises WorkerError."""
         self._zygote = zygote
-        self.pid, self._line = zygote.fork()
+        ours, theirs = socket.socketpair()
+        # Long speech is more than a socket holds: one that hangs before it has taken it all would block us for ever.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
+        self._line = Connection(ours.detach())
+        with theirs, _of_the_recognizer():
+            self.pid = zygote.fork(serve, theirs)
         self._how_it_ended = ""
 
     def hear(self, request: object, speech_s: float) -> tuple[object, int]:
@@ -300,7 +302,8 @@ class _Process:
         """Make sure that it is gone; how it went. Raises WorkerError."""
         if not self._how_it_ended:
             self._line.close()
-            self._how_it_ended = self._zygote.end(self.pid)
+            with _of_the_recognizer():
+                self._how_it_ended = self._zygote.end(self.pid)
         return self._how_it_ended
 
 
@@ -309,84 +312,18 @@ def work_limit_s(speech_s: float, pace: float) -> float:
     return WORK_BASE_S + WORK_FACTOR * pace * speech_s
 
 
-class _Zygote:
-    """The other end of :func:`_breed`. To be made before the process has threads or models."""
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(ZYGOTE_LIMIT_S)
-        gc.collect()
-        gc.freeze()  # for good, here too: what no garbage collector touches stays shared
-        self._pid = os.fork()
-        if self._pid == 0:
-            self._control.close()
-            _breed(theirs)
-        theirs.close()
-
-    def fork(self) -> tuple[int, Connection]:
-        """Process id of a new worker and the line to it. Raises WorkerError."""
-        ours, theirs = socket.socketpair()
-        # Long speech is more than a socket holds: one that hangs before it has taken it all would block us for ever.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
-        with theirs:
-            answer = self._order(b"", theirs.fileno())
-        return struct.unpack("i", answer)[0], Connection(ours.detach())
-
-    def end(self, pid: int) -> str:
-        """Kill a worker unless it is dead already; how it died. Raises WorkerError."""
-        code = os.waitstatus_to_exitcode(struct.unpack("i", self._order(struct.pack("i", pid)))[0])
-        return signal.Signals(-code).name if code < 0 else f"itself, exit code {code}"
-
-    def close(self) -> None:
-        """End it."""
-        self._control.close()
-        os.waitpid(self._pid, 0)
-
-    def _order(self, order: bytes, *descriptors: int) -> bytes:
-        try:
-            with self._turn:
-                socket.send_fds(self._control, [order or b"fork"], descriptors)
-                answer = self._control.recv(64)
-        except OSError as error:
-            raise WorkerError(f"the recognizer's zygote does not answer ({error})") from None
-        if not answer:
-            raise WorkerError("the recognizer's zygote is dead")
-        return answer
-
-
-def _breed(control: socket.socket) -> NoReturn:
-    """The zygote: forks a worker for every line it is handed, ends and reaps the one it is told to."""
+@contextlib.contextmanager
+def _of_the_recognizer() -> Iterator[None]:
     try:
-        _settle()
-        while True:
-            order, lines, _, _ = socket.recv_fds(control, 64, 1)
-            if not order:
-                os._exit(0)
-            if lines:
-                pid = os.fork()
-                if pid == 0:
-                    control.close()
-                    _serve(Connection(lines[0]))
-                os.close(lines[0])
-                control.send(struct.pack("i", pid))
-            else:
-                pid = struct.unpack("i", order)[0]
-                os.kill(pid, signal.SIGKILL)  # ours and not reaped yet, so it is still that one
-                control.send(struct.pack("i", os.waitpid(pid, 0)[1]))
-    finally:
-        os._exit(1)  # never back into what the parent was doing
+        yield
+    except ZygoteError as error:
+        raise WorkerError(f"no recognizer: {error}") from None
 
 
-def _serve(connection: Connection) -> NoReturn:
+def serve(line: socket.socket) -> None:
     """A worker: answers each request with its result and the memory in use."""
-    code = 1
-    try:
-        _settle()
-        faulthandler.enable()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
-        engine: Engine | None = None
+    connection, engine = Connection(line.detach()), None
+    with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
             try:
@@ -396,12 +333,6 @@ def _serve(connection: Connection) -> NoReturn:
                 answer = error
             give_back()
             connection.send((answer, resident_bytes("self")))
-    except EOFError:
-        code = 0
-    except Exception:
-        log.exception("the recognizer fails")
-    finally:
-        os._exit(code)
 
 
 def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] | str) -> tuple[Engine, object]:
@@ -429,13 +360,3 @@ def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] 
         return engine, trial.listen(engine.recognizer, engine.files)
     utterance, final = request
     return engine, engine.understand(utterance, final=final)
-
-
-def _settle() -> None:
-    """Die with the parent, and leave it to the parent to stop: the terminal's Ctrl-C goes to all."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)

@@ -46,6 +46,7 @@ ORDER = (
         "child",
         "trial",
         "prepared",
+        "zygote",
         "sources",
         "contract",
     ),
