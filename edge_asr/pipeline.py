@@ -2,7 +2,7 @@
 
 1. A source yields frames (``sources``: its bounded buffer is the only place where audio may be lost, visibly).
 2. Each source's :class:`Ear` gives the frame its speech probability and feeds the gate (``speech``).
-3. A closed utterance enters its source's bounded queue of finals (:class:`_Work`); the sources take turns. A full queue
+3. A closed utterance enters its source's bounded queue of finals (``turns``); the sources take turns. A full queue
    makes the listener wait, the source's buffer fill, and at last the oldest audio go: finals are never dropped.
 4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), prefers the
    site's own words in its text (``hotwords``) and interprets it (``commands``); :meth:`Pipeline._append` appends
@@ -24,11 +24,10 @@ import contextlib
 import functools
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
 from edge_asr.audio import measure
@@ -53,11 +52,9 @@ from edge_asr.outbox import OutboxError
 from edge_asr.posteriors import Recognition
 from edge_asr.speech import SpeechGate
 from edge_asr.spool import Spool
+from edge_asr.turns import Kind, Turns
 
 log = logging.getLogger(__name__)
-
-FINALS = 8
-"""Utterances of one source that may wait for the recognizer; at 20 s each the memory they hold stays under 6 MB."""
 
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
@@ -163,9 +160,6 @@ class Timing:
     """From the end of speech to the commit."""
 
 
-Kind = Literal["partial", "foreseen", "final"]
-"""What is to be understood: a growing utterance, what one will be unless somebody speaks on, one that is closed."""
-
 Live = Callable[[str, Mapping[str, Json]], None]
 """Publishes (topic suffix, payload) at once or not at all."""
 
@@ -269,89 +263,6 @@ def understand(
     return Understanding(utterance, transcript if transcript.text else None, decision, recognized_s, interpreted_s)
 
 
-class _Work:
-    """What waits for the recognizer: finals, at most :data:`FINALS` of a source, which take turns; then what is early.
-
-    Early are partials and what is foreseen; of a source's only the newest is kept.
-    """
-
-    def __init__(self) -> None:
-        self._finals: dict[str, deque[Utterance]] = {}
-        """Source -> its finals in order; the first source is the next whose turn it is."""
-        self._unsettled: Counter[str] = Counter()
-        """Source -> finals that are not committed yet."""
-        self._early: dict[str, tuple[Utterance, Kind]] = {}
-        self.partials_dropped = 0
-        self._finished = False
-        self._changed = asyncio.Condition()
-
-    async def final(self, utterance: Utterance) -> None:
-        """Add a final; waits while its source's queue is full."""
-        source = utterance.source
-        async with self._changed:
-            self._drop_early(source)
-            await self._changed.wait_for(lambda: len(self._finals.get(source, ())) < FINALS)
-            self._finals.setdefault(source, deque()).append(utterance)
-            self._unsettled[source] += 1
-            self._changed.notify_all()
-
-    async def settle(self, utterance: Utterance) -> None:
-        """Say that everything that came of a final is committed."""
-        async with self._changed:
-            self._unsettled[utterance.source] -= 1
-            if not self._unsettled[utterance.source]:
-                del self._unsettled[utterance.source]
-            self._changed.notify_all()
-
-    async def settled(self, source: str) -> None:
-        """Wait until nothing that the source said is still to be committed."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: source not in self._unsettled)
-
-    @property
-    def finals(self) -> int:
-        """How many finals wait."""
-        return sum(map(len, self._finals.values()))
-
-    @property
-    def waiting_s(self) -> float:
-        """Seconds of speech in them."""
-        return sum(utterance.duration_s for waiting in self._finals.values() for utterance in waiting)
-
-    async def early(self, utterance: Utterance, kind: Kind) -> None:
-        """Offer what is not final; it replaces the source's older one and is forgotten when finals wait."""
-        async with self._changed:
-            self._drop_early(utterance.source)
-            self._early[utterance.source] = utterance, kind
-            if self._finals:
-                self._drop_early(utterance.source)
-            self._changed.notify_all()
-
-    def _drop_early(self, source: str) -> None:
-        _, kind = self._early.pop(source, (None, None))
-        self.partials_dropped += kind == "partial"
-
-    async def finish(self) -> None:
-        """Say that nothing will be added."""
-        async with self._changed:
-            self._finished = True
-            self._changed.notify_all()
-
-    async def take(self) -> tuple[Utterance, Kind] | None:
-        """(utterance, of which kind), finals first; None when all is done."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._finals or self._early or self._finished)
-            if self._finals:
-                source = next(iter(self._finals))
-                waiting = self._finals.pop(source)
-                utterance = waiting.popleft()
-                if waiting:
-                    self._finals[source] = waiting  # behind all others
-                self._changed.notify_all()
-                return utterance, "final"
-            return self._early.pop(next(iter(self._early))) if self._early else None
-
-
 @dataclass(frozen=True, slots=True)
 class _Heard:
     """An understanding and when it was come to (CLOCK_BOOTTIME)."""
@@ -401,7 +312,7 @@ class Pipeline:
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
         self._confirming = asyncio.Event()
         """Set whenever what is pending may have changed."""
-        self._work = _Work()
+        self._turns = Turns()
         self._capacity = Capacity()
         self._decoding_since_ns: int | None = None
         """CLOCK_BOOTTIME at which the decode under way began."""
@@ -451,12 +362,12 @@ class Pipeline:
     @property
     def finals_waiting(self) -> int:
         """How many utterances wait for the recognizer: the measure of overload."""
-        return self._work.finals
+        return self._turns.finals
 
     @property
     def is_late(self) -> bool:
         """Whether a final that is said now would have to wait too long for the recognizer."""
-        return self._capacity.is_late(clock.boottime_ns(), self._work.waiting_s, self._decoding_since_ns)
+        return self._capacity.is_late(clock.boottime_ns(), self._turns.waiting_s, self._decoding_since_ns)
 
     @property
     def busy(self) -> float:
@@ -471,7 +382,7 @@ class Pipeline:
     @property
     def partials_dropped(self) -> int:
         """How many partials gave way to something newer."""
-        return self._work.partials_dropped
+        return self._turns.partials_dropped
 
     @property
     def pending(self) -> tuple[confirmation.Pending, ...]:
@@ -524,7 +435,7 @@ class Pipeline:
         self._guests[guest.name] = guest
         try:
             await self._listen(guest)
-            await self._work.settled(guest.name)
+            await self._turns.settled(guest.name)
         finally:
             del self._guests[guest.name], self.ears[guest.name]
             self._growing.pop(guest.name, None)
@@ -533,14 +444,14 @@ class Pipeline:
 
     async def _listen_to_all(self) -> None:
         for utterance in self._spool.recovered:
-            await self._work.final(utterance)
+            await self._turns.final(utterance)
         await asyncio.gather(*(self._listen(source) for source in self._sources))
         if self.awaits_guests:
             await self._closing.wait()
         while self._guests:
             self._guest_left.clear()
             await self._guest_left.wait()
-        await self._work.finish()
+        await self._turns.finish()
 
     async def _listen(self, source: Source) -> None:
         """Gate one source's frames into finals, and offer what is early while somebody speaks."""
@@ -563,7 +474,7 @@ class Pipeline:
             if early is not None:
                 if partials:
                     self._growing[source.name] = early.id
-                await self._work.early(early, kind)
+                await self._turns.early(early, kind)
             if early is not None or not ear.speaking:
                 next_partial = frame.end + interval
         for utterance in [] if self.muted else ear.flush():
@@ -572,11 +483,11 @@ class Pipeline:
     async def _close(self, utterance: Utterance) -> None:
         self._growing.pop(utterance.source, None)
         self._spool.keep(utterance)
-        await self._work.final(utterance)
+        await self._turns.final(utterance)
 
     async def _understand(self) -> None:
         """Recognize what waits, one at a time, until nothing will come."""
-        while (waiting := await self._work.take()) is not None:
+        while (waiting := await self._turns.take()) is not None:
             utterance, kind = waiting
             if kind == "final":
                 await self._conclude(utterance)
@@ -613,7 +524,7 @@ class Pipeline:
         self.understood(utterance)
         committed = await self._append(heard.what)
         self._spool.settle(utterance)
-        await self._work.settle(utterance)
+        await self._turns.settle(utterance)
         self.noted(committed, _timing(heard, began_ns, clock.boottime_ns()))
 
     @contextlib.contextmanager

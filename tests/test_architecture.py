@@ -70,6 +70,7 @@ ORDER = (
     *(
         "health",
         "capacity",
+        "turns",
         "pipeline",
         "metrics",
         "traces",

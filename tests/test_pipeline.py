@@ -19,7 +19,6 @@ from edge_asr.inference import OnnxRecognizer, RecognizerError, SileroDetector
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import (
     DETECTOR_REST_SAMPLES,
-    FINALS,
     Ear,
     Interpreter,
     Pipeline,
@@ -31,6 +30,7 @@ from edge_asr.pipeline import (
 from edge_asr.posteriors import Recognition
 from edge_asr.settings import FilesSource, Settings
 from edge_asr.sources import Files
+from edge_asr.turns import FINALS
 
 SECOND = 2 * SAMPLE_RATE
 """Bytes of PCM."""
