@@ -162,6 +162,10 @@ class StdinSource(_Section):
 SourceSettings = Annotated[MicrophoneSource | FilesSource | StdinSource, Field(discriminator="type")]
 
 
+AudioEvent = Literal["BGM", "Applause", "Laughter", "Cry", "Sneeze", "Breath", "Cough", "Event_UNK"]
+"""What SenseVoice calls sound that is more than plain speech."""
+
+
 class Commands(_Section):
     """What may be commanded."""
 
@@ -173,6 +177,8 @@ class Commands(_Section):
     """Life of a command unless its intent says otherwise; brokers count its last 2 seconds too coarsely to be used."""
     max_noise_dbfs: Annotated[float, Field(ge=-60, le=0)] = -18.0
     """A source whose noise stays above this is not trusted: its commands are rejected, only "cancel" passes."""
+    refuse_events: tuple[AudioEvent, ...] = ("Applause", "Laughter", "Cry", "Sneeze", "Breath", "Cough")
+    """Audio events, by the model, in which nothing is commanded, only "cancel" passes; add BGM where no radio plays."""
     confirm_within_s: Annotated[float, Field(ge=3, le=300)] = 15.0
     """A risky command that is not confirmed within this time is cancelled."""
 

@@ -70,6 +70,12 @@ SITE: Mapping[str, Any] = {
 }
 
 
+ANSWERS: Mapping[str, Any] = {
+    "language": "en",
+    "intents": {"No": {"sentences": ["stop now"], "answer": "cancel"}},
+}
+
+
 @functools.cache
 def site() -> CommandGraph:
     return compile_graph({"site.yaml": Grammar.model_validate(SITE)})
@@ -221,6 +227,25 @@ def test_a_sentence_that_means_two_things_is_ambiguous() -> None:
 @pytest.mark.parametrize("recognition", [heard(sounds()), heard(sounds("stop", "press"), "nospeech")])
 def test_where_nobody_speaks_nothing_is_commanded(recognition: Recognition) -> None:
     assert rejection(interpreter().interpret(recognition)).reason == "no-speech"
+
+
+def test_a_model_that_hears_laughter_or_a_cough_is_believed_rather_than_its_words() -> None:
+    laughed = heard(sounds("stop", "press"))
+    laughed = replace(laughed, transcript=replace(laughed.transcript, event="Laughter"))
+    got = rejection(interpreter().interpret(laughed))
+    assert (got.reason, got.detail) == ("no-speech", "heard 'stop press' in what the model calls Laughter")
+    assert command(interpreter(refuse_events=()).interpret(laughed)).intent == "Stop"
+    with_music = replace(laughed, transcript=replace(laughed.transcript, event="BGM"))
+    assert command(interpreter().interpret(with_music)).intent == "Stop"
+    assert rejection(interpreter(refuse_events=["BGM"]).interpret(with_music)).reason == "no-speech"
+
+
+def test_cancel_is_obeyed_whatever_else_is_heard() -> None:
+    graph = compile_graph({"answers.yaml": Grammar.model_validate(ANSWERS)})
+    cancelling = Interpreter(graph, TABLE, settings.Commands())
+    coughed = heard(sounds("stop", "now"))
+    coughed = replace(coughed, transcript=replace(coughed.transcript, event="Cough"))
+    assert command(cancelling.interpret(coughed)).answer == "cancel"
 
 
 def test_a_language_that_is_not_spoken_here_is_refused() -> None:
