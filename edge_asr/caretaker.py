@@ -81,7 +81,7 @@ class Caretaker:
     def trouble(self) -> str:
         """The worst that is wrong; empty: nothing much."""
         worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
-        return self._box.pipeline.trouble or worst
+        return self._box.pipeline.trouble or self._box.worker.replacing or worst
 
     @property
     def alarms(self) -> list[str]:
@@ -150,14 +150,17 @@ class Caretaker:
         return Page(self.metrics.render(await self.snapshot()), metrics.CONTENT_TYPE)
 
     async def _show_life(self) -> Page:
-        """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too."""
+        """Whether the work goes on: what answers no more is restarted by systemd, whatever asks here may do so too.
+
+        A recognizer that is being replaced is no reason for that: the daemon ends by itself where none can be had.
+        """
         hang = self._box.watchdog.hang()
         return verdict([hang] if hang else [])
 
     async def _show_readiness(self) -> Page:
         """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
         critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
-        return verdict([*critical, *([self._box.pipeline.trouble] if self._box.pipeline.trouble else [])])
+        return verdict([*critical, *filter(None, [self._box.pipeline.trouble, self._box.worker.replacing])])
 
     async def snapshot(self) -> Snapshot:
         """Everything there is to be seen at this moment."""

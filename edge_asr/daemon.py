@@ -485,6 +485,8 @@ class Daemon:
         refusal = self.publisher.refusal
         broker = f"{broker}; {refusal.detail}" if refusal is not None else broker
         doing = "Muted by request" if self.pipeline.muted else f"Listening with {self.worker.name}"
+        if self.worker.replacing:
+            doing = f"Recognizing nothing: {self.worker.replacing}, and then hears what is said meanwhile"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
         return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble]), *self._caretaker.alarms])
 
@@ -501,13 +503,22 @@ class Daemon:
 
     async def _tell_state(self) -> None:
         """Keep the status line and the retained status true."""
+        changed, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def look() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended while a thread of the recognizer's goes on
+                loop.call_soon_threadsafe(changed.set)
+
+        self.worker.on_change = look
         trouble = ""
         while True:
+            changed.clear()
             self._show_status()
             if self._caretaker.trouble != trouble:
                 trouble = self._caretaker.trouble
                 self.publisher.publish_retained(contract.STATUS, self.status())
-            await asyncio.sleep(STATUS_INTERVAL_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), STATUS_INTERVAL_S)
 
     async def _await_receipts(self, within_s: float) -> None:
         """Raise an alarm for the commands that the MES should have answered by now."""

@@ -71,6 +71,16 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def bytes_read(process: int) -> int | None:
+    """What a process has read so far, from files, pipes and by faults of mapped pages; None: nobody may know."""
+    try:
+        lines = Path(f"/proc/{process}/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    counts = dict(line.split(": ") for line in lines)
+    return int(counts["rchar"]) + int(counts["read_bytes"])
+
+
 def give_back() -> None:
     """Return to the kernel what glibc's allocator keeps for later; a few milliseconds, elsewhere nothing."""
     if _TRIM is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -240,6 +240,8 @@ class OnnxRecognizer:
         self.languages: tuple[str, ...] = options.languages if options.language == "auto" else (options.language,)
         itn = self._contract.with_itn if options.use_itn else self._contract.without_itn
         self._text_norm = np.array([itn], np.int32)
+        self.step: Callable[[], None] = lambda: None
+        """Called before each run of the model: an utterance may need eight (languages, paces)."""
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
@@ -274,6 +276,7 @@ class OnnxRecognizer:
             "language": np.array([self._contract.language_ids[language]], np.int32),
             "text_norm": self._text_norm,
         }
+        self.step()
         try:
             scores: NDArray[np.float32] = self._session.run([self._output], feed)[0][0]
         except Exception as error:  # onnxruntime's classes share no base but this
@@ -309,10 +312,13 @@ class SherpaRecognizer:
             language=options.language,
             use_itn=options.use_itn,
         )
+        self.step: Callable[[], None] = lambda: None
+        """Called before each run of the model."""
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
         samples = _checked(pcm)
+        self.step()
         try:
             stream = self._recognizer.create_stream()
             stream.accept_waveform(SAMPLE_RATE, samples)

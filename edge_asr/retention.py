@@ -73,7 +73,7 @@ class Retention:
     def drop_outdated(self, connection: sqlite3.Connection) -> int:
         """Note that this boot lasts, then drop what is too old, a thousand at most; how many went."""
         now_ns = clock.boottime_ns()
-        connection.execute("UPDATE boot SET seen_ns = ? WHERE boot_id = ?", (now_ns, clock.boot_id()))
+        note_running(connection, now_ns)
         reached_ns = dict(_reached_ns(connection, now_ns))
         dropped = 0
         for category, limits in self._limits.items():
@@ -102,6 +102,11 @@ def note_boot(connection: sqlite3.Connection) -> None:
     row = (clock.boot_id(), clock.boottime_ns())
     connection.execute("INSERT OR IGNORE INTO boot (boot_id, seen_ns) VALUES (?, ?)", row)
     connection.execute("DELETE FROM boot WHERE number <= (SELECT max(number) FROM boot) - ?", (_BOOTS_KEPT,))
+
+
+def note_running(connection: sqlite3.Connection, now_ns: int) -> None:
+    """Let this boot count up to now."""
+    connection.execute("UPDATE boot SET seen_ns = ? WHERE boot_id = ?", (now_ns, clock.boot_id()))
 
 
 def _reached_ns(connection: sqlite3.Connection, now_ns: int) -> Iterator[tuple[str, int]]:

@@ -36,11 +36,12 @@ CAPTURE_LIMIT_S: Final = 6.0
 """Opening a suspended or Bluetooth source may take 5 s; with the 2 s after which silence of a device is noticed, a
 frozen driver costs 8 s."""
 
-COMMIT_LIMIT_S: Final = 8.0
+COMMIT_LIMIT_S: Final = 4.5
 """A commit that takes longer hangs; a tired SD card may need 2 s."""
 
-COMMIT_INTERVAL_S: Final = 60.0
-"""A blocked disk shows at the next utterance or after so long; each time costs one page of flash."""
+COMMIT_INTERVAL_S: Final = 4.0
+"""Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
+shows within WatchdogSec= at any moment; what it costs in flash and CPU time: docs/decisions.md."""
 
 GOLDEN_INTERVAL_S: Final = 300.0
 """Listening to two seconds of audio so often is less than 0.1 % of a core with the embedded model."""

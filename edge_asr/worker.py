@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Final
@@ -26,7 +26,7 @@ from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
-from edge_asr.health import cpu_s, give_back, resident_bytes
+from edge_asr.health import bytes_read, cpu_s, give_back, resident_bytes
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
@@ -36,15 +36,20 @@ from edge_asr.zygote import Zygote, ZygoteError
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 8.0
-"""Without any CPU time: a worker that waits for so long waits for ever; one that computes is only starved."""
+"""Without any CPU time and without reading anything: a worker that waits for so long waits for ever; one that computes
+is only starved, one that reads has a slow card."""
 
-WORK_BASE_S: Final = 4.0
-"""CPU time that any utterance may take: more is a loop without an end."""
+STEP_BASE_S: Final = 2.0
+"""CPU time that any step may take, from one run of the model to the next: more is a loop without an end. What does not
+grow with the model, a search through 8,000 names, is less than a twentieth of it."""
 
-WORK_FACTOR: Final = 16.0
+STEP_FACTOR: Final = 5.0
 """What a second of speech may take besides, over what a second of the golden recording took on this very box, slow or
-fast. Three paces and five languages are 8.3 plain decodes, attention grows faster than length, and the golden
-recording's features were known."""
+fast. Of honest steps the dearest is 30 s of speech played slower, 2.6 with the embedded model and 1.4 with 237 MB:
+attention grows faster than length, and the golden recording's features were known."""
+
+STEPS: Final = 16
+"""Runs of the model that an utterance may need: eight, with five languages and three paces."""
 
 CLOCK_LIMIT_S: Final = 30.0
 """On the clock, for what computes now and then and never answers."""
@@ -55,6 +60,9 @@ CLOCK_FACTOR: Final = 3.0
 LOAD_LIMIT_S: Final = 90.0
 """Hashing and loading 240 MB from a slow card."""
 
+LOAD_FACTOR: Final = 3.0
+"""CPU time that loading the same once more may take, over what it took before."""
+
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
 
@@ -62,7 +70,7 @@ GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and gives it back."""
 
-_LOOK_S: Final = 0.5
+LOOK_S: Final = 0.5
 
 _GOLDEN: Final = "golden"
 """The request to hear the golden recording: by the model alone, whose text no hotword changes."""
@@ -93,6 +101,8 @@ class Facts:
     """How long that is."""
     golden_cpu_s: float
     """CPU time that hearing it took."""
+    load_cpu_s: float
+    """CPU time that it took to get so far."""
     trouble: str
     """Why a newly activated model had to make way; empty: it had not."""
     resident_bytes: int
@@ -115,6 +125,10 @@ class Worker:
         """Workers that died, hung, grew too large or heard wrongly."""
         self.trouble = ""
         """Why a newly activated model had to make way; to be cleared by whoever tells it."""
+        self.replacing = ""
+        """Why nothing is recognized until a new worker has loaded its model; empty: one works."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called, from any thread, when that has changed."""
         try:
             self._process = self._begin(options)
         except BaseException:
@@ -178,7 +192,7 @@ class Worker:
     def _retune(self, options: Settings) -> None:
         with self._turn:
             try:
-                refusal, _ = self._process.ask(options, LOAD_LIMIT_S)
+                refusal, _ = self._process.retune(options)
             except _EndedError as error:
                 self._replace(str(error))
                 raise WorkerError(f"over the new settings the recognizer {error}") from None
@@ -208,25 +222,32 @@ class Worker:
 
     def _replace(self, trouble: str) -> None:
         """Put a new worker in the place of one that is of no use. Raises WorkerError."""
-        log.error("the recognizer %s; a new one takes its place", trouble)
+        self.replacing = f"the recognizer {trouble}; a new one takes its place"
+        log.error(self.replacing)
         self.replaced += 1
+        self.on_change()
         old = self._process
         old.end()
         try:
-            self._process = self._begin(self._options)
+            self._process = self._begin(self._options, STEP_BASE_S + LOAD_FACTOR * old.load_cpu_s)
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
+        self.replacing = ""
+        self.on_change()
         same_ears = (self.facts.files.sha256, self.facts.graph) == (old.facts.files.sha256, old.facts.graph)
         if same_ears and self.facts.golden != old.facts.golden:
             raise WorkerError(f"a new recognizer hears {self.facts.golden!r} in the golden recording")
 
-    def _begin(self, options: Settings) -> _Process:
-        """A worker that has loaded its model; a new model that ends it makes way in the end (``installation``)."""
+    def _begin(self, options: Settings, work_s: float = math.inf) -> _Process:
+        """A worker that has loaded its model, in so much CPU time where it is known what that takes.
+
+        A new model that ends it makes way in the end (``installation``).
+        """
         trouble = ""
         for _ in range(LOAD_ATTEMPTS):
             process = _Process(self._zygote)
             try:
-                facts, _ = process.ask(options, LOAD_LIMIT_S)
+                facts, _ = process.ask(options, LOAD_LIMIT_S, work_s)
             except _EndedError as error:
                 trouble = str(error)
                 log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
@@ -235,7 +256,7 @@ class Worker:
                 process.end()
                 raise facts
             assert isinstance(facts, Facts)  # noqa: S101 - what `serve` answers first
-            process.facts = facts
+            process.facts, process.load_cpu_s = facts, facts.load_cpu_s
             self.trouble = facts.trouble
             if not facts.golden:
                 log.warning("%s hears nothing in the golden recording; is it the right model?", facts.files.name)
@@ -248,6 +269,8 @@ class _Process:
 
     facts: Facts
     """Set when it has loaded its model."""
+    load_cpu_s: float
+    """CPU time that another one would need to get where this one is."""
 
     def __init__(self, zygote: Zygote) -> None:
         """Raises WorkerError."""
@@ -261,42 +284,56 @@ class _Process:
         self._how_it_ended = ""
 
     def hear(self, request: object, speech_s: float) -> tuple[object, int]:
-        """As :meth:`ask` about so much speech, in the time that it may take on this box."""
-        work_s = work_limit_s(speech_s, self.facts.golden_cpu_s / self.facts.golden_s)
-        return self.ask(request, max(CLOCK_LIMIT_S, CLOCK_FACTOR * work_s), idle_s=LIMIT_S, work_s=work_s)
+        """As :meth:`ask` about so much speech, in the time that each step may take on this box."""
+        work_s = step_limit_s(speech_s, self.facts.golden_cpu_s / self.facts.golden_s)
+        return self.ask(request, max(CLOCK_LIMIT_S, CLOCK_FACTOR * work_s), work_s)
 
-    def ask(
-        self, request: object, limit_s: float, idle_s: float = math.inf, work_s: float = math.inf
-    ) -> tuple[object, int]:
+    def retune(self, options: Settings) -> tuple[object, int]:
+        """As :meth:`ask`; hotwords and commands may take longer to build than those that were loaded."""
+        before_s = cpu_s(self.pid)
+        answer = self.ask(options, LOAD_LIMIT_S)
+        self.load_cpu_s = self.facts.load_cpu_s + cpu_s(self.pid) - before_s
+        return answer
+
+    def ask(self, request: object, limit_s: float, work_s: float = math.inf) -> tuple[object, int]:
         """One question, one answer and the memory in use after it.
 
-        ``idle_s``: how long it may use no CPU time; ``work_s``: how much it may use. Raises _EndedError, WorkerError.
+        ``limit_s``: how long each step may take on the clock; ``work_s``: how much CPU time. Raises _EndedError,
+        WorkerError.
         """
         try:
             self._line.send(request)
-            self._await_answer(limit_s, idle_s, work_s)
-            answer: tuple[object, int] = self._line.recv()
+            for _ in range(STEPS):
+                self._await_word(limit_s, work_s)
+                answer: tuple[object, int] | None = self._line.recv()
+                if answer is not None:
+                    return answer
         except BlockingIOError:
             self.end()
             raise _EndedError(f"took no audio for more than {LIMIT_S:g} s") from None
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
-        return answer
+        self.end()
+        raise _EndedError(f"took more than {STEPS} steps")
 
-    def _await_answer(self, limit_s: float, idle_s: float, work_s: float) -> None:
-        began = worked = time.monotonic()
-        before_s = now_s = cpu_s(self.pid)
-        while not self._line.poll(min(limit_s, idle_s, _LOOK_S)):
-            now, last_s, now_s = time.monotonic(), now_s, cpu_s(self.pid)
-            worked = now if now_s != last_s else worked
+    def _await_word(self, limit_s: float, work_s: float) -> None:
+        began = moved = time.monotonic()
+        before_s, last = cpu_s(self.pid), self._traces()
+        while not self._line.poll(min(limit_s, LIMIT_S, LOOK_S)):
+            now, seen = time.monotonic(), self._traces()
+            moved, last = now if seen != last else moved, seen
             for spent_s, allowed_s, what in (
-                (now - worked, idle_s, "hung"),
+                (now - moved, LIMIT_S, "hung"),
                 (now - began, limit_s, "hung"),
-                (now_s - before_s, work_s, "computed without an end"),
+                (cpu_s(self.pid) - before_s, work_s, "computed without an end"),
             ):
                 if spent_s > allowed_s:
                     self.end()
                     raise _EndedError(f"{what} for more than {allowed_s:.2g} s")
+
+    def _traces(self) -> tuple[float, int | None]:
+        """What shows that it does something."""
+        return cpu_s(self.pid), bytes_read(self.pid)
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""
@@ -307,9 +344,9 @@ class _Process:
         return self._how_it_ended
 
 
-def work_limit_s(speech_s: float, pace: float) -> float:
-    """CPU time that so much speech may take; ``pace``: what a second of it took on this box."""
-    return WORK_BASE_S + WORK_FACTOR * pace * speech_s
+def step_limit_s(speech_s: float, pace: float) -> float:
+    """CPU time that a step of so much speech may take; ``pace``: what a second of it took on this box."""
+    return STEP_BASE_S + STEP_FACTOR * pace * speech_s
 
 
 @contextlib.contextmanager
@@ -321,13 +358,13 @@ def _of_the_recognizer() -> Iterator[None]:
 
 
 def serve(line: socket.socket) -> None:
-    """A worker: answers each request with its result and the memory in use."""
+    """A worker: says None before each run of the model; answers each request with its result and the memory in use."""
     connection, engine = Connection(line.detach()), None
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
             try:
-                engine, answer = _answered(engine, request)
+                engine, answer = _answered(engine, request, step=lambda: connection.send(None))
             except _REFUSALS as error:
                 vars(error)["errno"] = getattr(error.__context__, "errno", None)  # a context does not come along
                 answer = error
@@ -335,11 +372,14 @@ def serve(line: socket.socket) -> None:
             connection.send((answer, resident_bytes("self")))
 
 
-def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] | str) -> tuple[Engine, object]:
+def _answered(
+    engine: Engine | None, request: Settings | tuple[Utterance, bool] | str, step: Callable[[], None]
+) -> tuple[Engine, object]:
     """The engine to go on with, and the answer. Raises ModelError, HotwordError, GrammarError."""
     if engine is None:
         assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
         engine, trouble = prepare_engine(request)
+        engine.recognizer.step = step
         graph = prepared.record_of(engine.files, request.models_directory)
         began_s = time.process_time()
         golden = trial.listen(engine.recognizer, engine.files)
@@ -350,6 +390,7 @@ def _answered(engine: Engine | None, request: Settings | tuple[Utterance, bool] 
             golden=golden,
             golden_s=trial.golden_s(engine.files),
             golden_cpu_s=time.process_time() - began_s,
+            load_cpu_s=time.process_time(),
             trouble=trouble,
             resident_bytes=resident_bytes("self"),
         )

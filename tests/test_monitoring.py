@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
@@ -25,6 +27,7 @@ from edge_asr.metrics import MAX_SOURCES, OTHER, Metrics, Snapshot
 from edge_asr.monitor import Monitor, Page, verdict
 from edge_asr.pipeline import Timing, Understanding
 from tests.broker import HOST, Broker, Subscriber, free_port, wait_until
+from tests.soak import family
 from tests.sysbox import CHECKOUT
 from tests.test_daemon import COMMAND, running, write_settings
 
@@ -156,6 +159,45 @@ def test_a_box_in_trouble_is_not_ready_and_says_why_but_is_alive(tmp_path: Path)
             'edge_asr_alarm{kind="microphone-silent",severity="critical",source="stdin"} 1.0'
             in get(port, "/metrics")[1]
         )
+
+
+def test_a_box_whose_recognizer_is_being_replaced_says_so_to_everybody_until_another_hears(
+    tmp_path: Path, broker: Broker
+) -> None:
+    port = free_port()
+    words = tmp_path / "words.txt"
+    words.write_text("RCCB\n", encoding="utf-8")
+    path = write_settings(tmp_path, broker.port, monitoring={"port": port}, hotwords={"file": str(words)})
+    told = b""
+
+    def told_to_systemd(what: bytes) -> bool:
+        nonlocal told
+        with contextlib.suppress(BlockingIOError):
+            told += manager.recv(4096, socket.MSG_DONTWAIT)
+        return what in told
+
+    with Subscriber(broker) as subscriber, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        with running(path, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
+            subscriber.wait_for(lambda m: any(x.topic.endswith("/status") for x in m), "online")
+            assert alive(port)
+            assert get(port, "/readyz") == (200, "ok\n")
+            words.unlink()
+            os.mkfifo(words)  # whoever loads it hangs, as on a dead card
+            os.kill(family(box.process.pid)[-1], signal.SIGKILL)
+            box.say(COMMAND)
+            trouble = "the recognizer ended by SIGKILL; a new one takes its place"
+            wait_until(lambda: get(port, "/readyz") == (503, f"{trouble}\n"), "not ready")
+            assert get(port, "/livez") == (200, "ok\n")
+            reasons = [trouble, ""]
+            subscriber.wait_for(lambda m: any(x.data.get("reason") == trouble for x in m), "degraded")
+            wait_until(lambda: told_to_systemd(f"STATUS=Recognizing nothing: {trouble}".encode()), "the status line")
+            words.write_text("RCCB\n", encoding="utf-8")
+            words.unlink()
+            words.write_text("RCCB\n", encoding="utf-8")
+            wait_until(lambda: get(port, "/readyz") == (200, "ok\n"), "ready again")
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "the command")
+            subscriber.wait_for(lambda _: [x.data["reason"] for x in subscriber.on("/status")][-2:] == reasons, "well")
 
 
 def alive(port: int) -> bool:

@@ -113,6 +113,18 @@ def test_the_drafts_of_one_call_stay_together_when_many_append_at_once(path: Pat
     asyncio.run(main())
 
 
+def test_every_probe_reaches_the_disk(path: Path) -> None:
+    async def main() -> None:
+        with opened(path) as outbox:
+            log = path.with_name("outbox.db-wal")
+            for _ in range(3):
+                before = log.read_bytes()
+                await outbox.prove()
+                assert log.read_bytes() != before
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("text", [float("nan"), "\ud800", {1, 2}])
 def test_data_that_json_cannot_carry_is_the_callers_error_and_costs_no_sequence_number(path: Path, text: Any) -> None:
     async def main() -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from edge_asr import systemd
+from edge_asr import sources, systemd, watchdog, worker
+from edge_asr.settings import Vad
 from tests.broker import Pki
 from tests.payloads import check
 from tests.sysbox import CHECKOUT, PYTHON, Sysbox, booted
@@ -438,9 +439,15 @@ PAUSED = SOONER.replace("TimeoutStopSec=1", "TimeoutStopSec=2") + "ExecStopPost=
 
 
 def told_by_systemd(box: Sysbox) -> list[tuple[int, str]]:
-    """What systemd has said of the service so far, and when (microseconds since the machine's start)."""
+    """What systemd has said of the service so far, and when (CLOCK_MONOTONIC in microseconds)."""
+    return told(box, "_PID=1", "UNIT=edge-asr.service")
+
+
+def told(box: Sysbox, *by: str) -> list[tuple[int, str]]:
+    """What the journal holds, by default of the service's own words, and when it was said."""
     box.run("journalctl", "--sync")
-    lines = box.run("journalctl", "--no-pager", "--output=json", "_PID=1", "UNIT=edge-asr.service").splitlines()
+    by = by or ("_SYSTEMD_UNIT=edge-asr.service",)
+    lines = box.run("journalctl", "--no-pager", "--output=json", *by).splitlines()
     return [(int(entry["__MONOTONIC_TIMESTAMP"]), str(entry["MESSAGE"])) for entry in map(json.loads, lines)]
 
 
@@ -585,6 +592,27 @@ def test_a_blocked_disk_ends_in_a_restart_and_the_interrupted_order_is_obeyed(or
     the_command_arrives(order)
 
 
+def test_a_disk_that_is_blocked_while_nobody_speaks_is_noticed_within_the_watchdogs_time(order: Sysbox) -> None:
+    order.write("/etc/edge-asr/settings.yaml", ONE_MICROPHONE)
+    capturing(order)
+    began_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    with standing_still(order, "fdatasync,fsync"):
+        order.wait_for("a restart", lambda: restarts(order) == 1, 25)
+    noticed_us = min(at for at, text in told(order) if "disk of the outbox has not answered" in text and at > began_us)
+    assert noticed_us - began_us < 11_000_000  # WatchdogSec= of the unit, and what it takes to look
+
+
+def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
+    (watchdog_s,) = re.findall(r"^WatchdogSec=(\d+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
+    for noticed_s in (
+        sources.STALL_S + watchdog.CAPTURE_LIMIT_S + watchdog.LOOK_S,
+        watchdog.COMMIT_INTERVAL_S + watchdog.COMMIT_LIMIT_S + watchdog.LOOK_S,
+        worker.LIMIT_S + worker.LOOK_S,
+        worker.step_limit_s(Vad().max_utterance_s, pace=0.07) + worker.LOOK_S,  # 237 MB, its own graph
+    ):
+        assert noticed_s < int(watchdog_s)
+
+
 def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and_obeys_the_order(order: Sysbox) -> None:
     capturing(order)
     order.run("kill", "-STOP", str(recognizer(order)))
@@ -601,7 +629,7 @@ def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and
     ("harm", "cause"),
     [
         (lambda pid: os.kill(pid, signal.SIGSTOP), "hung for more than 8 s"),
-        (spin, "computed without an end for more than 4"),
+        (spin, "computed without an end for more than 2"),
         (lambda pid: os.kill(pid, signal.SIGSEGV), "ended by SIGSEGV"),
     ],
     ids=["hangs", "spins", "dies"],
