@@ -183,6 +183,7 @@ class Caretaker:
             finals_waiting=self._box.pipeline.finals_waiting,
             partials_dropped=self._box.pipeline.partials_dropped,
             recognizers_replaced=self._box.worker.replaced,
+            captures_replaced={name: each.replaced for name, each in self._box.microphones.items()},
             recognizer_bytes=worker_bytes,
             recognizer_cpu_s=worker_cpu_s,
             clock_synchronized=clock.time_quality() == "synchronized",

@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, measure, read_file, to_float
+from edge_asr.child import ChildError, ask
 from edge_asr.command_line import (
     EXIT_FOUND,
     EXIT_INTERRUPTED,
@@ -28,15 +29,17 @@ from edge_asr.command_line import (
     one_line_errors,
     with_settings,
 )
+from edge_asr.devices import DeviceError, levels, list_devices, record
 from edge_asr.engine import Engine, grammar_paths
 from edge_asr.events import SAMPLE_RATE, Command, Rejection
 from edge_asr.link import destinations
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Settings
-from edge_asr.sources import SourceError, audio_files, levels, list_devices, record
+from edge_asr.sources import audio_files
 from edge_asr.subscriber import Screen, Subscriber
 from edge_asr.text_matching import TextMatcher
 
+LIST_LIMIT_S = 10.0
 METER_WIDTH, METER_RANGE_DB = 60, 90.0
 
 _DEMO_EXITS = {True: 0, False: EXIT_FOUND, None: EXIT_INTERRUPTED}
@@ -127,7 +130,7 @@ def devices(*, with_levels: bool, meter: str | None, seconds: float | None, as_j
             return
         found = list_devices()
         if not found:
-            raise SourceError("no microphone found; plug one in, or use a source of type files, stdin or the demo")
+            raise DeviceError("no microphone found; plug one in, or use a source of type files, stdin or the demo")
         for device in found:
             level = measure(record(device.index)) if with_levels else None
             if as_json:
@@ -343,13 +346,15 @@ def watch(options: Settings) -> None:
 
 
 def _has_no_microphone(options: Settings) -> bool:
-    """Whether the settings want a microphone and the machine has none at all."""
+    """Whether the settings want a microphone and the machine has none at all; asked beside (law of ``devices``)."""
     if not any(isinstance(source, settings.MicrophoneSource) for source in options.sources):
         return False
     try:
-        return not list_devices()
-    except SourceError:
+        return not ask("edge_asr.devices", limit_s=LIST_LIMIT_S)["devices"]
+    except ChildError:
         return True
+    except TimeoutError:
+        return False
 
 
 def _console() -> Console:

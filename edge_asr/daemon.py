@@ -53,6 +53,7 @@ from edge_asr.sparkplug import Mirror, Node, group_of
 from edge_asr.standing import StandingOrders
 from edge_asr.watchdog import Watchdog
 from edge_asr.worker import Worker, WorkerError
+from edge_asr.zygote import Zygote
 
 if TYPE_CHECKING:
     from edge_asr.gateway.server import Gateway
@@ -79,10 +80,10 @@ RELOADED = ("log", "hotwords", "commands", "model")
 """Sections of the settings that SIGHUP takes over."""
 
 
-def build_source(options: settings.SourceSettings) -> Source:
+def build_source(options: settings.SourceSettings, zygote: Zygote) -> Source:
     """The source that the settings describe."""
     if isinstance(options, settings.MicrophoneSource):
-        return Microphone(options)
+        return Microphone(options, zygote)
     return Files(options) if isinstance(options, settings.FilesSource) else Stdin(options)
 
 
@@ -183,7 +184,12 @@ class Daemon:
         self._read_settings = reload
         self.standing = StandingOrders(options.state_directory)
         self._effective = self.standing.over(options)
-        self.worker = Worker(self._effective)
+        self._zygote = Zygote()
+        try:
+            self.worker = Worker(self._effective, self._zygote)
+        except BaseException:
+            self._zygote.close()
+            raise
         self._vad = model_store.locate_vad()
         self._fitting = asyncio.Lock()
         self._before = earlier(options.outbox_path)
@@ -197,7 +203,7 @@ class Daemon:
     async def run(self, sources: Sequence[Source] | None = None) -> None:
         """Listen until the sources end or a signal comes, then commit what was heard. Raises OutboxError."""
         options = self.options
-        chosen = [build_source(each) for each in options.sources] if sources is None else sources
+        chosen = [build_source(each, self._zygote) for each in options.sources] if sources is None else sources
         self.attendant = Attendant(self)
         self._caretaker = Caretaker(self, self._before)
         self._mirror = open_mirror(options, self.worker.name)
@@ -246,6 +252,7 @@ class Daemon:
                 await with_company(self._hear(), *background)
             finally:
                 self.worker.close()
+                self._zygote.close()
                 self.outbox.close()
                 if self._recorder is not None:
                     self._recorder.close()

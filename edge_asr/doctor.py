@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from edge_asr import clock, inference, installation, model_store, prepared, trial
 from edge_asr.audio import measure
+from edge_asr.devices import DeviceError, record
 from edge_asr.engine import Engine, build_hotwords, build_interpreter
 from edge_asr.events import Command, Rejection
 from edge_asr.grammar import GrammarError
@@ -27,7 +28,6 @@ from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
 from edge_asr.settings import MicrophoneSource, Settings, SettingsError
-from edge_asr.sources import SourceError, record
 from edge_asr.standing import StandingOrders
 from edge_asr.subscriber import Subscriber, SubscriberError
 
@@ -158,7 +158,7 @@ def _microphone(source: MicrophoneSource, max_noise_dbfs: float) -> Finding:
     subject = f"source {source.name}"
     try:
         level = measure(record(source.device, 1.0, source.channel))
-    except SourceError as error:
+    except DeviceError as error:
         return Finding(subject, "failed", str(error), "is the user in the group audio?")
     found = f"{level.level_dbfs:.0f} dBFS"
     if level.level_dbfs <= DEAD_BELOW_DBFS:
@@ -181,7 +181,7 @@ def _spoken_test(source: MicrophoneSource, options: Settings, ask: Callable[[str
     try:
         engine = Engine.build(options)
         heard = list(engine.hear(record(source.device, SPOKEN_TEST_S, source.channel), options.vad))
-    except (SourceError, ModelError, HotwordError, GrammarError) as error:
+    except (DeviceError, ModelError, HotwordError, GrammarError) as error:
         return Finding(subject, "failed", str(error).splitlines()[0], "mend what is said above")
     if not heard:
         return Finding(subject, "failed", "nobody was heard speaking", "speak louder or nearer; see --meter of devices")

@@ -6,7 +6,7 @@ box that nobody watches pays nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,6 +50,8 @@ class Snapshot:
     finals_waiting: int
     partials_dropped: int
     recognizers_replaced: int
+    captures_replaced: Mapping[str, int]
+    """By the name of their source."""
     recognizer_bytes: int | None
     recognizer_cpu_s: float | None
     clock_synchronized: bool
@@ -161,6 +163,11 @@ def _of_the_box(now: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily("edge_asr_partials_dropped", about, value=now.partials_dropped)
     about = "Recognizer processes that died, hung, grew or heard wrongly."
     yield CounterMetricFamily("edge_asr_recognizers_replaced", about, value=now.recognizers_replaced)
+    about = "Processes of a microphone whose sound driver crashed or hung."
+    captures = CounterMetricFamily("edge_asr_captures_replaced", about, labels=("source",))
+    for source, count in now.captures_replaced.items():
+        captures.add_metric([source], count)
+    yield captures
     if now.recognizer_bytes is not None:
         yield _gauge("recognizer_resident_memory_bytes", "Of the recognizer's process.", now.recognizer_bytes)
     if now.broker_connected is not None:

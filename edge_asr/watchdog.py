@@ -3,7 +3,7 @@
 Law: WATCHDOG=1 is sent only while
 
 - the event loop turns (it is the loop that sends it),
-- no capture thread hangs in its driver: a device that is away, muted or looked for is known trouble and no hang,
+- no microphone is stuck in a driver out of which the kernel cannot end its process (``sources`` replaces all others),
 - no commit to the outbox hangs: one that is refused, on a full disk, is known trouble and no hang,
 - the recognizer hears the golden recording as it did at first (``worker`` replaces one that hangs or dies by itself).
 
@@ -31,10 +31,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
 """Between two looks, or half of WatchdogSec= where that is less."""
-
-CAPTURE_LIMIT_S: Final = 6.0
-"""Opening a suspended or Bluetooth source may take 5 s; with the 2 s after which silence of a device is noticed, a
-frozen driver costs 8 s."""
 
 COMMIT_LIMIT_S: Final = 4.5
 """A commit that takes longer hangs; a tired SD card may need 2 s."""
@@ -66,9 +62,8 @@ class Watchdog:
     def hang(self) -> str:
         """What hangs, as the beginning of a sentence; empty: nothing."""
         for microphone in self._microphones:
-            stuck_s = _seconds_since(microphone.turned_ns)
-            if stuck_s > CAPTURE_LIMIT_S:
-                return f"{microphone.name}: the sound driver has not answered for {stuck_s:.0f} s"
+            if microphone.hang:
+                return f"{microphone.name}: {microphone.hang}"
         stuck_s = max(_seconds_since(self._pipeline.busy_since_ns), _seconds_since(self._probing_since_ns))
         if stuck_s > COMMIT_LIMIT_S:
             return f"the disk of the outbox has not answered for {stuck_s:.0f} s"

@@ -280,7 +280,7 @@ class _Process:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
         self._line = Connection(ours.detach())
         with theirs, _of_the_recognizer():
-            self.pid = zygote.fork(serve, theirs)
+            self.pid = zygote.fork(serve, theirs, "recognizer")
         self._how_it_ended = ""
 
     def hear(self, request: object, speech_s: float) -> tuple[object, int]:

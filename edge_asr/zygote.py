@@ -33,6 +33,7 @@ LIMIT_S: Final = 5.0
 _ORDER_BYTES: Final = 256
 _OOM_SCORE: Final = 500
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
 
 Role = Callable[[socket.socket], None]
 """What a new process does with its line: a function of a module of ours; when it returns, the process ends."""
@@ -57,9 +58,12 @@ class Zygote:
             _breed(theirs)
         theirs.close()
 
-    def fork(self, role: Role, line: socket.socket) -> int:
-        """Process id of a new process that plays a role with one end of a line. Raises ZygoteError."""
-        answer = self._order(f"{role.__module__}:{role.__qualname__}".encode(), line.fileno())
+    def fork(self, role: Role, line: socket.socket, name: str) -> int:
+        """Process id of a new process that plays a role with one end of a line. Raises ZygoteError.
+
+        ``name``: one word, of which `top` and core dumps show 15 letters.
+        """
+        answer = self._order(f"{name[:15]} {role.__module__}:{role.__qualname__}".encode(), line.fileno())
         return int(struct.unpack("i", answer)[0])
 
     def end(self, pid: int) -> str:
@@ -87,7 +91,7 @@ class Zygote:
 def _breed(control: socket.socket) -> NoReturn:
     """The zygote: forks a process for every line it is handed, ends and reaps the one it is told to."""
     try:
-        _settle()
+        _settle("zygote")
         while True:
             order, lines, _, _ = socket.recv_fds(control, _ORDER_BYTES, 1)
             if not order:
@@ -96,7 +100,8 @@ def _breed(control: socket.socket) -> NoReturn:
                 pid = os.fork()
                 if pid == 0:
                     control.close()
-                    _live(order.decode(), socket.socket(fileno=lines[0]))
+                    name, place = order.decode().split(" ")
+                    _live(name, place, socket.socket(fileno=lines[0]))
                 os.close(lines[0])
                 control.send(struct.pack("i", pid))
             else:
@@ -107,15 +112,15 @@ def _breed(control: socket.socket) -> NoReturn:
         os._exit(1)  # never back into what the parent was doing
 
 
-def _live(name: str, line: socket.socket) -> NoReturn:
+def _live(name: str, place: str, line: socket.socket) -> NoReturn:
     """A new process."""
     code = 1
     try:
-        _settle()
+        _settle(name)
         faulthandler.enable()
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="ascii")
-        role: Role = pkgutil.resolve_name(name)
+        role: Role = pkgutil.resolve_name(place)
         role(line)
         code = 0
     except Exception:
@@ -124,9 +129,11 @@ def _live(name: str, line: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _settle() -> None:
+def _settle(name: str) -> None:
     """Die with the parent, and leave it to the parent to stop: the terminal's Ctrl-C goes to all."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_NAME, name.encode())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -47,6 +47,8 @@ ORDER = (
         "trial",
         "prepared",
         "zygote",
+        "devices",
+        "capture",
         "sources",
         "contract",
     ),

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,44 @@ def test_a_microphone_pulled_out_and_put_back_is_heard_again(tmp_path: Path) -> 
                 card.plug()
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+def capture_of(box: Box) -> int:
+    """Process id of what listens to the microphone."""
+    (zygote,) = children(box.process.pid)
+    (found,) = (each for each in children(zygote) if Path(f"/proc/{each}/comm").read_text().startswith("capture-"))
+    return found
+
+
+def test_a_sound_driver_that_crashes_in_mid_sentence_costs_a_moment_of_it_and_nothing_else(tmp_path: Path) -> None:
+    wav, command = tmp_path / "talk.wav", tmp_path / "command.wav"
+    samples, rate = soundfile.read(RECORDINGS / "05-set-oven-temperature.flac")
+    soundfile.write(wav, np.tile(samples, 2), rate)
+    soundfile.write(command, *soundfile.read(COMMAND))
+    with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, "#") as subscriber:
+        settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
+        with running(settings, **card.environment) as box:
+            wait_until(functools.partial(captures, box, 1), "the microphone is open")
+            player = threading.Thread(target=card.play, args=[wav])
+            player.start()
+            subscriber.wait_for(lambda m: any(x.topic.endswith("live/partial") for x in m), "somebody speaks")
+            os.kill(capture_of(box), signal.SIGSEGV)
+            crashed = time.monotonic()
+            wait_until(functools.partial(captures, box, 2), "the microphone is open again")
+            assert time.monotonic() - crashed < 2
+            both = "what was said before the crash, and what was said after it"
+            subscriber.wait_for(lambda m: sum(x.topic.endswith("evt/transcript") for x in m) >= 2, both)
+            player.join()
+            card.play(command)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command after it")
+            assert box.process.poll() is None
+    assert "microphone: capture ended by SIGSEGV; a new process takes its place" in box.log
+    assert "listening to" in box.log.partition("SIGSEGV")[0]
+    assert "listening to" not in box.log.partition("SIGSEGV")[2]
+
+
 def test_a_microphone_pulled_out_is_an_alarm_with_its_remedy(tmp_path: Path) -> None:
     with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, "#") as subscriber:
         settings = write_settings(tmp_path, broker.port, sources=[{"type": "microphone"}])
@@ -237,9 +276,11 @@ def test_a_hang_that_no_systemd_watches_ends_with_exit_code_70_and_every_threads
         settings = write_settings(tmp_path, free_port(), sources=[{"type": "microphone"}])
         with running(settings, NOTIFY_SOCKET="", WATCHDOG_USEC="", **card.environment) as box:
             wait_until(functools.partial(captures, box, 1), "the microphone is open")
-            card.freeze()
+            zygote, capture = children(box.process.pid)[0], capture_of(box)
+            os.kill(zygote, signal.SIGSTOP)  # it waits for the end of what hangs in the kernel
+            os.kill(capture, signal.SIGSTOP)
             assert box.process.wait(2 * PATIENCE_S) == EXIT_HUNG == 70
-    assert "microphone: the sound driver has not answered for" in box.log
+    assert "microphone: the sound driver has not answered for 6 s: the zygote does not answer" in box.log
     assert "(most recent call first)" in box.log
 
 

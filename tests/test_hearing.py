@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from edge_asr import audio, clock, hearing, model_store
 from edge_asr.alarms import QUIET_S, AlarmBoard, Condition, earlier, losses
 from edge_asr.audio import FULL_SCALE, from_float, level_dbfs, measure, quiet
+from edge_asr.capture import RateMeter
 from edge_asr.clock import NS_PER_S
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Category, Draft, Json
 from edge_asr.hearing import Capture, HearingJudge, SourceMeter
 from edge_asr.outbox import Outbox, read_statistics
 from edge_asr.retention import Limits
-from edge_asr.sources import RateMeter
 
 RECORDINGS = model_store.bundled("recordings")
 MAX_NOISE_DBFS = -18.0

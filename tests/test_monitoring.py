@@ -319,6 +319,7 @@ SNAPSHOT = Snapshot(
     finals_waiting=0,
     partials_dropped=0,
     recognizers_replaced=0,
+    captures_replaced={"hall": 1},
     recognizer_bytes=None,
     recognizer_cpu_s=None,
     clock_synchronized=False,

@@ -1,0 +1,259 @@
+"""Listens to one microphone in a process of its own: sound drivers hang and crash, and the daemon must not.
+
+Law: the process says something at each look, even if nothing has arrived; one that is silent for :data:`LIMIT_S` hangs.
+It knows no positions: those are counted where it can be replaced without a gap in the count (``sources``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import select
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from edge_asr.audio import Resampler
+from edge_asr.clock import NS_PER_S, boottime_ns
+from edge_asr.devices import DeviceError, Stream
+from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
+from edge_asr.settings import MicrophoneSource
+from edge_asr.zygote import Zygote
+
+LIMIT_S: Final = 6.0
+"""Opening a suspended or Bluetooth source may take 5 s; with the 2 s after which silence of a device is noticed, a
+frozen driver costs 8 s."""
+
+RETRY_S: Final = 1.0
+"""Between two attempts to get a lost device back."""
+
+_POLL_S: Final = 0.032
+"""Between two looks at the device while somebody speaks: what a look costs is added to every answer."""
+
+_IDLE_POLL_S: Final = 0.5
+"""While nobody does: most of what silence costs is waking up. A beginning is heard so much later and caught up with; an
+end is not, because by then somebody speaks."""
+
+_PIECE_BYTES: Final = SAMPLE_RATE * BYTES_PER_SAMPLE
+"""A socket takes no message of any size; after a pause there may be more."""
+
+_MESSAGE_BYTES: Final = 2 * _PIECE_BYTES
+_SPEAKING, _SILENT = b"\1", b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the process says at a look."""
+
+    moment_ns: int
+    """CLOCK_BOOTTIME of the look."""
+    device: str = ""
+    """Name of what is captured from."""
+    rate: int = 0
+    """Hz at which it is."""
+    rate_error: float | None = None
+    """Measured sample rate over the nominal one, less one; None: not known yet."""
+    held_samples: float = 0.0
+    """16 kHz samples that had arrived by then and come with later reports."""
+    trouble: str = ""
+    """Why the device is away; it is looked for."""
+    pcm: bytes = b""
+    """16 kHz mono."""
+
+    def to_bytes(self) -> bytes:
+        """As a message: a line of JSON, then the PCM. Not a pickle, for the sender may have corrupted memory."""
+        head = [self.moment_ns, self.device, self.rate, self.rate_error, self.held_samples, self.trouble]
+        return json.dumps(head).encode() + b"\n" + self.pcm
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Report:
+        """The other way."""
+        head, _, pcm = message.partition(b"\n")
+        moment_ns, device, rate, rate_error, held_samples, trouble = json.loads(head)
+        return cls(moment_ns, device, rate, rate_error, held_samples, trouble, pcm)
+
+
+class RateMeter:
+    """Measures how many samples a second a device really delivers; one that lies makes every voice a squeak or a growl.
+
+    The median over pieces of two seconds: what a device holds back for a moment, or loses, changes only one of them.
+    """
+
+    PIECE_NS = 2 * NS_PER_S
+    PIECES = 9
+
+    def __init__(self, nominal: int) -> None:
+        self._nominal = nominal
+        self._began_ns: int | None = None
+        self._samples = 0
+        self._rates: deque[float] = deque(maxlen=self.PIECES)
+
+    def feed(self, now_ns: int, samples: int) -> None:
+        """Take what has just arrived."""
+        if self._began_ns is None:  # what had waited in the driver says nothing
+            self._began_ns = now_ns
+            return
+        self._samples += samples
+        if now_ns - self._began_ns >= self.PIECE_NS:
+            self._rates.append(self._samples * NS_PER_S / (now_ns - self._began_ns))
+            self._began_ns, self._samples = now_ns, 0
+
+    @property
+    def error(self) -> float | None:
+        """Measured over nominal rate, less one; None until that can be said."""
+        if len(self._rates) < self.PIECES:
+            return None
+        return statistics.median(self._rates) / self._nominal - 1  # not numpy's, which loads masked arrays for it
+
+
+class CaptureProcess:
+    """One such process, as the daemon's event loop sees it."""
+
+    def __init__(self, zygote: Zygote, options: MicrophoneSource, take: Callable[[Report], None]) -> None:
+        self.pid: int | None = None
+        self._zygote = zygote
+        self._options = options
+        self._take = take
+        self._line: socket.socket | None = None
+        self._speaking = True
+        self._answered_s = 0.0
+        """When it last said something, in the event loop's time: a box that is suspended hangs nowhere."""
+        self._over = asyncio.Event()
+
+    async def run(self) -> str:
+        """From its fork until it is dead, is to end, or hangs: then the cause, a sentence. Raises ZygoteError."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)  # noqa: FBT003 - the standard library's
+        with ours:
+            with theirs:
+                name = f"capture-{self._options.name}"
+                self.pid = await asyncio.to_thread(self._zygote.fork, serve, theirs, name)
+            self._line = ours
+            self._tell(self._options.model_dump_json().encode())
+            self.attend(speaking=self._speaking)
+            loop.add_reader(ours, self._read)
+            try:
+                return await self._until_over()
+            finally:
+                loop.remove_reader(ours)
+                self._line = None
+
+    def attend(self, *, speaking: bool) -> None:
+        """Say whether somebody speaks: then what is captured comes at once, else in larger pieces."""
+        self._speaking = speaking
+        self._tell(_SPEAKING if speaking else _SILENT)
+
+    def stop(self) -> None:
+        """Let :meth:`run` return."""
+        self._over.set()
+
+    async def end(self) -> str:
+        """Make sure that it is gone; how it went. Raises ZygoteError."""
+        assert self.pid is not None  # noqa: S101 - run has forked it
+        return await asyncio.to_thread(self._zygote.end, self.pid)
+
+    def _tell(self, message: bytes) -> None:
+        if self._line is not None:
+            with contextlib.suppress(OSError):  # it is dead, or hangs: that is noticed elsewhere
+                self._line.send(message)
+
+    def _read(self) -> None:
+        if self._line is None:
+            return
+        try:
+            message = self._line.recv(_MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        if message:
+            self._answered_s = asyncio.get_running_loop().time()
+            self._take(Report.from_bytes(message))
+        else:
+            asyncio.get_running_loop().remove_reader(self._line)
+            self.stop()
+
+    async def _until_over(self) -> str:
+        """Return when it is dead or to be ended, or with what hangs."""
+        loop = asyncio.get_running_loop()
+        self._answered_s = loop.time()
+        while (left_s := self._answered_s + LIMIT_S - loop.time()) > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._over.wait(), left_s)
+                return ""
+        return f"the sound driver has not answered for {LIMIT_S:g} s"
+
+
+def serve(line: socket.socket) -> None:
+    """The process: captures from the microphone it is told, until the line is closed."""
+    options = MicrophoneSource.model_validate_json(line.recv(_MESSAGE_BYTES))
+    with contextlib.suppress(ConnectionError):
+        _Listener(options, line).run()
+
+
+class _Listener:
+    """One microphone that may be absent, be unplugged, freeze, and come back."""
+
+    def __init__(self, options: MicrophoneSource, line: socket.socket) -> None:
+        self._options = options
+        self._line = line
+        self._words = select.poll()
+        self._words.register(line, select.POLLIN)
+        self._speaking = True
+        self._retry_s = 0.0
+        """Monotonic time at which a lost device is looked for again."""
+
+    def run(self) -> None:
+        """Capture until the line is closed."""
+        while self._attempt() and self._rest(max(0.0, self._retry_s - time.monotonic())):
+            pass
+
+    def _attempt(self) -> bool:
+        """Capture until the device is lost; false: until the line was closed."""
+        wanted = self._options
+        self._say(Report(boottime_ns()))
+        try:
+            stream = Stream(wanted.device, wanted.channel, wanted.rate)
+        except DeviceError as error:
+            return self._lose(error)
+        with contextlib.closing(stream):
+            try:
+                self._capture(stream)
+            except DeviceError as error:
+                return self._lose(error)  # before closing, which may hang
+        return False
+
+    def _lose(self, error: DeviceError) -> bool:
+        self._say(Report(boottime_ns(), trouble=str(error)))
+        self._retry_s = time.monotonic() + RETRY_S
+        return True
+
+    def _capture(self, stream: Stream) -> None:
+        """Read until the line is closed. Raises DeviceError when the device is lost."""
+        resampler, meter = Resampler(stream.rate), RateMeter(stream.rate)
+        idle_s = min(_IDLE_POLL_S, max(_POLL_S, stream.patience_s))
+        while self._rest(_POLL_S if self._speaking else idle_s):
+            block = stream.read()
+            moment_ns, pcm = boottime_ns(), b""
+            if len(block):
+                meter.feed(moment_ns, len(block))
+                pcm = resampler.feed(block)
+            for start in range(0, max(1, len(pcm)), _PIECE_BYTES):
+                piece, later = pcm[start : start + _PIECE_BYTES], len(pcm) - start - _PIECE_BYTES
+                held = resampler.held_samples + max(0, later) // BYTES_PER_SAMPLE
+                self._say(Report(moment_ns, stream.device.name, stream.rate, meter.error, held, pcm=piece))
+
+    def _rest(self, seconds: float) -> bool:
+        """Let some audio gather, unless there is a word from the daemon; false: the line is closed."""
+        if self._words.poll(1000 * seconds):
+            word = self._line.recv(1)
+            self._speaking = word == _SPEAKING
+            return bool(word)
+        return True
+
+    def _say(self, report: Report) -> None:
+        self._line.sendall(report.to_bytes())
