@@ -128,6 +128,7 @@ class Caretaker:
             self._thermals.hottest_c,
             muted=box.pipeline.muted,
             requests=RequestsHealth(asked.ok, asked.refused, asked.dropped),
+            recognizer=box.worker.pid,
         )
         health = replace(health, provider=box.worker.facts.provider)
         if isinstance(box.outbox, AuditedOutbox):

@@ -181,6 +181,9 @@ class Health:
     """Host and port of the broker in use."""
     provider: str | None = None
     """The execution provider that the model really runs on."""
+    recognizer_cpu_load: float | None = None
+    """Cores in use by the recognizer, a process of its own."""
+    recognizer_memory_bytes: int | None = None
     audit_newest: str | None = None
     """``number:hash`` of the newest record of the audit log: whoever keeps it can prove what came before."""
 

@@ -17,11 +17,13 @@ from edge_asr.ledger import Statistics
 
 
 class ProcessMeter:
-    """What this process uses."""
+    """What this process uses, and the recognizer, which is a process of its own."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._last = (self._started, time.process_time())
+        self._recognizer = (0, 0.0)
+        """Its process id and CPU time at the last look."""
 
     def read(
         self,
@@ -32,11 +34,14 @@ class ProcessMeter:
         *,
         muted: bool,
         requests: RequestsHealth,
+        recognizer: int,
     ) -> Health:
-        """The state of this moment; the CPU load is the mean since the last call."""
+        """The state of this moment; a CPU load is the mean since the last call. ``recognizer``: its process id."""
         now = (time.monotonic(), time.process_time())
-        cpu_load = (now[1] - self._last[1]) / max(now[0] - self._last[0], 1e-9)
+        passed_s = max(now[0] - self._last[0], 1e-9)
+        cpu_load = (now[1] - self._last[1]) / passed_s
         self._last = now
+        recognizer_load, recognizer_bytes = self._of_recognizer(recognizer, passed_s)
         return Health(
             uptime_s=round(now[0] - self._started, 1),
             muted=muted,
@@ -56,7 +61,18 @@ class ProcessMeter:
             broker=outbox.broker or None,
             memory_bytes=resident_bytes("self"),
             temperature_c=temperature_c,
+            recognizer_cpu_load=recognizer_load,
+            recognizer_memory_bytes=recognizer_bytes,
         )
+
+    def _of_recognizer(self, pid: int, passed_s: float) -> tuple[float | None, int | None]:
+        try:
+            spent_s, held_bytes = cpu_s(pid), resident_bytes(pid)
+        except OSError:  # it is being replaced
+            return None, None
+        known, before_s = self._recognizer
+        self._recognizer = pid, spent_s
+        return round((spent_s - (before_s if pid == known else 0.0)) / passed_s, 4), held_bytes
 
 
 def resident_bytes(process: int | Literal["self"]) -> int:

@@ -170,6 +170,9 @@ def _of_the_box(now: Snapshot) -> Iterator[Metric]:
     yield captures
     if now.recognizer_bytes is not None:
         yield _gauge("recognizer_resident_memory_bytes", "Of the recognizer's process.", now.recognizer_bytes)
+    if now.recognizer_cpu_s is not None:
+        about = "CPU time of the recognizer's process; begins anew with each of them."
+        yield CounterMetricFamily("edge_asr_recognizer_cpu_seconds", about, value=now.recognizer_cpu_s)
     if now.broker_connected is not None:
         yield _gauge("broker_connected", "1: the broker has accepted us.", now.broker_connected)
         yield _gauge("broker_refuses", "1: the broker is there and takes nothing.", now.broker_refuses)

@@ -56,6 +56,14 @@ class SoundCard:
         self._pactl("set-default-sink", "speaker")
         self._pactl("set-default-source", "microphone")
 
+    def plug_pipe(self, path: Path, rate: int) -> None:
+        """Put in a microphone that names this rate and delivers what is written into a pipe when it is written."""
+        pipe = (f"file={path}", "format=s16le", f"rate={rate}", "channels=1")
+        self._modules.append(
+            self._pactl("load-module", "module-pipe-source", "source_name=pipe", *pipe).stdout.decode()
+        )
+        self._pactl("set-default-source", "pipe")
+
     def unplug(self) -> None:
         """Pull the card out; the server stays."""
         while self._modules:

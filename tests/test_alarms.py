@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from typing_extensions import Self
+
+from edge_asr.events import SAMPLE_RATE, Draft
+from edge_asr.outbox import Outbox, read_statistics
+from tests.broker import PATIENCE_S, Broker, Received, Subscriber, wait_until
+from tests.soak import family
+from tests.soundcard import sound_card
+from tests.test_daemon import COMMAND, running, write_settings
 
 CHECKOUT = Path(__file__).parent.parent
 KINDS = re.findall(
@@ -34,3 +49,152 @@ def test_every_event_has_an_alert_rule_of_its_own_because_the_metric_of_alarms_s
 def test_every_alarm_is_provoked_by_a_test(kind: str) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (CHECKOUT / "tests").glob("test_*.py"))
     assert re.search(rf'[" ]{kind}[" ]', tests)
+
+
+# ---------------------------------------------------------------- with real parts, as the control room hears of them
+
+DEVICE = "acme/voice/press-07"
+ALARMS = f"{DEVICE}/evt/alarm"
+
+
+def alarms(subscriber: Subscriber, kind: str) -> list[Received]:
+    return [message for message in subscriber.on("evt/alarm") if message.data["kind"] == kind]
+
+
+def the_alarm(subscriber: Subscriber, kind: str, state: str = "raised") -> Received:
+    """The one alarm of a kind and state, once it has come."""
+
+    def told() -> list[Received]:
+        return [message for message in alarms(subscriber, kind) if message.data["state"] == state]
+
+    subscriber.wait_for(lambda _: bool(told()), f"{kind} is {state}", 2 * PATIENCE_S)
+    (alarm,) = told()
+    return alarm
+
+
+def test_an_outbox_that_overflows_while_the_broker_is_away_is_an_alarm_when_it_is_back(tmp_path: Path) -> None:
+    outbox = tmp_path / "state" / "outbox.db"
+    with contextlib.closing(Outbox(outbox, 10_000_000)) as opened:
+        asyncio.run(opened.append(*(Draft("evt/transcript", "transcript", {"text": "x" * 600}) for _ in range(120))))
+    broker = Broker(tmp_path)
+    limits = {"limits": {"transcript": {"max_bytes": 100_000}}}
+    with running(write_settings(tmp_path, broker.port, outbox=limits)) as box:
+        box.say(COMMAND)
+        wait_until(lambda: read_statistics(outbox).dropped["transcript"], "a transcript goes")
+        with broker, Subscriber(broker, ALARMS) as subscriber:
+            alarm = the_alarm(subscriber, "outbox-dropped")
+            assert alarm.data["severity"] == "critical"
+            assert re.fullmatch(r"the outbox was full: dropped were \d+ transcript", alarm.data["detail"])
+            wait_until(lambda: not read_statistics(outbox).waiting["transcript"], "the rest is sent")
+            box.say(COMMAND)
+            wait_until(lambda: read_statistics(outbox).waiting["command"] == 0, "a command is sent")
+            assert len(alarms(subscriber, "outbox-dropped")) == 1
+
+
+def test_a_message_that_a_broker_refuses_for_good_is_an_alarm(tmp_path: Path) -> None:
+    """Its rules forbid transcripts and take what comes of them."""
+    rules = tmp_path / "rules"
+    allowed = [f"topic write {DEVICE}/{topic}" for topic in ("evt/command", "evt/alarm", "status", "meta", "health")]
+    rules.write_text("\n".join([*allowed, "topic read #", ""]), encoding="ascii")
+    rules.chmod(0o600)
+    outbox = tmp_path / "state" / "outbox.db"
+    with Broker(tmp_path, extra=f"acl_file {rules}") as broker, Subscriber(broker, ALARMS) as subscriber:
+        with running(write_settings(tmp_path, broker.port)) as box:
+            box.say(COMMAND)
+            wait_until(lambda: outbox.exists() and read_statistics(outbox).dead_letters, "it is put aside")
+            box.feed(bytes(2 * SAMPLE_RATE * 12))  # an alarm of another kind, with which health is looked at
+            alarm = the_alarm(subscriber, "outbox-refused")
+        assert (alarm.data["severity"], alarm.data["detail"]) == ("critical", "refused for good were 1 transcript")
+        assert "access rules" in alarm.data["remedy"]
+
+
+HASTY = """
+from edge_asr import alarms, capture, cli, hearing
+alarms.QUIET_S = 1.0
+hearing._LOSS_WINDOW_NS = 4 * 10**9
+capture.RateMeter.PIECE_NS = 10**9
+capture.RateMeter.PIECES = 3
+cli.main()
+"""
+"""A daemon that looks back over seconds where the product looks back over a minute."""
+
+MICROPHONE = [{"type": "microphone", "name": "press"}]
+
+
+@contextlib.contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+
+
+def test_audio_that_a_box_has_no_time_for_is_an_alarm_until_a_while_has_passed_without(tmp_path: Path) -> None:
+    with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, ALARMS) as subscriber:
+        path = write_settings(tmp_path, broker.port, sources=MICROPHONE)
+        with running(path, program=("-c", HASTY), **card.environment) as box:
+            box.wait_for_log("capturing from")
+            (capture,) = (pid for pid in family(box.process.pid) if comm(pid).startswith("capture-"))
+            with standing_still(capture):
+                time.sleep(4)  # more than the sound system holds, less than a hang
+            alarm = the_alarm(subscriber, "microphone-overrun")
+            assert (alarm.data["source"], alarm.data["severity"]) == ("press", "warning")
+            assert re.fullmatch(r"press: \d+\.\d s of audio were lost within a minute", alarm.data["detail"])
+            the_alarm(subscriber, "microphone-overrun", "over")
+
+
+class Clocked:
+    """Writes silence into a pipe at a rate of its own."""
+
+    def __init__(self, path: Path, rate: int) -> None:
+        self.rate = rate
+        self._path, self._done = path, threading.Event()
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        owed, last = 0.0, time.monotonic()
+        pipe = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)  # waits for no reader, neither now nor in the end
+        while not self._done.wait(0.02):
+            now = time.monotonic()
+            owed, last = owed + (now - last) * self.rate, now
+            with contextlib.suppress(BlockingIOError):
+                os.write(pipe, b"\x40\x00\xc0\xff" * (int(owed) // 2))
+            owed -= int(owed) // 2 * 2
+        os.close(pipe)
+
+
+def test_a_device_that_delivers_fewer_samples_than_it_says_is_an_alarm_until_it_keeps_its_word(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    with sound_card() as card, Broker(tmp_path) as broker, Subscriber(broker, f"{DEVICE}/#") as subscriber:
+        card.plug_pipe(pipe, SAMPLE_RATE)
+        path = write_settings(tmp_path, broker.port, sources=MICROPHONE)
+        with (
+            Clocked(pipe, SAMPLE_RATE * 9 // 10) as device,
+            running(path, program=("-c", HASTY), **card.environment),
+        ):
+            alarm = the_alarm(subscriber, "microphone-rate")
+            assert (alarm.data["source"], alarm.data["severity"]) == ("press", "critical")
+            assert re.fullmatch(r"press: the device delivers \d+ % fewer samples than it says", alarm.data["detail"])
+            assert "sources.rate" in alarm.data["remedy"]
+            subscriber.wait_for(
+                lambda _: any(
+                    "microphone-rate" in message.data["microphones"]["press"]["troubles"]
+                    for message in subscriber.on("/health")
+                ),
+                "health shows it",
+            )
+            device.rate = SAMPLE_RATE
+            the_alarm(subscriber, "microphone-rate", "over")

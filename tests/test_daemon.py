@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -95,11 +95,11 @@ class Box:
 
 
 @contextlib.contextmanager
-def running(settings: Path, **environment: str) -> Iterator[Box]:
+def running(settings: Path, *, program: Sequence[str] = ("-m", "edge_asr.cli"), **environment: str) -> Iterator[Box]:
     log = settings.parent / f"log-{time.monotonic_ns()}"
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edge_asr.cli", "run", "--settings", str(settings)],
+            [sys.executable, *program, "run", "--settings", str(settings)],
             stdin=subprocess.PIPE,
             stderr=errors,
             env={**os.environ, **environment},
@@ -556,6 +556,9 @@ def test_the_mirrors_speak_when_they_are_switched_on_and_the_broker_in_use_is_na
             in_use = f"{HOST}:{broker.port}"
             assert subscriber.on("/meta")[-1].data["broker"] == in_use
             subscriber.wait_for(lambda _: [m for m in subscriber.on("/health") if m.data["broker"] == in_use], "health")
+            health = subscriber.on("/health")[-1].data
+            assert min(health["memory_bytes"], health["recognizer_memory_bytes"]) > 20_000_000  # both have Python
+            assert health["recognizer_cpu_load"] >= 0
             assert read_statistics(tmp_path / "state" / "outbox.db").broker == in_use
             with Subscriber(broker, "homeassistant/#", client_id="assistant") as assistant:
                 assistant.wait_for(lambda got: len(got) == 1, "the discovery")

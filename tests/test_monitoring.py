@@ -89,6 +89,7 @@ def test_what_prometheus_scrapes_is_right_by_its_own_tool(scraped: str) -> None:
         "edge_asr_outbox_damages_total 0.0",
         'edge_asr_build_info{engine="onnxruntime",model="',
         "edge_asr_recognizer_resident_memory_bytes ",
+        "edge_asr_recognizer_cpu_seconds_total ",
     ],
 )
 def test_the_numbers_tell_what_happened(scraped: str, line: str) -> None:
