@@ -262,6 +262,8 @@ class Daemon:
     def _turn(self, source: str, speaking: bool) -> None:  # noqa: FBT001 - as the pipeline calls it
         if source in self.microphones:
             self.microphones[source].attend(speaking=speaking)
+        elif self._gateway is not None:
+            self._gateway.turned(source, speaking=speaking)
 
     def _note(self, heard: Understanding, timing: Timing) -> None:
         self._caretaker.metrics.count(heard, timing)

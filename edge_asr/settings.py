@@ -357,6 +357,9 @@ class Gateway(_Section):
     max_sessions_per_token: Annotated[int, Field(ge=1, le=1000)] = 4
     max_sessions_per_address: Annotated[int, Field(ge=1, le=1000)] = 16
     """Several stations may stand behind one address translation."""
+    max_connections_per_address: Annotated[int, Field(ge=8, le=2048)] = 256
+    """Of 2048 in all. A page has one that stays and up to six others for a moment; where a whole plant comes from one
+    address, translated or through a proxy, raise it."""
     max_session_s: Annotated[float, Field(ge=60, le=604_800)] = 86_400.0
     idle_s: Annotated[float, Field(ge=10, le=86_400)] = 3600.0
     """A session in which nobody spoke for so long ends; the page opens another when the button is pressed."""

@@ -181,8 +181,8 @@ async def silent(running: Box, count: int, seconds: float) -> dict[str, float]:
     }
 
 
-async def calls(running: Box, count: int, seconds: float) -> dict[str, float]:
-    """What sessions by WebRTC cost that send silence: while no talk has begun, and within one."""
+async def calls(running: Box, count: int, seconds: float, alone: float) -> dict[str, float]:
+    """What silent sessions by WebRTC cost beyond the daemon itself: while no talk has begun, and within one."""
     pid = running.process.pid
     before_mb = resident_mb(pid)
     bearer = {"Authorization": f"Bearer {running.token}"}
@@ -203,30 +203,31 @@ async def calls(running: Box, count: int, seconds: float) -> dict[str, float]:
             channels.append(channel)
         await asyncio.sleep(2.0)
         open_mb = (resident_mb(pid) - before_mb) / count
-        waiting = await asyncio.to_thread(cpu_share, pid, seconds) / count
+        waiting = await asyncio.to_thread(cpu_share, pid, seconds) - alone
         for channel in channels:
             channel.send(json.dumps({"type": "start", "talk": 1}))
-        talking = await asyncio.to_thread(cpu_share, pid, seconds) / count
+        talking = await asyncio.to_thread(cpu_share, pid, seconds) - alone
     return {
         "sessions": count,
         "mb": round(open_mb, 2),
-        "cpu_percent": round(100 * waiting, 2),
-        "talking_cpu_percent": round(100 * talking, 2),
+        "cpu_percent": round(100 * waiting / count, 2),
+        "talking_cpu_percent": round(100 * talking / count, 2),
     }
 
 
-def silent_page(running: Box, folder: Path, way: str, seconds: float) -> dict[str, float]:
+def silent_pages(running: Box, folder: Path, seconds: float, alone: float) -> dict[str, float]:
     """What one page of a real Chromium costs beyond the daemon itself, within a talk in which nobody speaks.
 
     Python's calls send a packet each 20 ms whatever the answer wishes; a browser sends what it is asked for.
     """
     pid = running.process.pid
-    alone = cpu_share(pid, seconds)
-    with chromium(running, microphone_file(folder)) as browser:
-        page, _ = open_page(browser, running, way=way, mode="toggle")
-        begin_talk(page, way)
-        talking = cpu_share(pid, seconds) - alone
-    return {"talking_cpu_percent": round(100 * talking, 2)}
+    found = {}
+    for way, name in (("auto", "webrtc"), ("pcm", "websocket")):
+        with chromium(running, microphone_file(folder)) as browser:
+            page, _ = open_page(browser, running, way=way, mode="toggle")
+            begin_talk(page, way)
+            found[f"{name}_cpu_percent"] = round(100 * (cpu_share(pid, seconds) - alone), 2)
+    return found
 
 
 def cpu_share(pid: int, seconds: float) -> float:
@@ -293,10 +294,39 @@ def pages(running: Box, folder: Path, arrivals: dict[str, float], rounds: int) -
     return found
 
 
+def spoken_once(running: Box, arrivals: dict[str, float], port: int, rounds: int) -> dict[str, Any]:
+    """The latency of one session, to its client and to the subscriber, and where it comes from."""
+    before = stages(port)
+    heard = asyncio.run(sessions(running, 1, rounds))
+    known = [arrivals[each.ident] - each.closed for each in heard if each.ident in arrivals]
+    found = {
+        "to_page": quantiles_ms([each.at - each.closed for each in heard]),
+        "to_subscriber": quantiles_ms(known),
+        "stages_mean_ms": means_ms(before, stages(port)),
+    }
+    print(found, flush=True)
+    return found
+
+
+def silence(running: Box, folder: Path) -> dict[str, Any]:
+    """What those cost who say nothing: 32 by WebSocket, 8 by WebRTC and one, and a page alone."""
+    alone = cpu_share(running.process.pid, 10.0)
+    found: dict[str, Any] = {
+        "daemon_alone_cpu_percent": round(100 * alone, 2),
+        "one_call": asyncio.run(calls(running, 1, 8.0, alone)),
+        "one_page": silent_pages(running, folder, 10.0, alone),
+        "calls": asyncio.run(calls(running, 8, 8.0, alone)),
+        "silent": asyncio.run(silent(running, 32, 8.0)),
+    }
+    print(found, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench gateway", description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="utterances of a session")
     parser.add_argument("--most", type=int, default=32, help="sessions to try at most")
+    parser.add_argument("--silent-only", action="store_true", help="measure only what those cost who say nothing")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     limits: dict[str, Any] = {"max_sessions": 1000, "max_sessions_per_token": 1000, "max_sessions_per_address": 1000}
@@ -313,27 +343,15 @@ def main() -> None:
             os.sched_setaffinity(0, others)
             hold(running.process.pid, {0})
             asyncio.run(sessions(running, 1, 2))  # everything is loaded
-            before = stages(port)
-            heard = asyncio.run(sessions(running, 1, arguments.rounds))
-            known = [arrivals[each.ident] - each.closed for each in heard if each.ident in arrivals]
             figures: dict[str, Any] = {
-                "machine": {"load": os.getloadavg()[0], "cores": os.cpu_count(), "held_to_cores": 1},
-                "to_page": quantiles_ms([each.at - each.closed for each in heard]),
-                "to_subscriber": quantiles_ms(known),
-                "stages_mean_ms": means_ms(before, stages(port)),
+                "machine": {"load": os.getloadavg()[0], "cores": os.cpu_count(), "held_to_cores": 1}
             }
-            print(figures, flush=True)
-            figures["silent"] = asyncio.run(silent(running, 32, 10.0))
-            print(figures["silent"], flush=True)
-            figures["calls"] = asyncio.run(calls(running, 8, 10.0))
-            print(figures["calls"], flush=True)
-            figures["silent_page"] = {
-                name: silent_page(running, folder, way, 30.0)
-                for way, name in (("auto", "webrtc"), ("pcm", "websocket"))
-            }
-            print("silent page", figures["silent_page"], flush=True)
-            figures["page"] = pages(running, folder, arrivals, arguments.rounds)
-            figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
+            if not arguments.silent_only:
+                figures.update(spoken_once(running, arrivals, port, arguments.rounds))
+            figures.update(silence(running, folder))
+            if not arguments.silent_only:
+                figures["page"] = pages(running, folder, arrivals, arguments.rounds)
+                figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

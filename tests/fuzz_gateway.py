@@ -185,7 +185,7 @@ SDP_LINES = OFFER.split("\r\n")
 def test_any_offer_is_answered_or_refused(offer: str) -> None:
     async def scenario() -> None:
         session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
-        call = Call(session, [], None, nobody_decides, owns_session=True)
+        call = Call(session, [], None, nobody_decides, lambda _session: None, owns_session=True)
         try:
             check(offer)
             answer = await call.answer(offer, controlled=False)
@@ -219,7 +219,7 @@ PARTS = st.sampled_from(
 def test_any_fragment_of_candidates_is_taken_or_refused(lines: list[str]) -> None:
     async def scenario() -> None:
         session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
-        call = Call(session, [], None, nobody_decides, owns_session=True)
+        call = Call(session, [], None, nobody_decides, lambda _session: None, owns_session=True)
         try:
             await call.answer(OFFER, controlled=False)
             with contextlib.suppress(OfferError):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.broker import wait_until
 from tests.faults.link import Link, isolate
-from tests.gateway import browsing, microphone_file
+from tests.gateway import START_S, browsing, microphone_file
 from tests.payloads import check
 
 PORT = 8443
@@ -61,7 +61,7 @@ def follow(folder: Path, address: str, prefix: Sequence[str]) -> dict[str, str]:
         subprocess.Popen([*prefix, *daemon], stderr=log) as running,
     ):
         try:
-            wait_until(lambda: "connected to the broker" in (folder / "log").read_text(), "the daemon")
+            wait_until(lambda: "connected to the broker" in (folder / "log").read_text(), "the daemon", limit_s=START_S)
             with subprocess.Popen([*prefix, *watch], stdout=subprocess.PIPE, text=True) as subscriber:
                 said = talk(folder, url, link[0], made.stdout)
                 assert subscriber.stdout

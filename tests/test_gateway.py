@@ -440,6 +440,46 @@ def encoded(path: Path, kind: str) -> bytes:
     return out.getvalue()
 
 
+def wakes(pid: int) -> int:
+    """How often a process has waited for something and was woken."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", status, re.MULTILINE)[0])
+
+
+def test_silence_wakes_the_box_seldom_whether_it_comes_by_websocket_or_by_webrtc_and_all_of_it_is_heard(
+    site: tuple[Box, Subscriber], tmp_path: Path
+) -> None:
+    running, _ = site
+    pieces, piece = 100, 640
+    """Of 20 ms, and as many packets by WebRTC meanwhile."""
+    silence = tmp_path / "silence.wav"
+    soundfile.write(silence, np.zeros(20 * SAMPLE_RATE, np.int16), SAMPLE_RATE)
+
+    async def talk() -> tuple[int, int]:
+        client = WhipClient(running, silence)
+        async with running.http() as http, running.client() as station:
+            await client.call(http)
+            await client.until("ready")
+            client.say(type="start", talk=1)
+            await client.until("ack")
+            await station.send(type="start", talk=1)
+            before, loop = wakes(running.process.pid), asyncio.get_running_loop()
+            began = loop.time()
+            for number in range(pieces):
+                await station.socket.send_bytes((number * piece // 2).to_bytes(4, "little") + bytes(piece))
+                await asyncio.sleep(max(0.0, began + 0.02 * number - loop.time()))
+            used = wakes(running.process.pid) - before
+            await station.send(type="end")
+            await station.until("ended")
+            await client.until("ack")
+        await client.peer.close()
+        return used, max(event["position"] for event in station.of("ack"))
+
+    used, heard = run(talk)
+    assert heard == pieces * piece // 2
+    assert used < pieces
+
+
 @pytest.mark.parametrize("kind", ["webm", "ogg"])
 def test_a_stream_of_opus_in_small_pieces_gives_the_text_of_the_file(
     site: tuple[Box, Subscriber], tmp_path: Path, kind: str

@@ -48,6 +48,14 @@ def test_openssl_accepts_the_certificate_for_every_name_and_no_other(tmp_path: P
     assert stat.S_IMODE(files.server_key.stat().st_mode) == stat.S_IMODE(files.authority_key.stat().st_mode) == 0o600
 
 
+def test_the_certificate_is_good_for_every_address_by_which_others_reach_this_machine(tmp_path: Path) -> None:
+    cards = json.loads(subprocess.run(["ip", "-json", "address"], capture_output=True, check=True).stdout)
+    own = {(each["local"], each["scope"]) for card in cards for each in card["addr_info"]}
+    held = set(certificates.make(tmp_path, []))
+    assert {address for address, scope in own if scope != "link"} <= held
+    assert not {address for address, scope in own if scope == "link"} & held
+
+
 def test_making_it_again_renews_the_server_and_keeps_the_authority(tmp_path: Path) -> None:
     certificates.make(tmp_path, [], now=dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=600))
     files = certificates.Files(tmp_path)

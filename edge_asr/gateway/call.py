@@ -30,6 +30,8 @@ from aiortc.rtp import RtcpRrPacket, RtpPacket
 from aiortc.sdp import candidate_from_sdp
 
 from edge_asr.gateway import dtls, wire
+from edge_asr.gateway.ice import Datagrams
+from edge_asr.gateway.rounds import Rounds
 from edge_asr.gateway.session import BusyError, Event, Session
 from edge_asr.gateway.voice import Voice
 
@@ -68,12 +70,14 @@ class Call:
         ice_servers: list[RTCIceServer],
         announce: str | None,
         decide: Callable[[Session, wire.Answer], Coroutine[Any, Any, None]],
+        rounds_of: Callable[[Session], Rounds | None],
         *,
         owns_session: bool,
     ) -> None:
         self.session = session
         self._decide = decide
         """Takes a yes or no to a question of the session."""
+        self._rounds_of = rounds_of
         self._owns_session = owns_session
         """Whether the session ends with this call; otherwise a WebSocket carries it."""
         self._announce = announce
@@ -86,9 +90,11 @@ class Call:
         self._voice = Voice(session)
         self._ssrc = secrets.randbits(32)
         """Of our reports."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
         self._channel: RTCDataChannel | None = None
         self._candidates = 0
+        self._has_channel = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.etag = ""
         """Of the ICE session."""
@@ -96,7 +102,8 @@ class Call:
 
     async def answer(self, offer: str, *, controlled: bool) -> str:
         """The answer to an SDP offer that has passed :func:`check`. Raises OfferError, BusyError."""
-        self._voice.controlled = controlled or "m=application" in offer
+        self._has_channel = "m=application" in offer
+        self._voice.controlled = controlled or self._has_channel
         try:
             await asyncio.wait_for(self._negotiate(_with_usable_candidates(offer)), ANSWER_S)
         except Exception as error:  # noqa: BLE001 - aiortc raises what its parser happens to stumble over
@@ -109,6 +116,7 @@ class Call:
         found = re.search(r"^a=ice-ufrag:(\S+)", answer, re.MULTILINE)
         self.etag = found[1] if found else ""
         self._start(self._watch(), "watch")
+        self.session.watchers.add(self._rest)
         return _announced(_wide(answer), self._announce)
 
     async def trickle(self, fragment: str) -> None:
@@ -136,6 +144,7 @@ class Call:
             return
         self.ended.set()
         self.session.detach(self)
+        self.session.watchers.discard(self._rest)
         if self._owns_session:
             self.session.close()
         current = asyncio.current_task()
@@ -178,6 +187,7 @@ class Call:
         if self._channel is not None:
             return
         self._channel = channel
+        self._rest()
         channel.on("message", self._on_message)
         session = self.session
         self.send({"type": "ready", "session": session.id, "source": session.source, "resumed": False})
@@ -186,9 +196,19 @@ class Call:
     def _on_state(self) -> None:
         if self._peer.connectionState in {"failed", "closed"}:
             self.cut(self._peer.connectionState)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing that comes once the call stands is urgent, unless somebody speaks."""
+        stands = self._peer.connectionState == "connected" and (self._channel is not None or not self._has_channel)
+        rounds = self._rounds_of(self.session) if stands else None
+        ice = self._receiver.transport.transport._connection  # noqa: SLF001 - its sockets are nowhere else
+        for protocol in ice._protocols:  # noqa: SLF001
+            if isinstance(protocol.transport, Datagrams):  # not those by TURN
+                protocol.transport.rest(rounds)
 
     def _on_message(self, text: str | bytes) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._loop.time()
         try:
             order = wire.read(text if isinstance(text, str) else "")
             if isinstance(order, wire.Start):
@@ -211,14 +231,14 @@ class Call:
 
     async def _on_packet(self, packet: RtpPacket, arrival_time_ms: int) -> None:  # noqa: ARG002 - aiortc's signature
         """Stands in for the receiver's own jitter buffer and decoder thread: three quarters of what silence cost."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = self._loop.time()
         self._voice.take(packet)
 
     async def _watch(self) -> None:
         """Hang up on a peer that has gone without a word, and with the session."""
         while not self.session.over.is_set():
             await asyncio.sleep(1.0)
-            if asyncio.get_running_loop().time() - self._heard_at > DEAD_S:
+            if self._loop.time() - self._heard_at > DEAD_S:
                 log.info("%s: nothing came for %g s", self.session.source, DEAD_S)
                 break
             await self._report()

@@ -7,12 +7,11 @@ certificate. Keys are readable by the service alone.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from ifaddr import get_adapters
 
 from edge_asr.gateway import GatewayError
 from edge_asr.gateway.tokens import write_private
@@ -101,10 +101,10 @@ def is_due(folder: Path, names: Sequence[str]) -> bool:
 
 
 def own_names() -> tuple[str, ...]:
-    """This machine's host name, its mDNS name, its addresses, and the loopback."""
+    """This machine's host name, its mDNS name, the loopback, and the addresses of all its network cards."""
     host = socket.gethostname()
-    found = [host, f"{host.partition('.')[0]}.local", "localhost", "127.0.0.1", *_addresses(host)]
-    return tuple(name for name in dict.fromkeys(found) if _HOST.fullmatch(name))
+    names = [name for name in (host, f"{host.partition('.')[0]}.local", "localhost") if _HOST.fullmatch(name)]
+    return tuple(dict.fromkeys([*names, "127.0.0.1", "::1", *_addresses()]))
 
 
 def fingerprint(path: Path) -> str:
@@ -121,15 +121,13 @@ def days_left(path: Path) -> float:
 _HOST = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 
 
-def _addresses(host: str) -> list[str]:
-    """IPv4 addresses that the host name and the default route lead to; nothing is sent."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # TEST-NET-1: connecting a datagram socket only asks the routing table
-        found.append(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        found += socket.gethostbyname_ex(host)[2]
-    return found
+def _addresses() -> Iterator[str]:
+    """By which others reach this machine, IPv4 first: not those that mean nothing without the card's name."""
+    texts = [each.ip if isinstance(each.ip, str) else each.ip[0] for card in get_adapters() for each in card.ips]
+    found = [ipaddress.ip_address(text) for text in texts]
+    for address in sorted(found, key=lambda each: each.version):
+        if not (address.is_link_local or address.is_loopback):
+            yield str(address)
 
 
 def general_name(name: str) -> x509.GeneralName:

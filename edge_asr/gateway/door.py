@@ -1,8 +1,9 @@
 """Who may stay at the door: connections are accepted one by one, and each must bring a whole request header in time.
 
 Law: from the first packet to the end of the header, TLS handshake included, a connection has :data:`ADMISSION_S`; an
-address may have :data:`MAX_WAITING` that are not through yet, and all together :data:`MAX_CONNECTIONS`. Whoever holds
-connections half open therefore fills neither memory nor descriptors, and those who talk do not notice.
+address may have :data:`MAX_WAITING` that are not through yet, and as many in all as the settings say, a part of the
+:data:`MAX_CONNECTIONS` that there may be. Whoever holds connections open therefore fills neither memory nor
+descriptors nor the door, and those who talk do not notice.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ _PAUSE_S: Final = 0.1
 class Door:
     """One listening socket. Raises OSError."""
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, max_per_address: int) -> None:
         self._socket = _listening(host, port)
         self._tls = tls
+        self._max_per_address = max_per_address
         self._waiting: Counter[str] = Counter()
         """Address -> connections that have not brought a header yet."""
         self._deadlines: dict[asyncio.BaseProtocol, tuple[str, asyncio.TimerHandle]] = {}
-        self._transports: set[asyncio.BaseTransport] = set()
-        self._arrivals: set[asyncio.Task[None]] = set()
+        self._present: dict[asyncio.BaseTransport, str] = {}
+        """Connection -> its address."""
+        self._arrivals: dict[asyncio.Task[None], str] = {}
+        """The same, of those who shake hands."""
         self.turned_away = 0
         """Connections closed before they had said anything useful."""
 
@@ -60,16 +64,14 @@ class Door:
                     await asyncio.sleep(_PAUSE_S)
                     continue
                 address = str(peer[0])
-                self._transports = {each for each in self._transports if not each.is_closing()}
-                full = len(self._transports) + len(self._arrivals) >= MAX_CONNECTIONS
-                if full or self._waiting[address] >= MAX_WAITING:
+                if self._waiting[address] >= MAX_WAITING or self._is_full(address):
                     self.turned_away += 1
                     connection.close()
                     continue
                 self._waiting[address] += 1
                 task = asyncio.create_task(self._arrive(factory, connection, address), name=f"arrival:{address}")
-                self._arrivals.add(task)
-                task.add_done_callback(self._arrivals.discard)
+                self._arrivals[task] = address
+                task.add_done_callback(self._arrivals.pop)
         finally:
             self.close()
 
@@ -87,6 +89,12 @@ class Door:
             deadline.cancel()
             self._leave(address)
 
+    def _is_full(self, address: str) -> bool:
+        """Whether there is no room, or none for this address."""
+        self._present = {each: where for each, where in self._present.items() if not each.is_closing()}
+        here = [*self._present.values(), *self._arrivals.values()]
+        return len(here) >= MAX_CONNECTIONS or here.count(address) >= self._max_per_address
+
     async def _arrive(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket, address: str) -> None:
         """Shake hands and start the clock."""
         loop = asyncio.get_running_loop()
@@ -102,7 +110,7 @@ class Door:
             self._leave(address)
             connection.close()
             return
-        self._transports.add(transport)
+        self._present[transport] = address
 
         def overdue() -> None:
             self.turned_away += 1
@@ -119,8 +127,8 @@ class Door:
 
 def _listening(host: str, port: int) -> socket.socket:
     with contextlib.suppress(OSError, ValueError):  # the unit may forbid it, and sets its own limit then
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * MAX_CONNECTIONS), hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     listening.setblocking(False)  # noqa: FBT003 - the library's own signature

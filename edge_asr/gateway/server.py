@@ -84,13 +84,18 @@ class Gateway:
         if self._sessions is not None:
             self._sessions.live(topic, data)
 
+    def turned(self, source: str, *, speaking: bool) -> None:
+        """Somebody begins or ends to speak."""
+        if self._sessions is not None:
+            self._sessions.turned(source, speaking=speaking)
+
     async def run(self, box: Box) -> None:
         """Let stations in until cancelled. Raises GatewayError."""
         door = self._open_door()
-        if self._options.udp_ports is not None:
-            first, last = self._options.udp_ports
-            ice.keep_within(range(first, last + 1), asyncio.get_running_loop())
         sessions = Sessions(self._options, self._tokens, box.pipeline)
+        first_and_last = self._options.udp_ports
+        ports = None if first_and_last is None else range(first_and_last[0], first_and_last[1] + 1)
+        ice.provide(ports)
         rules = Rules(self._options, self._tokens, door.admit)
         whip = Whip(self._options, sessions, rules)
         vosk = Vosk(sessions, rules)
@@ -126,10 +131,11 @@ class Gateway:
             await runner.cleanup()
 
     def _open_door(self) -> Door:
+        options = self._options
         try:
-            return Door(self._options.host, self._options.port, self._tls)
+            return Door(options.host, options.port, self._tls, options.max_connections_per_address)
         except OSError as error:
-            where = f"{self._options.host}:{self._options.port}"
+            where = f"{options.host}:{options.port}"
             raise GatewayError(f"gateway: {where}: {error.strerror}; choose another gateway.port or host") from None
 
     def _load_certificate(self, context: ssl.SSLContext) -> None:

@@ -23,6 +23,7 @@ from edge_asr.confirmation import ConfirmationError
 from edge_asr.events import SAMPLE_RATE, Json, Utterance
 from edge_asr.gateway import wire
 from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
+from edge_asr.gateway.rounds import WAITING_ROUND_S, Rounds
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
 from edge_asr.pipeline import Pipeline
@@ -71,7 +72,14 @@ class Session:
         self.source = source
         self.station = station
         self.address = address
-        self.opened = self.active = asyncio.get_running_loop().time()
+        self.watchers: set[Callable[[], None]] = set()
+        """Called when the session becomes attentive or stops being so, and when a talk begins or ends."""
+        self.drain: Callable[[], None] = lambda: None
+        """Hands over what has come by WebRTC and was not decoded yet."""
+        self.attentive = False
+        """Whether what comes is read as soon as it comes: somebody speaks, or the end is near."""
+        self._loop = asyncio.get_running_loop()  # kept: asking for it, with every packet, is a system call
+        self.opened = self.active = self._loop.time()
         self.talk: Talk | None = None
         """The one under way, or the last."""
         self.format: wire.Format = "pcm16"
@@ -110,7 +118,21 @@ class Session:
         """The connection is gone, unless another has taken its place."""
         if self._outlet is outlet:
             self._outlet = None
-        self.active = asyncio.get_running_loop().time()
+        self.active = self._loop.time()
+
+    def attend(self, *, attentive: bool) -> None:
+        """Become attentive, or stop being so."""
+        self.attentive = attentive
+        self._notify()
+
+    @property
+    def talking(self) -> bool:
+        """Whether a talk is under way, in which there may be silence."""
+        return self.talk is not None and not self.talk.ended
+
+    def _notify(self) -> None:
+        for watcher in tuple(self.watchers):
+            watcher()
 
     def tell(self, kind: str, data: Mapping[str, Json], *, keep: bool = True) -> None:
         """Send an event; ``keep``: number it and repeat it after a reconnect."""
@@ -143,6 +165,7 @@ class Session:
         if start.format in {"webm", "ogg"}:
             self.container = Container(start.format, talk, lambda why: self.complain("lost", why))
         self._talks.put_nowait(talk)
+        self._notify()
 
     async def take(self, position: int, data: memoryview) -> float:
         """Audio of the talk under way, as its format has it; waits while it is not heard fast enough.
@@ -154,9 +177,10 @@ class Session:
             raise wire.WireError("audio before the first start")
         if self._skipping:
             return 0.0  # resent, though it was heard to its end
-        self.active = asyncio.get_running_loop().time()
+        self.active = self._loop.time()
         if self.format == "rtp":
             self.format = "pcm16"  # the client has given WebRTC up and goes on here
+            self._notify()
         before = talk.taken
         try:
             if self.container is not None:
@@ -176,27 +200,30 @@ class Session:
         """Audio of the talk under way that came by WebRTC: mono, 48 kHz, so many were lost before it; nobody waits."""
         if self.format != "rtp" or self.talk is None:
             return
-        self.active = asyncio.get_running_loop().time()
+        self.active = self._loop.time()
         self.talk.offer(self.talk.position + lost, samples)
         self._acknowledge()
 
     def finish_soon(self) -> None:
         """The talk under way is over as soon as the audio has come that this message has overtaken."""
         talk = self.talk
+        self.attend(attentive=True)
 
         def finish() -> None:
             if self.talk is talk:
                 self.finish()
 
-        asyncio.get_running_loop().call_later(TAIL_S if self.format == "rtp" else 0.0, finish)
+        self._loop.call_later(TAIL_S if self.format == "rtp" else 0.0, finish)
 
     def finish(self) -> None:
         """The talk under way is over."""
+        self.drain()
         if self.container is not None:
             self.container.end()
         elif self.talk is not None:
             self.talk.end()
         self._acknowledge(ended=True)
+        self._notify()
 
     @property
     def position(self) -> int:
@@ -234,7 +261,8 @@ class Session:
             while (talk := await self._talks.get()) is not None:
                 self.tell("listening", {"talk": talk.number})
                 await hear(talk)
-                self.active = asyncio.get_running_loop().time()
+                self.attend(attentive=False)
+                self.active = self._loop.time()
                 self.tell("ended", {"talk": talk.number})
         finally:
             self._settled.set()
@@ -249,6 +277,8 @@ class Sessions:
     pipeline: Pipeline
     status: Event = field(default_factory=dict)
     """What every session is told when it begins, and when it changes."""
+    _rounds: Rounds = field(default_factory=Rounds)
+    _waiting_rounds: Rounds = field(default_factory=lambda: Rounds(WAITING_ROUND_S))
     _running: dict[str, tuple[Session, asyncio.Task[None]]] = field(default_factory=dict)
     """Source -> its session."""
 
@@ -315,6 +345,18 @@ class Sessions:
         found = self._running.get(utterance.source)
         if found is not None:
             found[0].place = utterance.id, round(utterance.start / SAMPLE_RATE, 3)
+
+    def rounds_of(self, session: Session) -> Rounds | None:
+        """In which what comes for a session is read; None: at once."""
+        if session.attentive:
+            return None
+        return self._rounds if session.talking else self._waiting_rounds
+
+    def turned(self, source: str, *, speaking: bool) -> None:
+        """Somebody begins or ends to speak."""
+        found = self._running.get(source)
+        if found is not None:
+            found[0].attend(attentive=speaking)
 
     def told(self, kind: str, data: Mapping[str, Json]) -> None:
         """Pass what was committed on to the session that said it."""

@@ -7,6 +7,7 @@ cuts a sentence in two and no later word comes too early; a longer one is lost a
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from typing import Final
 
@@ -14,6 +15,7 @@ import av
 import numpy as np
 from aiortc.rtcrtpreceiver import StreamStatistics
 from aiortc.rtp import RtcpReceiverInfo, RtpPacket, clamp_packets_lost
+from numpy.typing import NDArray
 
 from edge_asr.gateway import wire
 from edge_asr.gateway.container import OPUS_RATE, opus_decoder
@@ -46,6 +48,9 @@ class Voice:
         """Packets that nobody listens to yet."""
         self._talk: Talk | None = None
         """The one for which is being decoded."""
+        self._called = False
+        """Whether what is kept will be played in the loop's next turn."""
+        session.drain = self._play
         self._decoder = opus_decoder(None)
         self._due: int | None = None
         """The timestamp that follows what was decoded last for it."""
@@ -84,30 +89,53 @@ class Voice:
 
     def _hand_over(self, packet: RtpPacket) -> None:
         self._kept.append(packet)
-        talk = self._session.talk
-        if talk is None or talk.ended or self._session.format != "rtp":
+        if not self._heard():
             if self.controlled:
                 self._forget()
                 return
+            talk = self._session.talk
             self._session.begin(wire.Start(type="start", talk=talk.number + 1 if talk else 1, format="rtp"))
-        if self._talk is not self._session.talk:
-            self._talk, self._decoder, self._due = self._session.talk, opus_decoder(None), None
-        while self._kept:
-            self._play(self._kept.popleft())
+        if not self._called:
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._play)
+
+    def _heard(self) -> bool:
+        talk = self._session.talk
+        return talk is not None and not talk.ended and self._session.format == "rtp"
 
     def _forget(self) -> None:
         while self.kept_ms > 1e3 * BEFORE_S:
             self._kept.popleft()
 
-    def _play(self, packet: RtpPacket) -> None:
-        """Decode a packet for the talk; one that is damaged is as good as lost."""
+    def _play(self) -> None:
+        """Decode what has come together for the talk, and hand it over in one piece unless there is a gap in it."""
+        self._called = False
+        if not self._heard():
+            return
+        if self._talk is not self._session.talk:
+            self._talk, self._decoder, self._due = self._session.talk, opus_decoder(None), None
+        pieces: list[NDArray[np.float32]] = []
+        lost = 0
+        while self._kept:
+            missing, samples = self._decoded(self._kept.popleft())
+            if missing > QUIET_S * OPUS_RATE:
+                self._offer(pieces, lost)
+                pieces, lost = [], missing
+            elif missing:
+                pieces.append(np.zeros(missing, np.float32))
+            pieces.append(samples)
+        self._offer(pieces, lost)
+
+    def _offer(self, pieces: list[NDArray[np.float32]], lost: int) -> None:
+        if pieces:
+            self._session.offer(np.concatenate(pieces), lost)
+
+    def _decoded(self, packet: RtpPacket) -> tuple[int, NDArray[np.float32]]:
+        """(samples missing before it, its own); a packet that is damaged is as good as lost."""
         try:
             (frame,) = self._decoder.decode(av.Packet(packet.payload))
         except (av.FFmpegError, ValueError):
-            return
+            return 0, np.zeros(0, np.float32)
         missing = 0 if self._due is None else max(0, later(self._due, packet.timestamp))
         self._due = packet.timestamp + frame.samples
-        if 0 < missing <= QUIET_S * OPUS_RATE:
-            self._session.offer(np.zeros(missing, np.float32))
-            missing = 0
-        self._session.offer(np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples), missing)
+        return missing, np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples)

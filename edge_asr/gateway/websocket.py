@@ -11,7 +11,7 @@ from typing import Final
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from edge_asr.gateway import wire
+from edge_asr.gateway import rounds, wire
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import BusyError, Event, Session, Sessions
 from edge_asr.gateway.tokens import Station
@@ -55,15 +55,19 @@ class WebSockets:
         self._sessions.check_room(address, "websocket")
         socket = web.WebSocketResponse(timeout=CLOSE_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
-        await Connection(socket, self._sessions, address).serve(lambda token: self._rules.admit(request, token))
+        connection = Connection(socket, rounds.Connection(request.transport), self._sessions, address)
+        await connection.serve(lambda token: self._rules.admit(request, token))
         return socket
 
 
 class Connection:
     """One WebSocket from hello to goodbye."""
 
-    def __init__(self, socket: web.WebSocketResponse, sessions: Sessions, address: str) -> None:
+    def __init__(
+        self, socket: web.WebSocketResponse, intake: rounds.Connection, sessions: Sessions, address: str
+    ) -> None:
         self._socket = socket
+        self._intake = intake
         self._sessions = sessions
         self._address = address
         self._outgoing: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -71,7 +75,8 @@ class Connection:
         """Fails when we are done with this client's connection."""
         self._goodbye: int = WSCloseCode.OK
         self._heard_s = 0.0
-        self._began = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
 
     async def serve(self, admit: Admit) -> None:
         """Carry the session until either side goes."""
@@ -131,11 +136,21 @@ class Connection:
             asyncio.create_task(self._write(), name=f"write:{session.source}"),
             asyncio.create_task(self._leave(session), name=f"over:{session.source}"),
         ]
+
+        def rest() -> None:
+            """Audio of the silent is not urgent, other messages are."""
+            brings_audio = session.talking and session.format == "pcm16"
+            self._intake.rest(self._sessions.rounds_of(session) if brings_audio else None)
+
+        session.watchers.add(rest)
+        rest()
         try:
             done, _ = await asyncio.wait([*tasks, self._severed], return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
         finally:
+            session.watchers.discard(rest)
+            self._intake.rest(None)
             self._severed.cancel()
             for task in tasks:
                 task.cancel()
@@ -154,8 +169,9 @@ class Connection:
                 return
 
     async def _hear(self, session: Session, data: bytes) -> None:
-        ahead_s = self._heard_s - AHEAD_S - (asyncio.get_running_loop().time() - self._began)
-        await asyncio.sleep(max(0.0, ahead_s))
+        ahead_s = self._heard_s - AHEAD_S - (self._loop.time() - self._began)
+        if ahead_s > 0:
+            await asyncio.sleep(ahead_s)
         self._heard_s += await session.take(*wire.audio(data))
 
     async def _obey(self, session: Session, order: wire.Message) -> None:

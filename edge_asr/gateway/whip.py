@@ -65,7 +65,14 @@ class Whip:
         try:
             check(offer)
             session, bound = self._session(request, station)
-            call = Call(session, servers, self._options.announce, self._sessions.answer, owns_session=not bound)
+            call = Call(
+                session,
+                servers,
+                self._options.announce,
+                self._sessions.answer,
+                self._sessions.rounds_of,
+                owns_session=not bound,
+            )
             answer = await call.answer(offer, controlled=bound)
         except OfferError as error:
             raise _refusal(error) from None

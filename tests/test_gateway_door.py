@@ -1,0 +1,104 @@
+"""Who may stay at the door: no address fills it, whatever it does with its connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from edge_asr.gateway import door
+from edge_asr.gateway.door import MAX_WAITING, Door
+from tests.broker import PATIENCE_S
+
+MANY = 1100
+MAX_PER_ADDRESS = 100
+
+
+class Host(asyncio.Protocol):
+    """Lets in who says something, and answers."""
+
+    def __init__(self, at: Door) -> None:
+        self._door = at
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        assert self.transport
+        self._door.admit(self)
+        self.transport.write(data)
+
+
+@contextlib.asynccontextmanager
+async def opened() -> AsyncIterator[Door]:
+    at = Door("127.0.0.1", 0, None, MAX_PER_ADDRESS)
+    hosts: list[Host] = []
+
+    def host() -> Host:
+        hosts.append(Host(at))
+        return hosts[-1]
+
+    task = asyncio.create_task(at.run(host))
+    try:
+        yield at
+    finally:
+        for each in hosts:
+            if each.transport:
+                each.transport.abort()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def came(at: Door, address: str, stack: contextlib.ExitStack, word: bytes) -> bool:
+    """Whether somebody from an address, who says a word or nothing, is still there after it; it stays."""
+    loop, client = asyncio.get_running_loop(), stack.enter_context(socket.socket())
+    client.setblocking(False)  # noqa: FBT003 - the library's own signature
+    client.bind((address, 0))
+    await loop.sock_connect(client, ("127.0.0.1", at.port))
+    if not word:
+        return True
+    with contextlib.suppress(ConnectionError):
+        await loop.sock_sendall(client, word)
+        return await asyncio.wait_for(loop.sock_recv(client, 10), PATIENCE_S) == word
+    return False
+
+
+@pytest.mark.parametrize(("word", "most"), [(b"", MAX_WAITING), (b"GET", MAX_PER_ADDRESS)])
+def test_a_thousand_connections_of_one_address_half_open_or_idle_keep_nobody_else_out(word: bytes, most: int) -> None:
+    async def crowd() -> None:
+        async with opened() as at:
+            with contextlib.ExitStack() as stack:
+                stayed = [await came(at, "127.0.0.2", stack, word) for _ in range(MANY)]
+                assert await came(at, "127.0.0.1", stack, b"hello")
+                assert at.turned_away == MANY - most
+                if word:
+                    assert sum(stayed) == most
+                    assert not await came(at, "127.0.0.2", stack, word)
+
+    asyncio.run(crowd())
+
+
+def test_who_leaves_makes_room_for_the_next_of_the_same_address() -> None:
+    async def crowd() -> None:
+        async with opened() as at:
+            for _ in range(4):
+                with contextlib.ExitStack() as stack:
+                    assert all([await came(at, "127.0.0.2", stack, b"GET") for _ in range(MAX_PER_ADDRESS // 2)])
+
+    asyncio.run(crowd())
+
+
+def test_all_addresses_together_have_an_end_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crowd() -> None:
+        async with opened() as at:
+            monkeypatch.setattr(door, "MAX_CONNECTIONS", 150)
+            with contextlib.ExitStack() as stack:
+                stayed = [await came(at, f"127.0.0.{2 + number % 10}", stack, b"GET") for number in range(200)]
+                assert sum(stayed) == 150
+
+    asyncio.run(crowd())
