@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edge_asr.audio import Resampler
-from edge_asr.clock import NS_PER_S, boottime_ns
+from edge_asr.clock import NS_PER_S, boottime_ns, until_next
 from edge_asr.devices import DeviceError, Stream
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.settings import MicrophoneSource
@@ -35,9 +35,9 @@ RETRY_S: Final = 1.0
 _POLL_S: Final = 0.032
 """Between two looks at the device while somebody speaks: what a look costs is added to every answer."""
 
-_IDLE_POLL_S: Final = 0.5
+_IDLE_POLL_S: Final = 1.0
 """While nobody does: most of what silence costs is waking up. A beginning is heard so much later and caught up with; an
-end is not, because by then somebody speaks."""
+end is not, because by then somebody speaks, and no utterance is shorter than a word and the gate's closing silence."""
 
 _PIECE_BYTES: Final = SAMPLE_RATE * BYTES_PER_SAMPLE
 """A socket takes no message of any size; after a pause there may be more."""
@@ -236,7 +236,7 @@ class _Listener:
         """Read until the line is closed. Raises DeviceError when the device is lost."""
         resampler, meter = Resampler(stream.rate), RateMeter(stream.rate)
         idle_s = min(_IDLE_POLL_S, max(_POLL_S, stream.patience_s))
-        while self._rest(_POLL_S if self._speaking else idle_s):
+        while self._rest(_POLL_S if self._speaking else until_next(idle_s)):
             block = stream.read()
             moment_ns, pcm = boottime_ns(), b""
             if len(block):

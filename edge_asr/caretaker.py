@@ -206,7 +206,7 @@ class Caretaker:
                 self.health_is_due.set()  # it shows what is raised
             with contextlib.suppress(OutboxError):  # full: the pipeline says so
                 await self._box.outbox.append(*drafts)
-            await asyncio.sleep(ATTEND_INTERVAL_S)
+            await asyncio.sleep(clock.until_next(ATTEND_INTERVAL_S))
 
     def _conditions(self) -> Iterator[Condition]:
         """Everything that is wrong at this moment."""

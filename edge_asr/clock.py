@@ -29,6 +29,14 @@ def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def until_next(period_s: float) -> float:
+    """Seconds until the next multiple of a period on the monotonic clock.
+
+    Who sleeps so wakes together with all others: on a quiet box waking is most of what anything costs.
+    """
+    return period_s - time.monotonic() % period_s
+
+
 def wall_ns() -> int:
     """Nanoseconds since 1970 as the wall clock shows them now; may be wrong by years."""
     return time.time_ns()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import edge_asr
 from edge_asr import (
+    clock,
     contract,
     grammar,
     hotwords,
@@ -527,7 +528,7 @@ class Daemon:
                 trouble = self._caretaker.trouble
                 self.publisher.publish_retained(contract.STATUS, self.status())
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(changed.wait(), STATUS_INTERVAL_S)
+                await asyncio.wait_for(changed.wait(), clock.until_next(STATUS_INTERVAL_S))
 
     async def _await_receipts(self, within_s: float) -> None:
         """Raise an alarm for the commands that the MES should have answered by now."""

@@ -39,7 +39,7 @@ _START_S: Final = 5.0
 
 _POLL_S: Final = 0.032
 
-_HOST_BUFFER_S: Final = 1.5
+_HOST_BUFFER_S: Final = 3.0
 """What the driver is asked to keep while nobody reads: a busy machine may hold the reader up. Some cards have less."""
 
 ALSA_CARDS: Final = Path("/proc/asound/cards")

@@ -76,13 +76,13 @@ class Watchdog:
             if cause:
                 _give_up(cause)
             systemd.alive()
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(clock.until_next(pause_s))
 
     async def _probe_outbox(self) -> None:
         while True:
             with self._probing(), contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
                 await self._outbox.prove()
-            await asyncio.sleep(COMMIT_INTERVAL_S)
+            await asyncio.sleep(clock.until_next(COMMIT_INTERVAL_S))
 
     async def _probe_recognizer(self) -> None:
         while True:

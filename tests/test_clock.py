@@ -1,4 +1,4 @@
-"""How far the wall clock can be trusted, by what the kernel says and by what its own header says of the answer."""
+"""How far the wall clock can be trusted, by the kernel and its own header; who wakes together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import ctypes
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_asr import clock
 
@@ -81,3 +85,11 @@ def test_where_the_kernel_may_not_be_asked_timesyncds_file_counts(
     kernel(0, -1)
     (tmp_path / "synchronized").touch()
     assert clock.time_quality() == "synchronized"
+
+
+@given(now_s=st.floats(0, 1e8), period_s=st.sampled_from([1.0, 4.0, 5.0]))
+def test_who_sleeps_to_the_next_multiple_wakes_with_all_others_and_never_later(now_s: float, period_s: float) -> None:
+    with mock.patch.object(clock, "time", SimpleNamespace(monotonic=lambda: now_s)):
+        pause_s = clock.until_next(period_s)
+    assert 0 < pause_s <= period_s
+    assert (now_s + pause_s) / period_s == pytest.approx(round((now_s + pause_s) / period_s), abs=1e-6)

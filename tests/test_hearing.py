@@ -48,6 +48,16 @@ def kinds(meter: SourceMeter, capture: Capture | None = None) -> list[str]:
     return [each.kind for each in HearingJudge("m").look(meter, capture, MAX_NOISE_DBFS)]
 
 
+@given(levels_db=st.lists(st.floats(-119, 0), min_size=1, max_size=80))
+def test_noise_and_level_are_the_percentiles_of_a_statistics_library(levels_db: list[float]) -> None:
+    meter = SourceMeter()
+    for at, level_db in enumerate(levels_db):
+        meter.feed(AudioFrame("m", at * FRAME_SAMPLES, b"", at), audio.Levels(level_db, 0.0, 0))
+    noise_db, level_db = np.percentile(levels_db, [10, 95])
+    health = meter.read()
+    assert (health.noise_dbfs, health.level_dbfs) == pytest.approx((noise_db, level_db), abs=0.051)
+
+
 def test_a_healthy_microphone_raises_nothing_even_while_somebody_speaks() -> None:
     everybody = b"".join(audio.read_file(file) for file in sorted(RECORDINGS.glob("*.flac")))
     assert kinds(fed(everybody)) == []
