@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from edge_asr import clock
+from edge_asr import clock, service
 from edge_asr.command_line import EXIT_FOUND, EXIT_NO_INPUT, ExamplesLast, example, with_settings
 from edge_asr.outbox import Outbox, read_dead_letters, read_statistics
 from edge_asr.settings import Settings
@@ -30,7 +30,11 @@ def outbox() -> None:
 @with_settings
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
-    """Show what waits for the broker and what was dropped; exit code 66 if there is no outbox yet."""
+    """Show what waits for the broker and what was dropped; exit code 66 if there is no outbox yet.
+
+    Root, without STATE_DIRECTORY, sees the service's.
+    """
+    options = service.seen_by_administrator(options)
     statistics = asdict(read_statistics(_existing(options)))
     if as_json:
         click.echo(json.dumps(statistics))
@@ -46,7 +50,7 @@ def outbox_status(options: Settings, *, as_json: bool, **_: object) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per message, with its data.")
 def outbox_dead_letters(options: Settings, *, as_json: bool, **_: object) -> None:
     """List the messages that the broker refused for good, and why; the daemon may be running."""
-    found = read_dead_letters(_existing(options))
+    found = read_dead_letters(_existing(service.seen_by_administrator(options)))
     for letter in found:
         message = letter.message
         if as_json:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
-from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, settings
+from edge_asr import bench, commands, demo, doctor, evaluation, inference, logs, model_store, report, service, settings
 from edge_asr import grammar as grammars
 from edge_asr.audio import AudioFileError, measure, read_file, to_float
 from edge_asr.child import ChildError, ask
@@ -159,7 +159,11 @@ def _show_meter(device: str, seconds: float | None) -> None:
 @click.option("--say", is_flag=True, help="Ask for a spoken sentence, record it and show what is understood.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per finding.")
 def check(options: Settings, path: Path | None, *, say: bool, as_json: bool, **_: object) -> None:
-    """Look over settings, files, model, grammars, microphone, broker, clock, disk; exit code 1 if something fails."""
+    """Look over settings, files, model, grammars, microphone, broker, clock, disk; exit code 1 if something fails.
+
+    Root, without STATE_DIRECTORY, looks at the service's state.
+    """
+    options = service.seen_by_administrator(options)
     marks = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
     failed = False
     ask = (lambda sentence: click.echo(sentence, err=True)) if say else None

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from edge_asr import clock, inference, installation, model_store, prepared, trial
+from edge_asr import clock, inference, installation, model_store, prepared, service, trial
 from edge_asr.audio import measure
 from edge_asr.devices import DeviceError, record
 from edge_asr.engine import Engine, build_hotwords, build_interpreter
@@ -223,7 +223,8 @@ def _state_directory(folder: Path) -> Finding:
     if not os.access(existing, os.W_OK):
         return Finding("state directory", "failed", f"{existing} is not writable", "chown it, or set state_dir")
     free = shutil.disk_usage(existing).free
-    found = f"{folder}, {free // 2**20} MiB free"
+    elsewhere = ", not the service's: see `sudo edge-asr check`" if service.is_elsewhere(folder) else ""
+    found = f"{folder}{elsewhere}, {free // 2**20} MiB free"
     if free < LITTLE_SPACE_BYTES:
         return Finding("state directory", "warning", found, "free space; when full, the oldest transcripts go first")
     return Finding("state directory", "ok", found)

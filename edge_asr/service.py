@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from edge_asr.settings import Settings
+
 UNIT: Final = "edge-asr.service"
 UNITS: Final = Path("/etc/systemd/system")
 SETTINGS: Final = Path("/etc/edge-asr/settings.yaml")
-STATE: Final = (Path("/var/lib/private/edge-asr"), Path("/var/lib/edge-asr"), SETTINGS.parent)
+STATE_DIRECTORY: Final = Path("/var/lib/edge-asr")
+STATE: Final = (Path("/var/lib/private/edge-asr"), STATE_DIRECTORY, SETTINGS.parent)
 PACKAGED: Final = Path("/lib/systemd/system") / UNIT
 """Where the Debian package puts it."""
 
@@ -97,6 +100,18 @@ def status() -> dict[str, str]:
     ).stdout
     score = re.search(r"exposure level for .*?: ([0-9.]+)", exposure)
     return {**{name: found.get(name, "") for name in _SHOWN}, "Exposure": score[1] if score else ""}
+
+
+def seen_by_administrator(options: Settings) -> Settings:
+    """The settings as whoever looks at the box means them: root, who names no state, means the service's."""
+    if options.state_dir is not None or "STATE_DIRECTORY" in os.environ or os.geteuid() != 0:
+        return options
+    return options.model_copy(update={"state_dir": STATE_DIRECTORY}) if STATE_DIRECTORY.is_dir() else options
+
+
+def is_elsewhere(state: Path) -> bool:
+    """Whether there is a service's state, and this is another."""
+    return os.path.lexists(STATE_DIRECTORY) and state.absolute() != STATE_DIRECTORY
 
 
 def systemctl(*arguments: str) -> str:

@@ -89,6 +89,10 @@ class Sysbox:
             time.sleep(0.05)
 
 
+NEWER = "EDGE_ASR_TEST_USR"
+"""A folder whose files lie over /usr in the machine: the unpacked packages of a newer systemd (docs/operations.md)."""
+
+
 @contextlib.contextmanager
 def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
     """Boot a machine in ``folder`` (empty) and power it off in the end.
@@ -106,7 +110,10 @@ def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
         mounts = [f"--overlay=/usr:{folder}/usr:/usr"]
     else:
         _install_program(root / INSTALLED.lstrip("/"))
-        mounts = [f"--bind-ro={bind}" for bind in ("/usr", *_program())]
+        newer = os.environ.get(NEWER)
+        usr = f"--overlay=/usr:{newer}:{folder}/usr:/usr" if newer else "--bind-ro=/usr"
+        (folder / "usr").mkdir(mode=0o755)
+        mounts = [usr, *(f"--bind-ro={bind}" for bind in _program())]
     console = folder / "console.log"
     with console.open("wb") as output:
         nspawn = subprocess.Popen(

@@ -84,9 +84,8 @@ ORDER = (
         "watchdog",
     ),
     *("standing", "attendant", "caretaker", "daemon"),
-    *("subscriber", "broker", "demo", "doctor", "bench", "evaluation", "report"),
+    *("subscriber", "broker", "demo", "service", "doctor", "bench", "evaluation", "report"),
     *(
-        "service",
         "command_line",
         "settings_reference",
         "cli_gateway",

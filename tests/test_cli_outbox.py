@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_asr import cli
+from edge_asr import cli, service
 from edge_asr.outbox import Outbox, read_dead_letters, read_statistics
 from edge_asr.retention import Limits
 from tests.broker import Broker, Subscriber
@@ -47,6 +48,19 @@ def test_without_an_outbox_every_verb_says_so_with_an_exit_code_of_its_own_and_m
     assert done.exit_code == 66
     assert done.output == f"edge-asr: {tmp_path}/none.db: no outbox yet; the daemon makes it when it first runs\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("user", "code"), [(0, 0), (1000, 66)])
+def test_root_sees_the_services_outbox_and_others_their_own(
+    path: Path, user: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "STATE_DIRECTORY", path.parent)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(path.parent / "home"))
+    done = CliRunner().invoke(cli.main, ["outbox", "status"], prog_name="edge-asr")
+    assert done.exit_code == code
+    assert (str(path) in done.output) == (user == 0)
 
 
 def test_status_counts_what_waits_and_what_was_refused(path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from edge_asr import settings
 from edge_asr.worker import Worker
-from tests.soak import await_ready, growth, long_speech, service, short_utterances, started
+from tests.soak import await_ready, grown_too_much, growth, long_speech, service, short_utterances, started
 
 TOLERANCE_MB = 24
 """One utterance's working memory, more or less returned at the moment of looking."""
@@ -34,6 +34,15 @@ def test_a_box_before_a_silent_microphone_sleeps() -> None:
     assert silence["idle_wakeups_per_s"] < 10, "each wakes 50 times a second while somebody speaks"
     assert silence["memory_mb"] < 200
     assert silence["idle_cpu_percent"] < 1, "half of that on a quiet machine: see docs/operations.md"
+
+
+@pytest.mark.parametrize(
+    ("speech_mb", "orders_mb", "told"),
+    [(0.5, 1.1, ""), (9.0, 1.1, "9.0 MB in long_speech"), (0.5, 5.0, "5.0 MB in short_utterances")],
+)
+def test_a_recognizer_that_grows_in_either_way_fails_the_run(speech_mb: float, orders_mb: float, told: str) -> None:
+    found = {"long_speech": {"drift_mb": speech_mb}, "short_utterances": {"drift_mb": orders_mb}}
+    assert grown_too_much(found) == (told and f"the recognizer grows: {told}")
 
 
 def test_a_service_that_does_not_start_is_told_at_once_with_its_last_lines(tmp_path: Path) -> None:
