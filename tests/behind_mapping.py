@@ -6,17 +6,15 @@ Prints what the caller was understood to say, and where it was told to call.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import socket
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.faults.link import Link, isolate
+from tests.faults.link import Link, isolated
 from tests.gateway import Box, box, recording, run
 from tests.test_gateway import WhipClient
 
@@ -72,17 +70,13 @@ def call(running: Box) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    refusal = isolate()
-    if refusal:
-        print(json.dumps({"refused": refusal}))
-        return
-    with tempfile.TemporaryDirectory(prefix="mapping-") as name, Mapping(random.Random(1)) as link:  # noqa: S311
+def scenario(folder: Path) -> object:
+    with Mapping(random.Random(1)) as link:  # noqa: S311
         subprocess.run(["ip", "route", "add", HOST, "via", link.device_side], check=True)
         where: dict[str, Any] = {"host": "0.0.0.0", "announce": HOST, "udp_ports": list(PORTS)}  # noqa: S104
-        with box(Path(name), prefix=link.prefix, address=HOST, **where) as running:
-            print(json.dumps(call(running)))
+        with box(folder, prefix=link.prefix, address=HOST, **where) as running:
+            return call(running)
 
 
 if __name__ == "__main__":
-    main()
+    isolated(scenario)

@@ -6,53 +6,44 @@ vanish with the process. Prints what came of it.
 
 from __future__ import annotations
 
-import json
 import random
-import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.link import Link, isolate
+from tests.faults.link import Link, isolated
 from tests.gateway import box, chromium, microphone_file, open_page, wait_for_pause
 
 CUT_S = 12.0
 """Longer than either side waits for a peer that says nothing: both must notice, and meet again."""
 
 
-def main() -> None:
-    refusal = isolate()
-    if refusal:
-        print(json.dumps({"refused": refusal}))
-        return
-    with tempfile.TemporaryDirectory(prefix="cut-") as name, Link(random.Random(1)) as link:  # noqa: S311
-        folder = Path(name)
-        with box(folder, prefix=link.prefix, address=link.device_side, host="0.0.0.0") as running:  # noqa: S104
-            with chromium(running, microphone_file(folder, "11-stop-press-two"), again=True) as browser:
-                page, _ = open_page(browser, running, way="auto")
-                page.keyboard.press("Space")  # asks for the microphone, and calls
-                page.wait_for_selector("#talk[data-call=connected][data-state=idle]")
-                wait_for_pause(page)
-                page.keyboard.down("Space")
-                page.wait_for_selector("#live.partial")
-                (session,) = running.board()["sessions"]
-                link.weather.there = link.weather.back = link.weather.udp = False
-                wait_for_pause(page)
-                page.keyboard.up("Space")
-                page.wait_for_selector("#gateway-state:not([data-state=on])", timeout=60_000)
-                shown = page.inner_text("#live")
-                time.sleep(CUT_S / 4)
-                link.weather.there = link.weather.back = True
-                page.wait_for_selector("#history li[data-kind=expired], #history li[data-kind=command]", timeout=60_000)
-                said = page.locator("#history .said").all_inner_texts()
-                kinds = page.evaluate("[...document.querySelectorAll('#history li')].map(line => line.dataset.kind)")
-            log = running.log
-        print(
-            json.dumps(
-                {"said": said, "kinds": kinds, "shown": shown, "way": session["format"]}
-                | {"sessions": log.count("session opened")}
-            )
-        )
+def scenario(folder: Path) -> object:
+    with (
+        Link(random.Random(1)) as link,  # noqa: S311
+        box(folder, prefix=link.prefix, address=link.device_side, host="0.0.0.0") as running,  # noqa: S104
+    ):
+        with chromium(running, microphone_file(folder, "11-stop-press-two"), again=True) as browser:
+            page, _ = open_page(browser, running, way="auto")
+            page.keyboard.press("Space")  # asks for the microphone, and calls
+            page.wait_for_selector("#talk[data-call=connected][data-state=idle]")
+            wait_for_pause(page)
+            page.keyboard.down("Space")
+            page.wait_for_selector("#live.partial")
+            (session,) = running.board()["sessions"]
+            link.weather.there = link.weather.back = link.weather.udp = False
+            wait_for_pause(page)
+            page.keyboard.up("Space")
+            page.wait_for_selector("#gateway-state:not([data-state=on])", timeout=60_000)
+            shown = page.inner_text("#live")
+            time.sleep(CUT_S / 4)
+            link.weather.there = link.weather.back = True
+            page.wait_for_selector("#history li[data-kind=expired], #history li[data-kind=command]", timeout=60_000)
+            said = page.locator("#history .said").all_inner_texts()
+            kinds = page.evaluate("[...document.querySelectorAll('#history li')].map(line => line.dataset.kind)")
+        log = running.log
+    sessions = log.count("session opened")
+    return {"said": said, "kinds": kinds, "shown": shown, "way": session["format"], "sessions": sessions}
 
 
 if __name__ == "__main__":
-    main()
+    isolated(scenario)

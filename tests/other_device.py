@@ -12,12 +12,11 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.broker import wait_until
-from tests.faults.link import Link, isolate
+from tests.faults.link import Link, isolated
 from tests.gateway import START_S, browsing, microphone_file
 from tests.payloads import check
 
@@ -90,14 +89,10 @@ def talk(folder: Path, url: str, link: str, promised: str) -> str:
         return page.inner_text("#history .said")
 
 
-def main() -> None:
-    refusal = isolate()
-    if refusal:
-        print(json.dumps({"refused": refusal}))
-        return
-    with tempfile.TemporaryDirectory(prefix="device-") as name, Link(random.Random(1)) as link:  # noqa: S311
-        print(json.dumps(follow(Path(name), link.device_side, link.prefix)))
+def scenario(folder: Path) -> object:
+    with Link(random.Random(1)) as link:  # noqa: S311
+        return follow(folder, link.device_side, link.prefix)
 
 
 if __name__ == "__main__":
-    main()
+    isolated(scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.resources
 import io
 import itertools
 import json
@@ -24,7 +25,7 @@ import soxr
 from aiohttp import web
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.contrib.media import MediaPlayer
-from playwright.sync_api import Page
+from playwright.sync_api import Page, WebSocketRoute
 
 from edge_asr.audio import quiet, read_file
 from edge_asr.events import SAMPLE_RATE
@@ -226,6 +227,66 @@ def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_
         ),
         f"{told[-1]}",
     )
+
+
+def test_the_page_shows_emotion_and_event_of_what_was_said_as_badges_in_its_language(
+    site: tuple[Box, Subscriber], tmp_path: Path
+) -> None:
+    running, _ = site
+
+    def told_more(socket: WebSocketRoute) -> None:
+        """The embedded model knows words alone: tags of a larger one, in what the gateway itself tells."""
+        gateway = socket.connect_to_server()
+
+        def pass_on(message: str | bytes) -> None:
+            event = json.loads(message)
+            if "emotion" in event:
+                event |= {"emotion": "HAPPY", "event": "Laughter"}
+            socket.send(json.dumps(event))
+
+        gateway.on_message(pass_on)
+
+    with chromium(running, microphone_file(tmp_path, "11-stop-press-two"), locale="zh-CN") as browser:
+        browser.route_web_socket("**/ws", told_more)
+        page, _ = open_page(browser, running, way="pcm")
+        page.keyboard.down("Space")
+        page.wait_for_selector("#history li[data-kind=command]")
+        page.keyboard.up("Space")
+        assert {"高兴", "笑声", "英语"} <= set(page.locator("#history .badge").all_inner_texts())
+
+
+def test_a_page_cut_off_for_longer_than_it_remembers_says_so_and_sends_what_it_still_has(
+    site: tuple[Box, Subscriber], tmp_path: Path
+) -> None:
+    running, _ = site
+    cut = threading.Event()
+    links: list[WebSocketRoute] = []
+
+    def carried(socket: WebSocketRoute) -> None:
+        if cut.is_set():
+            socket.close()
+            return
+        links.append(socket)
+        socket.connect_to_server()
+
+    script = importlib.resources.files("edge_asr.gateway") / "page/socket.js"
+    briefer = script.read_text(encoding="utf-8").replace("const KEEP_S = 30;", "const KEEP_S = 1;")
+    with chromium(running, microphone_file(tmp_path, "11-stop-press-two"), again=True) as browser:
+        browser.route_web_socket("**/ws", carried)
+        browser.route("**/socket.js", lambda route: route.fulfill(body=briefer, content_type="text/javascript"))
+        page, _ = open_page(browser, running, way="pcm", mode="toggle")
+        page.keyboard.press("Space")
+        page.wait_for_selector("#live.partial")
+        cut.set()
+        links[-1].close()
+        page.wait_for_selector("#gateway-state:not([data-state=on])")
+        page.wait_for_selector("#notice:not([hidden])")
+        page.wait_for_function("document.querySelector('#notice-text').textContent.includes('oldest of your words')")
+        cut.clear()
+        page.wait_for_selector("#gateway-state[data-state=on]")
+        page.wait_for_selector("#history li[data-kind=command]")
+        page.keyboard.press("Space")
+        assert "oldest of your words are lost" in page.inner_text("#notice-text")
 
 
 def test_the_page_asks_back_and_a_tap_on_yes_or_no_decides(site: tuple[Box, Subscriber], tmp_path: Path) -> None:

@@ -10,15 +10,19 @@ import ctypes
 import fcntl
 import heapq
 import itertools
+import json
 import os
 import random
 import select
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from typing_extensions import Self
 
@@ -45,6 +49,16 @@ def isolate() -> str:
         return f"no namespaces of its own ({os.strerror(ctypes.get_errno())})"
     _run("ip link set lo up")
     return ""
+
+
+def isolated(scenario: Callable[[Path], object]) -> None:
+    """Print as JSON what a scenario finds in namespaces of its own and a folder, or why they are refused."""
+    refusal = isolate()
+    if refusal:
+        print(json.dumps({"refused": refusal}))
+        return
+    with tempfile.TemporaryDirectory(prefix="isolated-") as name:
+        print(json.dumps(scenario(Path(name))))
 
 
 @dataclass
