@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from edge_asr.gateway import door
+from edge_asr.gateway import certificates, door
 from edge_asr.gateway.door import MAX_WAITING, Door
 from tests.broker import PATIENCE_S
 
@@ -35,8 +37,8 @@ class Host(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def opened() -> AsyncIterator[Door]:
-    at = Door("127.0.0.1", 0, None, MAX_PER_ADDRESS)
+async def opened(tls: ssl.SSLContext | None = None, most: int = MAX_PER_ADDRESS) -> AsyncIterator[Door]:
+    at = Door("127.0.0.1", 0, tls, most)
     hosts: list[Host] = []
 
     def host() -> Host:
@@ -91,6 +93,26 @@ def test_who_leaves_makes_room_for_the_next_of_the_same_address() -> None:
                     assert all([await came(at, "127.0.0.2", stack, b"GET") for _ in range(MAX_PER_ADDRESS // 2)])
 
     asyncio.run(crowd())
+
+
+def test_who_leaves_after_a_handshake_of_tls_makes_room_as_well(tmp_path: Path) -> None:
+    certificates.make(tmp_path, ["127.0.0.1"])
+    files = certificates.Files(tmp_path)
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(files.server, files.server_key)
+    theirs = ssl.create_default_context(cafile=files.authority)
+
+    async def one_after_the_other() -> None:
+        async with opened(ours, most=8) as at:
+            for _ in range(12):
+                reader, writer = await asyncio.open_connection("127.0.0.1", at.port, ssl=theirs)
+                writer.write(b"GET")
+                assert await asyncio.wait_for(reader.read(3), PATIENCE_S) == b"GET"
+                writer.close()
+                await writer.wait_closed()
+            assert at.turned_away == 0
+
+    asyncio.run(one_after_the_other())
 
 
 def test_all_addresses_together_have_an_end_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

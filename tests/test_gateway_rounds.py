@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections.abc import AsyncIterator
+
+import aioice.stun
+import pytest
 
 from edge_asr.gateway.ice import Datagrams
 from edge_asr.gateway.rounds import ROUND_BYTES, Connection, Rounds
@@ -104,6 +108,38 @@ def test_a_round_comes_by_itself_while_somebody_rests() -> None:
                 assert (await ear.more()).endswith(piece)
             connection.rest(None)
 
+    asyncio.run(scenario())
+
+
+def test_a_datagram_that_its_protocol_stumbles_over_ends_neither_the_socket_nor_the_rounds_of_all() -> None:
+    class Stumbling(Ear):
+        def datagram_received(self, data: bytes, addr: object) -> None:
+            if data == bytes.fromhex("000100042112a44200000000000000000000000000240000"):
+                aioice.stun.parse_message(data)  # a PRIORITY of no length
+            super().datagram_received(data, addr)
+
+    async def scenario() -> None:
+        rounds = Rounds(0.01)
+        ears, bounds = (Stumbling(), Stumbling()), []
+        for ear in ears:
+            bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            bound.bind(("127.0.0.1", 0))
+            bound.setblocking(False)  # noqa: FBT003 - the library's own signature
+            Datagrams(bound, ear).rest(rounds)
+            bounds.append(bound)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            for bound in bounds:
+                client.sendto(bytes.fromhex("000100042112a44200000000000000000000000000240000"), bound.getsockname())
+            for bound, ear in zip(bounds, ears, strict=True):
+                client.sendto(b"later", bound.getsockname())
+                ear.news.clear()
+                assert await ear.more() == b"later"
+        for ear in ears:
+            assert ear.transport
+            ear.transport.close()
+
+    with pytest.raises(struct.error):
+        aioice.stun.parse_message(bytes.fromhex("000100042112a44200000000000000000000000000240000"))
     asyncio.run(scenario())
 
 

@@ -18,7 +18,7 @@ from edge_asr.events import SAMPLE_RATE, AudioFrame
 from edge_asr.gateway import wire
 from edge_asr.gateway.rtp import LATE, OVERTAKEN, InOrder, later
 from edge_asr.gateway.session import Session
-from edge_asr.gateway.talk import Talk
+from edge_asr.gateway.talk import OFFERED_S, Talk
 from edge_asr.gateway.tokens import Station
 from edge_asr.gateway.voice import BEFORE_S, QUIET_S, Voice
 from tests.gateway import recording
@@ -132,6 +132,37 @@ def test_timestamps_that_wrap_and_packets_that_are_damaged_change_nothing_around
     damaged = RtpPacket(payload_type=111, sequence_number=30, timestamp=30 * STEP, ssrc=7, payload=b"\xff\xff\xff")
     frames = played([*SAID[:30], damaged, *SAID[31:]])
     assert [frame.position for frame in frames] == [frame.position for frame in played(SAID)]
+
+
+def test_what_waits_unread_when_a_talk_begins_is_part_of_the_time_before_it() -> None:
+    async def scenario() -> int:
+        voice, session = new_voice(controlled=True)
+        for packet in SAID[:50]:
+            voice.take(packet)
+        voice._took_at -= 0.2  # noqa: SLF001 - so long ago: as many packets wait in the socket
+        session.begin(wire.Start(type="start", talk=1, format="rtp"))
+        voice.begin()
+        for packet in SAID[50:60]:
+            voice.take(packet)
+            voice.begin()
+        session.finish()
+        return sum(len(frame.pcm) for frame in await heard(session.talk)) // 2
+
+    samples = asyncio.run(scenario())
+    assert abs(samples / SAMPLE_RATE - BEFORE_S) < 0.05
+
+
+def test_audio_that_cannot_wait_is_kept_for_a_minute_while_the_recognizer_is_behind() -> None:
+    async def scenario() -> None:
+        talk = Talk("tablet", 1, rate=SAMPLE_RATE)
+        second = np.zeros(SAMPLE_RATE, np.float32)
+        for number in range(round(OFFERED_S)):
+            talk.offer(number * SAMPLE_RATE, second)
+        assert not talk.lost_samples
+        talk.offer(round(OFFERED_S) * SAMPLE_RATE, second)
+        assert 0 < talk.lost_samples <= 2 * SAMPLE_RATE
+
+    asyncio.run(scenario())
 
 
 def test_a_talk_has_what_was_said_right_before_its_start_and_nothing_older() -> None:

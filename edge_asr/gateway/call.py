@@ -45,7 +45,7 @@ BITS_PER_S: Final = 64_000
 
 PACKET_MS: Final = 40
 """Asked for: what silence costs is waking up for packets, and by themselves browsers send one every 20 ms."""
-DEAD_S: Final = 9.0
+DEAD_S: Final = 8.5
 """Looked at once a second, so noticed within 10 s."""
 
 MAX_BUFFERED_BYTES: Final = 1_000_000
@@ -200,6 +200,7 @@ class Call:
 
     def _rest(self) -> None:
         """Nothing that comes once the call stands is urgent, unless somebody speaks."""
+        self._voice.begin()
         stands = self._peer.connectionState == "connected" and (self._channel is not None or not self._has_channel)
         rounds = self._rounds_of(self.session) if stands else None
         ice = self._receiver.transport.transport._connection  # noqa: SLF001 - its sockets are nowhere else

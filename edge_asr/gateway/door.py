@@ -40,8 +40,8 @@ class Door:
         self._waiting: Counter[str] = Counter()
         """Address -> connections that have not brought a header yet."""
         self._deadlines: dict[asyncio.BaseProtocol, tuple[str, asyncio.TimerHandle]] = {}
-        self._present: dict[asyncio.BaseTransport, str] = {}
-        """Connection -> its address."""
+        self._present: dict[socket.socket, str] = {}
+        """Connection -> its address. Not its transport: before Python 3.11 one of TLS does not say it is closed."""
         self._arrivals: dict[asyncio.Task[None], str] = {}
         """The same, of those who shake hands."""
         self.turned_away = 0
@@ -67,6 +67,7 @@ class Door:
                 if self._waiting[address] >= MAX_WAITING or self._is_full(address):
                     self.turned_away += 1
                     connection.close()
+                    await asyncio.sleep(0)  # where others wait, accepting gives way to nobody
                     continue
                 self._waiting[address] += 1
                 task = asyncio.create_task(self._arrive(factory, connection, address), name=f"arrival:{address}")
@@ -91,7 +92,7 @@ class Door:
 
     def _is_full(self, address: str) -> bool:
         """Whether there is no room, or none for this address."""
-        self._present = {each: where for each, where in self._present.items() if not each.is_closing()}
+        self._present = {each: where for each, where in self._present.items() if each.fileno() >= 0}
         here = [*self._present.values(), *self._arrivals.values()]
         return len(here) >= MAX_CONNECTIONS or here.count(address) >= self._max_per_address
 
@@ -110,7 +111,7 @@ class Door:
             self._leave(address)
             connection.close()
             return
-        self._present[transport] = address
+        self._present[connection] = address
 
         def overdue() -> None:
             self.turned_away += 1

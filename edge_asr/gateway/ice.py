@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import random
 import socket
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from aiortc import RTCIceServer
 from edge_asr.gateway import GatewayError
 from edge_asr.gateway.rounds import Rounds
 from edge_asr.settings import Gateway
+
+log = logging.getLogger(__name__)
 
 MAX_DATAGRAM_BYTES: Final = 4096
 """Nothing of WebRTC is longer than an Ethernet frame."""
@@ -85,7 +88,12 @@ class Datagrams(asyncio.DatagramTransport):
             except OSError as error:  # of what was sent before: nobody was there
                 self._protocol.error_received(error)
                 return
-            self._protocol.datagram_received(data, address)
+            try:
+                self._protocol.datagram_received(data, address)
+            except Exception as error:  # noqa: BLE001 - aioice's parser raises what it stumbles over; anybody may send
+                log.debug("a datagram from %s is none of ours: %r", address[0], error)
+        if self._rounds is not None:
+            self._loop.call_soon(self.look)  # there may be more than a round's share
 
     def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:  # noqa: ANN401 - as the base class has it
         """Send now or never: a datagram may be lost."""

@@ -48,11 +48,10 @@ class Rounds:
         self._resting.discard(each)
 
     def _go_round(self) -> None:
-        self._next = None
-        for each in tuple(self._resting):
-            each.look()
-        if self._resting:
-            self._next = asyncio.get_running_loop().call_later(self._period_s, self._go_round)
+        loop = asyncio.get_running_loop()
+        self._next = loop.call_later(self._period_s, self._go_round) if self._resting else None
+        for each in self._resting:
+            loop.call_soon(each.look)  # one by one: whatever becomes of one is nothing to the others
 
 
 class Connection:

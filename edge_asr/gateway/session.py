@@ -76,8 +76,7 @@ class Session:
         """Called when the session becomes attentive or stops being so, and when a talk begins or ends."""
         self.drain: Callable[[], None] = lambda: None
         """Hands over what has come by WebRTC and was not decoded yet."""
-        self.attentive = False
-        """Whether what comes is read as soon as it comes: somebody speaks, or the end is near."""
+        self._speaking = self._ending = False
         self._loop = asyncio.get_running_loop()  # kept: asking for it, with every packet, is a system call
         self.opened = self.active = self._loop.time()
         self.talk: Talk | None = None
@@ -120,9 +119,14 @@ class Session:
             self._outlet = None
         self.active = self._loop.time()
 
-    def attend(self, *, attentive: bool) -> None:
-        """Become attentive, or stop being so."""
-        self.attentive = attentive
+    @property
+    def attentive(self) -> bool:
+        """Whether what comes is read as soon as it comes: somebody speaks, or the end is near."""
+        return self._speaking or self._ending
+
+    def turned(self, *, speaking: bool) -> None:
+        """Somebody begins or ends to speak."""
+        self._speaking = speaking
         self._notify()
 
     @property
@@ -207,7 +211,8 @@ class Session:
     def finish_soon(self) -> None:
         """The talk under way is over as soon as the audio has come that this message has overtaken."""
         talk = self.talk
-        self.attend(attentive=True)
+        self._ending = self.talking
+        self._notify()
 
         def finish() -> None:
             if self.talk is talk:
@@ -217,6 +222,7 @@ class Session:
 
     def finish(self) -> None:
         """The talk under way is over."""
+        self._ending = False
         self.drain()
         if self.container is not None:
             self.container.end()
@@ -261,7 +267,7 @@ class Session:
             while (talk := await self._talks.get()) is not None:
                 self.tell("listening", {"talk": talk.number})
                 await hear(talk)
-                self.attend(attentive=False)
+                self.turned(speaking=False)
                 self.active = self._loop.time()
                 self.tell("ended", {"talk": talk.number})
         finally:
@@ -356,7 +362,7 @@ class Sessions:
         """Somebody begins or ends to speak."""
         found = self._running.get(source)
         if found is not None:
-            found[0].attend(attentive=speaking)
+            found[0].turned(speaking=speaking)
 
     def told(self, kind: str, data: Mapping[str, Json]) -> None:
         """Pass what was committed on to the session that said it."""

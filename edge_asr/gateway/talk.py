@@ -1,9 +1,10 @@
 """One talk: what a station says between pressing and letting go of the button, as a source of the pipeline.
 
 Law: what the sender numbered twice is heard once; a jump of its numbers is lost audio, made visible as a jump of the
-frames' positions. The buffer holds :data:`BUFFER_S`. Where the sender can wait (a WebSocket), :meth:`Talk.put` waits
-and nothing is lost; where it cannot (WebRTC), the oldest audio goes, visibly as well. Audio that comes late was
-captured when it was spoken: a command that waited in a tablet's memory has lived since then.
+frames' positions. Where the sender can wait (a WebSocket), :meth:`Talk.put` waits while :data:`BUFFER_S` are not heard
+yet; where it cannot (WebRTC), a longer buffer bridges what the recognizer is behind (:data:`OFFERED_S`), and only
+beyond it the oldest audio goes, visibly as well. Audio that comes late was captured when it was spoken: a command that
+waited in a tablet's memory has lived since then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from edge_asr.events import BYTES_PER_SAMPLE, FRAME_SAMPLES, SAMPLE_RATE, AudioF
 from edge_asr.sources import Timeline
 
 BUFFER_S: Final = 5.0
-_FRAMES: Final = round(BUFFER_S * SAMPLE_RATE / FRAME_SAMPLES)
+OFFERED_S: Final = 60.0
+"""2 MB, while the recognizer is behind by more than eight utterances of this station, and at no other time."""
+
+_FRAMES_PER_S: Final = SAMPLE_RATE / FRAME_SAMPLES
 
 
 class Talk:
@@ -54,14 +58,14 @@ class Talk:
     async def put(self, position: int, samples: NDArray[Any]) -> None:
         """Take samples from ``position`` on, ``(n,)`` or ``(n, channels)``; waits while the buffer is full."""
         self._cut(position, samples)
-        while len(self._frames) > _FRAMES and not self.ended:
+        while len(self._frames) > BUFFER_S * _FRAMES_PER_S and not self.ended:
             self._room.clear()
             await self._room.wait()
 
     def offer(self, position: int, samples: NDArray[Any]) -> None:
         """Take samples without waiting; when the buffer is full the oldest go."""
         self._cut(position, samples)
-        while len(self._frames) > _FRAMES:
+        while len(self._frames) > OFFERED_S * _FRAMES_PER_S:
             self._frames.popleft()
             self.lost_samples += FRAME_SAMPLES
 

@@ -48,6 +48,10 @@ class Voice:
         """Packets that nobody listens to yet."""
         self._talk: Talk | None = None
         """The one for which is being decoded."""
+        self._begun: Talk | None = None
+        """The one for which what is kept was cut to its length."""
+        self._took_at = 0.0
+        """When packets came last (seconds of the event loop's time)."""
         self._called = False
         """Whether what is kept will be played in the loop's next turn."""
         session.drain = self._play
@@ -64,6 +68,7 @@ class Voice:
 
     def take(self, packet: RtpPacket) -> None:
         """Take a packet as it comes."""
+        self._took_at = asyncio.get_running_loop().time()
         if packet.ssrc != self._sender:  # the first, or it has begun again
             self._sender, self._due = packet.ssrc, None
             self._statistics, self._in_order = StreamStatistics(OPUS_RATE), InOrder()
@@ -71,6 +76,13 @@ class Voice:
         if packet.payload and not self._session.over.is_set():
             for each in self._in_order.take(packet.sequence_number, packet):
                 self._hand_over(each)
+
+    def begin(self) -> None:
+        """A talk may have begun: what came before and was not read yet is a part of :data:`BEFORE_S`, too."""
+        talk = self._session.talk
+        if self.controlled and self._heard() and talk is not self._begun:
+            self._begun = talk
+            self._forget(asyncio.get_running_loop().time() - self._took_at)
 
     def report(self) -> RtcpReceiverInfo | None:
         """What of the sender's packets has come since the last report (RFC 3550); None: it has sent none."""
@@ -103,8 +115,8 @@ class Voice:
         talk = self._session.talk
         return talk is not None and not talk.ended and self._session.format == "rtp"
 
-    def _forget(self) -> None:
-        while self.kept_ms > 1e3 * BEFORE_S:
+    def _forget(self, unread_s: float = 0.0) -> None:
+        while self.kept_ms > 1e3 * max(0.0, BEFORE_S - unread_s):
             self._kept.popleft()
 
     def _play(self) -> None:
