@@ -81,7 +81,7 @@ class Caretaker:
     def trouble(self) -> str:
         """The worst that is wrong; empty: nothing much."""
         worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
-        return self._box.pipeline.trouble or self._box.worker.replacing or worst
+        return self._box.pipeline.trouble or self._box.watchdog.trouble or self._box.worker.replacing or worst
 
     @property
     def alarms(self) -> list[str]:
@@ -161,7 +161,8 @@ class Caretaker:
     async def _show_readiness(self) -> Page:
         """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
         critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
-        return verdict([*critical, *filter(None, [self._box.pipeline.trouble, self._box.worker.replacing])])
+        troubles = [self._box.pipeline.trouble, self._box.watchdog.trouble, self._box.worker.replacing]
+        return verdict([*critical, *filter(None, troubles)])
 
     async def snapshot(self) -> Snapshot:
         """Everything there is to be seen at this moment."""

@@ -220,8 +220,8 @@ class Daemon:
         )
         self.pipeline.muted = self.standing.muted
         self.pipeline.turned = self._turn
+        self.watchdog = Watchdog([*self.microphones.values()], self.outbox, self.worker)
         self.show()
-        self.watchdog = Watchdog([*self.microphones.values()], self.pipeline, self.outbox, self.worker)
         background = [
             asyncio.create_task(self.publisher.run(), name="publish"),
             asyncio.create_task(self._caretaker.run(), name="care"),
@@ -498,7 +498,8 @@ class Daemon:
         if self.worker.replacing:
             doing = f"Recognizing nothing: {self.worker.replacing}, and then hears what is said meanwhile"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
-        return "; ".join([*parts, *away, *filter(None, [self.pipeline.trouble]), *self._caretaker.alarms])
+        troubles = filter(None, [self.pipeline.trouble, self.watchdog.trouble])
+        return "; ".join([*parts, *away, *troubles, *self._caretaker.alarms])
 
     def _on_broker(self) -> None:
         """The connection has come, gone or changed: what the device is made of says to whom it speaks."""

@@ -22,6 +22,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ class Outbox:
         self._closed = False
         self._last_seq = 0
         self._waiters: list[concurrent.futures.Future[None]] = []
+        self._owed: set[concurrent.futures.Future[Any]] = set()
+        self._since_ns = 0
+        self._database: _Database | None = None
         opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
             target=self._work,
@@ -116,6 +120,25 @@ class Outbox:
     def last_seq(self) -> int:
         """The newest committed sequence number."""
         return self._last_seq
+
+    @property
+    def unanswered_s(self) -> float:
+        """For how long the writer thread has answered nobody of those who wait for it; a suspend does not count."""
+        return (time.monotonic_ns() - self._since_ns) / clock.NS_PER_S if self._owed else 0.0
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the writer thread computes or waits for the disk: it stands in the kernel, where nothing ends it."""
+        try:
+            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text(encoding="ascii", errors="replace")
+        except OSError:  # it is dead
+            return False
+        return stat.rpartition(")")[2].split()[0] in {"R", "D"}
+
+    @property
+    def mending(self) -> bool:
+        """Whether it carries what is readable over from a damaged file, which takes as long as the file is large."""
+        return self._database is not None and self._database.mending
 
     async def append(self, *drafts: Draft) -> tuple[Message, ...]:
         """Commit the drafts, all or none, and return them as messages. Raises OutboxError.
@@ -209,8 +232,17 @@ class Outbox:
         with self._lock:
             if self._closed:
                 raise OutboxError(f"{self._path}: the outbox is closed")
+            if not self._owed:
+                self._since_ns = time.monotonic_ns()
+            self._owed.add(job.future)
+            job.future.add_done_callback(self._settle)
             self._jobs.put(job)
         return await asyncio.wrap_future(job.future)
+
+    def _settle(self, future: concurrent.futures.Future[Any]) -> None:
+        self._owed.discard(future)
+        if not future.cancelled():
+            self._since_ns = time.monotonic_ns()
 
     def _work(self, path: Path, kept: Retention, ballast_bytes: int, opened: concurrent.futures.Future[None]) -> None:
         """The writer thread."""
@@ -219,7 +251,7 @@ class Outbox:
         except BaseException as error:  # noqa: BLE001 - the constructor raises it to its caller
             opened.set_exception(error)
             return
-        self._last_seq = database.newest
+        self._database, self._last_seq = database, database.newest
         opened.set_result(None)
         with contextlib.closing(database):
             while jobs := self._take():
@@ -281,6 +313,7 @@ class _Database:
         self._ballast = Ballast(outbox_file.beside(path, ".ballast"), ballast_bytes)
         self._connection: sqlite3.Connection | None = None
         self._synchronous = ""
+        self.mending = False
         self.newest = 0
         with _told_of(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +353,11 @@ class _Database:
                 results = self._transact(works, durable=durable)
             except outbox_file.FILE_ERRORS as error:
                 if outbox_file.is_damage(error):
-                    self._heal(str(error))
+                    self.mending = True
+                    try:
+                        self._heal(str(error))
+                    finally:
+                        self.mending = False
                 elif "full" in str(error) or self._ballast.needed():
                     self._make_do_without_disk()
                 else:

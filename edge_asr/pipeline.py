@@ -20,11 +20,10 @@ Stopping: a closed source ends its frames, the listener flushes the gate, and th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -322,8 +321,6 @@ class Pipeline:
         self._foreseen: dict[str, _Heard] = {}
         """Source -> what its open utterance was understood to be, unless somebody speaks on."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="recognizer")
-        self._began_ns: dict[object, int] = {}
-        """CLOCK_BOOTTIME at which each decode or commit now under way began."""
         self._closed_ns: int | None = None
         self._last: dict[str, Message] = {}
         """Source -> what it said last, the newest last; of the last :data:`REMEMBERED` sources."""
@@ -346,11 +343,6 @@ class Pipeline:
         finally:
             self._executor.shutdown(wait=False)
         await self._commit(self._desk.close("the device stopped"))
-
-    @property
-    def busy_since_ns(self) -> int | None:
-        """CLOCK_BOOTTIME at which the oldest commit under way began; None: none. The watchdog's question."""
-        return min(self._began_ns.values(), default=None)
 
     async def close(self) -> None:
         """Close the sources; :meth:`run` then ends by itself."""
@@ -527,16 +519,6 @@ class Pipeline:
         await self._turns.settle(utterance)
         self.noted(committed, _timing(heard, began_ns, clock.boottime_ns()))
 
-    @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Let the watchdog know since when something is being done."""
-        job = object()
-        self._began_ns[job] = clock.boottime_ns()
-        try:
-            yield
-        finally:
-            del self._began_ns[job]
-
     async def _append(self, heard: Understanding) -> Understanding:
         """Commit everything that came of an utterance; returns what was committed."""
         distrust = self.distrusted.get(heard.utterance.source)
@@ -561,8 +543,7 @@ class Pipeline:
             drafts = [replace(draft, id=derived_id(utterance_id, index)) for index, draft in enumerate(drafts)]
         while drafts:
             try:
-                with self._at_work():
-                    messages = await self._outbox.append(*drafts)
+                messages = await self._outbox.append(*drafts)
             except OutboxError as error:
                 if str(error) != self.trouble:
                     log.warning("nothing can be committed, trying again every %g s: %s", APPEND_RETRY_S, error)

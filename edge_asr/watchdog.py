@@ -4,7 +4,8 @@ Law: WATCHDOG=1 is sent only while
 
 - the event loop turns (it is the loop that sends it),
 - no microphone is stuck in a driver out of which the kernel cannot end its process (``sources`` replaces all others),
-- no commit to the outbox hangs: one that is refused, on a full disk, is known trouble and no hang,
+- the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
+  that waits in the kernel. One that sleeps is deadlocked. A commit that is refused, on a full disk, is no hang,
 - the recognizer hears the golden recording as it did at first (``worker`` replaces one that hangs or dies by itself).
 
 A hang ends the process at once instead of waiting for systemd to notice: SIGABRT through WATCHDOG=trigger, or exit 70
@@ -18,12 +19,11 @@ import contextlib
 import faulthandler
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from edge_asr import clock, systemd
 from edge_asr.outbox import Outbox, OutboxError
-from edge_asr.pipeline import Pipeline
 from edge_asr.sources import Microphone
 from edge_asr.worker import Worker
 
@@ -33,7 +33,16 @@ LOOK_S: Final = 1.0
 """Between two looks, or half of WatchdogSec= where that is less."""
 
 COMMIT_LIMIT_S: Final = 4.5
-"""A commit that takes longer hangs; a tired SD card may need 2 s."""
+"""An outbox that answers nobody for longer is told; a tired SD card may need 2 s."""
+
+DISK_LIMIT_S: Final = 30.0
+"""How long its disk is waited for: fsync waits for what others write, an upgrade of the system or a model's import."""
+
+MEND_LIMIT_S: Final = 90.0
+"""How long carrying a damaged file over may take; as TimeoutStartSec=, where that would be done again."""
+
+ASLEEP_LOOKS: Final = 2
+"""So often in a row the outbox's thread is seen asleep before it is deadlocked: once it may be about to answer."""
 
 COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
@@ -48,12 +57,14 @@ EXIT_HUNG: Final = 70
 class Watchdog:
     """Looks at the parts of a running daemon."""
 
-    def __init__(self, microphones: Sequence[Microphone], pipeline: Pipeline, outbox: Outbox, worker: Worker) -> None:
+    def __init__(self, microphones: Sequence[Microphone], outbox: Outbox, worker: Worker) -> None:
         self._microphones = microphones
-        self._pipeline = pipeline
         self._outbox = outbox
         self._worker = worker
-        self._probing_since_ns: int | None = None
+        self._asleep = 0
+        """Looks in a row that saw the outbox's thread asleep over what it owes."""
+        self.trouble = ""
+        """What is waited for; empty: nothing."""
 
     async def run(self) -> None:
         """Look for ever. Raises WorkerError when no recognizer hears rightly any more."""
@@ -64,14 +75,30 @@ class Watchdog:
         for microphone in self._microphones:
             if microphone.hang:
                 return f"{microphone.name}: {microphone.hang}"
-        stuck_s = max(_seconds_since(self._pipeline.busy_since_ns), _seconds_since(self._probing_since_ns))
-        if stuck_s > COMMIT_LIMIT_S:
+        stuck_s = self._outbox.unanswered_s
+        if self._asleep >= ASLEEP_LOOKS:
+            return f"the outbox has not answered for {stuck_s:.0f} s, and not because of its disk"
+        if stuck_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
             return f"the disk of the outbox has not answered for {stuck_s:.0f} s"
         return ""
+
+    def look_at_outbox(self) -> None:
+        """Tell when it begins to be late, and when it answers again."""
+        if self._outbox.unanswered_s <= COMMIT_LIMIT_S:
+            if self.trouble:
+                log.info("the disk of the outbox answers again")
+            self.trouble, self._asleep = "", 0
+            return
+        if not self.trouble:
+            self.trouble = f"the disk of the outbox has not answered for {COMMIT_LIMIT_S:g} s; waiting for it"
+            log.warning(self.trouble)
+            systemd.status(self.trouble)
+        self._asleep = 0 if self._outbox.at_work else self._asleep + 1
 
     async def _look(self) -> None:
         pause_s = min(systemd.watchdog_interval_s() or LOOK_S, LOOK_S)
         while True:
+            self.look_at_outbox()
             cause = self.hang()
             if cause:
                 _give_up(cause)
@@ -80,7 +107,7 @@ class Watchdog:
 
     async def _probe_outbox(self) -> None:
         while True:
-            with self._probing(), contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
+            with contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
                 await self._outbox.prove()
             await asyncio.sleep(clock.until_next(COMMIT_INTERVAL_S))
 
@@ -88,18 +115,6 @@ class Watchdog:
         while True:
             await asyncio.sleep(GOLDEN_INTERVAL_S)
             await asyncio.to_thread(self._worker.prove)
-
-    @contextlib.contextmanager
-    def _probing(self) -> Iterator[None]:
-        self._probing_since_ns = clock.boottime_ns()
-        try:
-            yield
-        finally:
-            self._probing_since_ns = None
-
-
-def _seconds_since(moment_ns: int | None) -> float:
-    return 0.0 if moment_ns is None else (clock.boottime_ns() - moment_ns) / clock.NS_PER_S
 
 
 def _give_up(cause: str) -> None:

@@ -224,7 +224,6 @@ def test_recordings_become_transcripts_and_commands_in_the_order_in_which_they_w
         assert said.data["utterance_id"] == decided.data["utterance_id"]
     assert rig.pipeline.utterances == 3
     assert rig.pipeline.real_time_factor is not None
-    assert rig.pipeline.busy_since_ns is None
 
 
 def test_a_commands_life_begins_when_the_speaker_ends(assemble: Assemble, outbox: Outbox) -> None:

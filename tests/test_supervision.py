@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+import functools
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from edge_asr import clock, contract, model_store, pipeline, settings
+from edge_asr import clock, contract, model_store, outbox, pipeline, settings, watchdog
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Command, Draft, Message, Rejection, Utterance
 from edge_asr.gateway.session import UPLOAD, BusyError, Sessions
 from edge_asr.gateway.tokens import Tokens
-from edge_asr.outbox import OutboxError
+from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
+from edge_asr.watchdog import Watchdog
+from edge_asr.worker import Worker
+from tests.broker import wait_until
 
 RECORDINGS = model_store.bundled("recordings")
 OPTIONS = settings.Settings(
@@ -129,7 +137,7 @@ def test_companions_end_with_the_work() -> None:
     asyncio.run(scenario())
 
 
-def test_an_unanswered_question_is_cancelled_in_silence_and_leaves_nothing_for_the_watchdog(engine: Engine) -> None:
+def test_an_unanswered_question_is_cancelled_in_silence(engine: Engine) -> None:
     async def scenario() -> None:
         speaker, shelf = Speaker("01-start-line-three.flac"), Shelf()
         line = pipe(engine, speaker, shelf)
@@ -137,7 +145,6 @@ def test_an_unanswered_question_is_cancelled_in_silence_and_leaves_nothing_for_t
         await shelf.wait_for([contract.TRANSCRIPT, contract.PENDING, contract.REJECTED])
         await asyncio.sleep(0)
         assert shelf.drafts[-1].data["reason"] == "not-confirmed"
-        assert line.busy_since_ns is None
         await speaker.close()
         await running
 
@@ -270,5 +277,84 @@ def test_what_is_understood_counts_against_the_capacity(engine: Engine) -> None:
         assert 0 < line.busy < 1
         await speaker.close()
         await running
+
+    asyncio.run(scenario())
+
+
+def wait_in_the_kernel(fifo: Path) -> None:
+    """Stand as under a disk that does not answer (state D), until somebody writes to a FIFO: a vfork's parent does."""
+    libc = ctypes.CDLL(None)
+    actions = ctypes.create_string_buffer(256)
+    libc.posix_spawn_file_actions_init(actions)
+    libc.posix_spawn_file_actions_addopen(actions, 9, os.fsencode(fifo), os.O_RDONLY, 0)
+    pid, arguments = ctypes.c_int(), (ctypes.c_char_p * 2)(b"true", None)
+    assert libc.posix_spawnp(ctypes.byref(pid), b"true", actions, None, arguments, None) == 0
+    os.waitpid(pid.value, 0)
+
+
+@contextlib.contextmanager
+def standing_still(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, deadlocked: bool
+) -> Iterator[tuple[Outbox, Watchdog, Callable[[], None]]]:
+    """An outbox whose thread stands still in the next probe, what watches it and what lets it go on."""
+    fifo, release = folder / "fifo", threading.Event()
+    os.mkfifo(fifo)
+    stand = release.wait if deadlocked else functools.partial(wait_in_the_kernel, fifo)
+    monkeypatch.setattr(outbox._Database, "prove", lambda _database: stand())  # noqa: SLF001
+    monkeypatch.setattr(watchdog, "COMMIT_LIMIT_S", 0.2)
+
+    def let_go() -> None:
+        if deadlocked:
+            release.set()
+        else:
+            fifo.write_bytes(b"")
+
+    with contextlib.closing(Outbox(folder / "outbox.db", 2**20)) as kept:
+        yield kept, Watchdog([], kept, Worker.__new__(Worker)), let_go
+
+
+def test_a_slow_disk_is_told_and_waited_for_and_only_one_that_never_answers_is_a_hang(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def scenario() -> None:
+        with standing_still(monkeypatch, tmp_path, deadlocked=False) as (kept, dog, let_go):
+            probing = asyncio.create_task(kept.prove())
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and kept.at_work, "the disk")
+            for _ in range(5):
+                dog.look_at_outbox()
+            assert dog.trouble == "the disk of the outbox has not answered for 0.2 s; waiting for it"
+            assert dog.hang() == ""
+            with monkeypatch.context() as patch:
+                patch.setattr(watchdog, "DISK_LIMIT_S", 0.2)
+                assert dog.hang().startswith("the disk of the outbox has not answered for")
+            await asyncio.to_thread(let_go)
+            await probing
+            dog.look_at_outbox()
+            assert (dog.trouble, dog.hang()) == ("", "")
+
+    asyncio.run(scenario())
+    assert [record.levelname for record in caplog.records if "disk of the outbox" in record.message] == [
+        "WARNING",
+        "INFO",
+    ]
+
+
+def test_an_outbox_whose_thread_sleeps_over_its_work_is_a_hang_at_the_second_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        with standing_still(monkeypatch, tmp_path, deadlocked=True) as (kept, dog, let_go):
+            probing = asyncio.create_task(kept.prove())
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and not kept.at_work, "sleep")
+            dog.look_at_outbox()
+            assert dog.hang() == ""
+            dog.look_at_outbox()
+            assert dog.hang().endswith("and not because of its disk")
+            let_go()
+            await probing
+            dog.look_at_outbox()
+            assert dog.hang() == ""
 
     asyncio.run(scenario())
