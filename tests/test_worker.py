@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -221,6 +222,39 @@ def test_a_recognizer_that_gets_a_tenth_of_a_core_is_starved_and_no_loop(
     hunger.join()
     assert heard.transcript is not None
     assert took_s > 0.5
+    assert walled.replaced == 0
+
+
+def test_a_box_that_has_become_slow_gets_the_time_that_it_needs_now(
+    walled: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    hear = worker._Process.ask  # noqa: SLF001
+
+    def ask(process: worker._Process, request: object, limit_s: float, work_s: float) -> tuple[object, int]:
+        asked.append(work_s)
+        return hear(process, request, limit_s, work_s)
+
+    monkeypatch.setattr(worker._Process, "ask", ask)  # noqa: SLF001
+    first = walled.facts.golden_cpu_s
+    walled._process.facts = dataclasses.replace(walled.facts, golden_cpu_s=first / 1000)  # noqa: SLF001
+    walled.prove()
+    walled.understand(STOP, final=True)
+    assert asked[1] - worker.STEP_BASE_S > 10 * (asked[0] - worker.STEP_BASE_S)
+
+
+def test_time_in_which_everything_was_frozen_counts_against_no_recognizer(
+    walled: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = itertools.count()
+
+    def monotonic() -> float:
+        return time.monotonic() + (1000 if next(looks) else 0)
+
+    monkeypatch.setattr(worker, "LOOK_S", 0.001)
+    monkeypatch.setattr(worker, "time", types.SimpleNamespace(monotonic=monotonic))
+    assert walled.understand(STOP, final=True).transcript is not None
+    assert next(looks) > 1
     assert walled.replaced == 0
 
 
