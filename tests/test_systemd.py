@@ -249,6 +249,7 @@ def test_the_service_hears_a_command_behind_all_its_walls_and_publishes_it(servi
     assert "connected to 127.0.0.1" in status
     assert service.run("stat", "-c", "%u", f"/proc/{main_pid(service)}").strip() not in {"0", ""}
     assert service.run("stat", "-c", "%a %F", "/var/lib/private/edge-asr/outbox.db").strip() == "600 regular file"
+    assert "Max core file size        0 " in service.run("cat", f"/proc/{main_pid(service)}/limits")
 
 
 def test_stations_talk_through_the_gateway_behind_all_the_walls(site: Sysbox) -> None:
