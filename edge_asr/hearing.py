@@ -69,23 +69,26 @@ class SourceMeter:
         self._levels: deque[Levels] = deque(maxlen=WINDOW_FRAMES)
         self._expected: int | None = None
         self._losses: deque[tuple[int, int]] = deque()
-        """(CLOCK_BOOTTIME, samples) of every loss of the last minute."""
+        """(CLOCK_BOOTTIME, samples) of every loss of the last minute while the device was there."""
+        self._broke_off = False
         self.lost_samples = 0
         """Samples of audio missing between frames since the start."""
         self.last_frame_ns: int | None = None
         """CLOCK_BOOTTIME of the newest frame."""
 
     def feed(self, frame: AudioFrame, levels: Levels) -> None:
-        """Take the next frame and its levels."""
+        """Take the next frame and its levels; one without audio says that the device is away."""
         lost = 0 if self._expected is None else frame.position - self._expected
-        if lost:
-            self.lost_samples += lost
+        self.lost_samples += lost
+        was_there, self._broke_off = not self._broke_off and bool(frame.pcm), not frame.pcm
+        if lost and was_there:
             self._losses.append((frame.captured_ns, lost))
         while self._losses and frame.captured_ns - self._losses[0][0] > _LOSS_WINDOW_NS:
             self._losses.popleft()
         self._expected = frame.end
         self.last_frame_ns = frame.captured_ns
-        self._levels.append(levels)
+        if frame.pcm:
+            self._levels.append(levels)
 
     def judged(self) -> list[Levels]:
         """The frames over which troubles are judged; empty until there are enough."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from edge_asr import clock, confirmation, contract, settings
-from edge_asr.audio import measure
+from edge_asr.audio import Levels, measure
 from edge_asr.capacity import BUSY, Capacity
 from edge_asr.events import (
     FRAME_SAMPLES,
@@ -199,7 +199,9 @@ class Ear:
         if frame.position != self._expected:
             self._detector.reset()  # audio was lost: what came before says nothing about this frame
         self._expected = frame.end
-        return self._gate.feed(frame, self._probability(frame) if frame.pcm else 0.0)
+        levels = measure(frame.pcm)
+        self.meter.feed(frame, levels)
+        return self._gate.feed(frame, self._probability(frame, levels) if frame.pcm else 0.0)
 
     def flush(self) -> list[Utterance]:
         """Close what is open: no frame will follow."""
@@ -225,10 +227,8 @@ class Ear:
         """Whether an utterance is open."""
         return self._gate.speaking
 
-    def _probability(self, frame: AudioFrame) -> float:
+    def _probability(self, frame: AudioFrame, levels: Levels) -> float:
         """The detector's answer; silence does not even reach it, unless somebody speaks."""
-        levels = measure(frame.pcm)
-        self.meter.feed(frame, levels)
         if self._gate.speaking or levels.level_dbfs >= self._energy_gate_dbfs:
             self._quiet_samples = 0
             return self._detector.probability(frame.pcm)

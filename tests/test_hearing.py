@@ -52,7 +52,7 @@ def kinds(meter: SourceMeter, capture: Capture | None = None) -> list[str]:
 def test_noise_and_level_are_the_percentiles_of_a_statistics_library(levels_db: list[float]) -> None:
     meter = SourceMeter()
     for at, level_db in enumerate(levels_db):
-        meter.feed(AudioFrame("m", at * FRAME_SAMPLES, b"", at), audio.Levels(level_db, 0.0, 0))
+        meter.feed(AudioFrame("m", at * FRAME_SAMPLES, bytes(2), at), audio.Levels(level_db, 0.0, 0))
     noise_db, level_db = np.percentile(levels_db, [10, 95])
     health = meter.read()
     assert (health.noise_dbfs, health.level_dbfs) == pytest.approx((noise_db, level_db), abs=0.051)
@@ -120,6 +120,18 @@ def test_lost_audio_is_an_overrun_for_a_minute() -> None:
     assert kinds(meter) == ["microphone-overrun"]
     assert meter.read().lost_s == 1.0
     assert kinds(fed(noise(-60, 61), meter)) == []
+
+
+def test_a_device_that_was_away_is_lost_audio_but_no_overrun() -> None:
+    meter = fed(noise(-60))
+    assert meter.last_frame_ns is not None
+    at = meter.last_frame_ns * SAMPLE_RATE // NS_PER_S
+    meter.feed(AudioFrame("m", at, b"", meter.last_frame_ns), measure(b""))
+    fed(noise(-60, 2), meter, jump=30 * SAMPLE_RATE)
+    assert kinds(meter) == []
+    assert meter.read().lost_s == 30.0
+    assert audio.SILENCE_DBFS not in [each.level_dbfs for each in meter.judged()]
+    assert kinds(fed(noise(-60, 2), meter, jump=SAMPLE_RATE)) == ["microphone-overrun"]
 
 
 @pytest.mark.parametrize(("really", "named"), [(44_100, True), (48_000, False), (47_500, False), (96_000, True)])
