@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import select
 import socket
 import statistics
@@ -23,11 +24,11 @@ from edge_asr.clock import NS_PER_S, boottime_ns, until_next
 from edge_asr.devices import DeviceError, Stream
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.settings import MicrophoneSource
-from edge_asr.zygote import Zygote
+from edge_asr.zygote import Zygote, ZygoteError
 
 LIMIT_S: Final = 6.0
-"""Opening a suspended or Bluetooth source may take 5 s; with the 2 s after which silence of a device is noticed, a
-frozen driver costs 8 s."""
+"""Opening a suspended or Bluetooth source may take 5 s, and something is said before and after it. A frozen sound
+server is noticed by its silence after 2 s and costs 8 s."""
 
 RETRY_S: Final = 1.0
 """Between two attempts to get a lost device back."""
@@ -37,12 +38,17 @@ _POLL_S: Final = 0.032
 
 _IDLE_POLL_S: Final = 1.0
 """While nobody does: most of what silence costs is waking up. A beginning is heard so much later and caught up with; an
-end is not, because by then somebody speaks, and no utterance is shorter than a word and the gate's closing silence."""
+end is not, because by then somebody speaks: an utterance is a word and the gate's closing silence, 0.6 s. With 0.1 s
+(`vad.min_silence_s`) a short one may be over before it is looked at, and is answered up to 1 s late."""
 
 _PIECE_BYTES: Final = SAMPLE_RATE * BYTES_PER_SAMPLE
 """A socket takes no message of any size; after a pause there may be more."""
 
 _MESSAGE_BYTES: Final = 2 * _PIECE_BYTES
+
+_HELD_SAMPLES: Final = 60 * SAMPLE_RATE
+"""No driver keeps more."""
+
 _SPEAKING, _SILENT = b"\1", b"\0"
 
 
@@ -72,10 +78,27 @@ class Report:
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Report:
-        """The other way."""
+        """The other way. Raises ValueError for what cannot be."""
         head, _, pcm = message.partition(b"\n")
-        moment_ns, device, rate, rate_error, held_samples, trouble = json.loads(head)
+        try:
+            moment_ns, device, rate, rate_error, held_samples, trouble = json.loads(head)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"no report ({error})") from None
+        if not (_is_whole(moment_ns) and 0 <= moment_ns <= boottime_ns()):
+            raise ValueError("a moment that was not yet")
+        if not (isinstance(device, str) and _is_whole(rate) and rate >= 0 and isinstance(trouble, str)):
+            raise ValueError("a device that cannot be")
+        if rate_error is not None and not (isinstance(rate_error, float) and math.isfinite(rate_error)):
+            raise ValueError("a rate that cannot be")
+        if not (isinstance(held_samples, (int, float)) and 0 <= held_samples <= _HELD_SAMPLES):  # nor NaN
+            raise ValueError("more audio held back than a driver keeps")
+        if len(pcm) % BYTES_PER_SAMPLE:
+            raise ValueError("half a sample")
         return cls(moment_ns, device, rate, rate_error, held_samples, trouble, pcm)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 class RateMeter:
@@ -123,12 +146,17 @@ class CaptureProcess:
         self._speaking = True
         self._answered_s = 0.0
         """When it last said something, in the event loop's time: a box that is suspended hangs nowhere."""
+        self.nonsense = ""
+        """What it said that cannot be, for which it is to be ended."""
         self._over = asyncio.Event()
 
     async def run(self) -> str:
         """From its fork until it is dead, is to end, or hangs: then the cause, a sentence. Raises ZygoteError."""
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise ZygoteError(f"no line to a process ({error.strerror})") from None
         ours.setblocking(False)  # noqa: FBT003 - the standard library's
         with ours:
             with theirs:
@@ -154,7 +182,7 @@ class CaptureProcess:
         self._over.set()
 
     async def end(self) -> str:
-        """Make sure that it is gone; how it went. Raises ZygoteError."""
+        """Make sure that it is gone; how it went, empty while it hangs in the kernel. Raises ZygoteError."""
         assert self.pid is not None  # noqa: S101 - run has forked it
         return await asyncio.to_thread(self._zygote.end, self.pid)
 
@@ -170,12 +198,17 @@ class CaptureProcess:
             message = self._line.recv(_MESSAGE_BYTES)
         except OSError:
             message = b""
+        loop = asyncio.get_running_loop()
         if message:
-            self._answered_s = asyncio.get_running_loop().time()
-            self._take(Report.from_bytes(message))
-        else:
-            asyncio.get_running_loop().remove_reader(self._line)
-            self.stop()
+            try:
+                self._take(Report.from_bytes(message))
+            except (ValueError, TypeError) as error:
+                self.nonsense = f"capture tells nonsense: {error}"
+            else:
+                self._answered_s = loop.time()
+                return
+        loop.remove_reader(self._line)
+        self.stop()
 
     async def _until_over(self) -> str:
         """Return when it is dead or to be ended, or with what hangs."""
@@ -217,7 +250,7 @@ class _Listener:
         wanted = self._options
         self._say(Report(boottime_ns()))
         try:
-            stream = Stream(wanted.device, wanted.channel, wanted.rate)
+            stream = Stream(wanted.device, wanted.channel, wanted.rate, lambda: self._say(Report(boottime_ns())))
         except DeviceError as error:
             return self._lose(error)
         with contextlib.closing(stream):

@@ -19,7 +19,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -222,16 +222,20 @@ def _alsa_id(name: str, cards: dict[int, str]) -> str | None:
 class Stream:
     """One open input stream. Reading asks first what has arrived, so it never blocks."""
 
-    def __init__(self, device: str | int, channel: int, rate: int | None) -> None:
-        """Named as in the settings. Raises DeviceError."""
+    def __init__(
+        self, device: str | int, channel: int, rate: int | None, step: Callable[[], None] = lambda: None
+    ) -> None:
+        """Named as in the settings; ``step`` is called after each thing that may take long. Raises DeviceError."""
         self._portaudio = _portaudio()
         with self._portaudio.afresh() as devices:
+            step()
             self.device = choose_device(device, devices)
             if channel > self.device.channels:
                 raise DeviceError(f"{self.device.name!r} has no channel {channel}, only 1..{self.device.channels}")
             self._channel = channel
             self.rate = rate or self._native_rate()
-            self._raw = self._open()
+            step()
+            self._raw = self._open(step)
         self._heard_ns = boottime_ns() + round((_START_S - STALL_S) * NS_PER_S)
 
     def close(self) -> None:
@@ -268,7 +272,7 @@ class Stream:
             return self.device.rate
         return 48_000
 
-    def _open(self) -> Any:  # noqa: ANN401 - sounddevice has no types
+    def _open(self, step: Callable[[], None]) -> Any:  # noqa: ANN401 - sounddevice has no types
         """Open as many channels as needed to reach the chosen one; PortAudio opens the rest of an array itself."""
         sounddevice = self._portaudio.sounddevice
         try:
@@ -282,6 +286,7 @@ class Stream:
             )
         except sounddevice.PortAudioError as error:
             raise DeviceError(f"{self.device.name!r} cannot be opened at {self.rate} Hz ({_reason(error)})") from None
+        step()
         try:
             raw.start()
         except sounddevice.PortAudioError as error:

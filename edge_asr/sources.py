@@ -37,6 +37,12 @@ State = Literal["opening", "capturing", "lost", "closed"]
 BUFFER_S: Final = 5.0
 """Audio kept for a late consumer of the microphone; then the oldest goes."""
 
+MAX_PAUSE_S: Final = 60.0
+"""Between two processes of a driver that crashes again and again; the first is replaced at once."""
+
+_CALM_S: Final = 60.0
+"""A process that lived so long was none of those."""
+
 _GAP_S: Final = 1.0
 """Quiet between two recordings, so that the speech detector ends one before the next begins."""
 
@@ -149,6 +155,10 @@ class Microphone:
         self._cutter = FrameCutter(settings.name)
         self._timeline = Timeline()
         self._speaking = True
+        self._crashes = 0
+        """Processes that died one soon after the other."""
+        self._told: set[str] = set()
+        """What is not logged again before one has lived for a while."""
         self._closing = asyncio.Event()
         self._mailbox = _Mailbox()
         self._process: CaptureProcess | None = None
@@ -191,32 +201,68 @@ class Microphone:
         """Let one process after the other listen, until closed."""
         try:
             while not self._closing.is_set():
-                self._process = CaptureProcess(self._zygote, self._settings, self._take)
-                self._process.attend(speaking=self._speaking)
-                hung = await self._process.run()
-                was_lost = self.state == "lost"
-                if hung:
-                    self._fail(hung)
-                how = await self._process.end()
-                if not (hung or self._closing.is_set()):
-                    self._fail(f"capture ended by {how}")
-                if was_lost:
-                    await self._pause()
-        except ZygoteError as error:
-            self.hang = f"{self.trouble or 'no process can capture'}: {error}"
-            await self._closing.wait()
+                try:
+                    await self._pause(await self._let_capture())
+                except ZygoteError as error:
+                    await self._do_without(error)
         finally:
             self._mailbox.end()
 
+    async def _let_capture(self) -> float:
+        """Let one process listen until it is gone; seconds to wait before the next. Raises ZygoteError."""
+        self._process = process = CaptureProcess(self._zygote, self._settings, self._take)
+        process.attend(speaking=self._speaking)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        hung = await process.run()
+        pause_s = RETRY_S if self.state == "lost" else 0.0
+        if loop.time() - began_s >= _CALM_S:
+            self._crashes, self._told = 0, set()
+        if hung:
+            self._fail(hung)
+        how = await process.end()
+        if not (hung or self._closing.is_set()):
+            self._fail(process.nonsense or f"capture ended by {how or 'itself'}")
+            self._crashes += 1
+            if self._crashes > 1:
+                pause_s = max(pause_s, min(MAX_PAUSE_S, 2.0 ** (self._crashes - 1)))
+        await self._outlive(process, how)
+        return pause_s
+
+    async def _outlive(self, process: CaptureProcess, how: str) -> None:
+        """Wait for the end of a process that hangs in the kernel: another would hang there beside it."""
+        if how or self._closing.is_set():
+            return
+        self._lose(f"process {process.pid} hangs in its driver, where no signal ends it; unplug it or restart the box")
+        log.error("%s: %s", self.name, self.trouble)
+        while not (how or self._closing.is_set()):
+            await self._pause(RETRY_S)
+            how = await process.end()
+
+    async def _do_without(self, error: ZygoteError) -> None:
+        if self._closing.is_set():
+            return
+        if self._zygote.is_dead:
+            self.hang = f"{self.trouble or 'no process can capture'}: {error}"
+            await self._closing.wait()
+            return
+        trouble = f"no process can capture: {error}"
+        if trouble not in self._told:
+            self._told.add(trouble)
+            log.error("%s: %s; trying again every %g s", self.name, trouble, RETRY_S)
+        self._lose(trouble)
+        await self._pause(RETRY_S)
+
     def _fail(self, cause: str) -> None:
         self.replaced += 1
-        if cause != self.trouble:  # told once for all that end in the same way
+        if cause not in self._told:  # once for all that end in the same way
+            self._told.add(cause)
             log.error("%s: %s; a new process takes its place", self.name, cause)
         self._lose(cause)
 
-    async def _pause(self) -> None:
+    async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), RETRY_S)
+            await asyncio.wait_for(self._closing.wait(), seconds)
 
     def _take(self, report: Report) -> None:
         """Hear what the process says."""

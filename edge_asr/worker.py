@@ -363,6 +363,9 @@ class _Process:
             self._line.close()
             with _of_the_recognizer():
                 self._how_it_ended = self._zygote.end(self.pid)
+            if not self._how_it_ended:
+                self._how_it_ended = f"itself, but process {self.pid} hangs in the kernel and may still hold memory"
+                log.error("the recognizer's process %d hangs in the kernel and may still hold its memory", self.pid)
         return self._how_it_ended
 
 

@@ -6,12 +6,14 @@ Law:
   shares the memory of the code, and makes a new one ready in milliseconds (docs/operations.md).
 - Each has a line to whoever asked for it, and ends when that is closed. All of them die with the daemon.
 - They can be replaced and the daemon cannot: when memory runs out, the kernel takes one of them.
+- Neither a failing fork nor a process that no signal ends keeps the zygote from the next order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import gc
 import logging
@@ -21,14 +23,20 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
 log = logging.getLogger(__name__)
 
-LIMIT_S: Final = 5.0
-"""A fork or the end of a process takes milliseconds; a process that no signal ends (a driver hangs) is given up."""
+LIMIT_S: Final = 15.0
+"""A fork takes milliseconds, but a new process is wanted exactly when memory has run out; then everything is slow."""
+
+END_S: Final = 2.0
+"""A killed process that is not gone by then hangs in the kernel, in a driver that no signal reaches."""
+
+_LOOK_S: Final = 0.005
 
 _ORDER_BYTES: Final = 256
 _OOM_SCORE: Final = 500
@@ -40,7 +48,7 @@ Role = Callable[[socket.socket], None]
 
 
 class ZygoteError(Exception):
-    """No process can be had or ended; only a new start of the daemon helps."""
+    """No process can be had or ended: not now, or, where the zygote :attr:`~Zygote.is_dead`, never again."""
 
 
 class Zygote:
@@ -58,58 +66,126 @@ class Zygote:
             _breed(theirs)
         theirs.close()
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether only a new start of the daemon helps."""
+        return self._control.fileno() < 0
+
     def fork(self, role: Role, line: socket.socket, name: str) -> int:
         """Process id of a new process that plays a role with one end of a line. Raises ZygoteError.
 
         ``name``: one word, of which `top` and core dumps show 15 letters.
         """
-        answer = self._order(f"{name[:15]} {role.__module__}:{role.__qualname__}".encode(), line.fileno())
-        return int(struct.unpack("i", answer)[0])
+        pid = self._order(f"{name[:15]} {role.__module__}:{role.__qualname__}".encode(), line.fileno())
+        if pid < 0:
+            raise ZygoteError(f"no memory for a process, or too many of them ({os.strerror(-pid)})")
+        return pid
 
     def end(self, pid: int) -> str:
-        """Kill one of its processes unless it is dead already; how it died. Raises ZygoteError."""
-        code = os.waitstatus_to_exitcode(struct.unpack("i", self._order(struct.pack("i", pid)))[0])
+        """Kill one of its processes unless it is dead already; how it died. Raises ZygoteError.
+
+        Empty while it hangs in the kernel and nothing ends it: ask again, or leave it alone.
+        """
+        status = self._order(struct.pack("i", pid))
+        if status == -errno.EBUSY:
+            return ""
+        if status < 0:
+            raise ZygoteError(f"process {pid} is not one of the zygote's")
+        code = os.waitstatus_to_exitcode(status)
         return signal.Signals(-code).name if code < 0 else f"itself, exit code {code}"
 
     def close(self) -> None:
-        """End it, and with it all that it has forked."""
-        self._control.close()
+        """End it, and with it all that it has forked, whatever it is doing."""
+        os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
+        with self._turn:
+            self._control.close()
 
-    def _order(self, order: bytes, *descriptors: int) -> bytes:
-        try:
-            with self._turn:
+    def _order(self, order: bytes, *descriptors: int) -> int:
+        with self._turn:
+            if self.is_dead:
+                raise ZygoteError("the zygote is dead")
+            try:
                 socket.send_fds(self._control, [order], descriptors)
                 answer = self._control.recv(_ORDER_BYTES)
-        except OSError as error:
-            raise ZygoteError(f"the zygote does not answer ({error})") from None
-        if not answer:
-            raise ZygoteError("the zygote is dead")
-        return answer
+            except OSError as error:
+                self._control.close()  # a late answer would be taken for the next order's
+                raise ZygoteError(f"the zygote does not answer ({error})") from None
+            if not answer:
+                self._control.close()
+                raise ZygoteError("the zygote is dead")
+        return int(struct.unpack("i", answer)[0])
 
 
 def _breed(control: socket.socket) -> NoReturn:
     """The zygote: forks a process for every line it is handed, ends and reaps the one it is told to."""
+    brood = _Brood(control)
     try:
         _settle("zygote")
         while True:
             order, lines, _, _ = socket.recv_fds(control, _ORDER_BYTES, 1)
             if not order:
                 os._exit(0)
-            if lines:
-                pid = os.fork()
-                if pid == 0:
-                    control.close()
-                    name, place = order.decode().split(" ")
-                    _live(name, place, socket.socket(fileno=lines[0]))
-                os.close(lines[0])
-                control.send(struct.pack("i", pid))
-            else:
-                pid = struct.unpack("i", order)[0]
-                os.kill(pid, signal.SIGKILL)  # ours and not reaped yet, so it is still that one
-                control.send(struct.pack("i", os.waitpid(pid, 0)[1]))
+            brood.reap()
+            answer = brood.fork(order, lines[0]) if lines else brood.end(struct.unpack("i", order)[0])
+            control.send(struct.pack("i", answer))
+    except ConnectionError:
+        os._exit(0)  # given up
+    except Exception:
+        log.exception("the zygote fails")
     finally:
         os._exit(1)  # never back into what the parent was doing
+
+
+class _Brood:
+    """What the zygote has forked and nobody has asked the end of; answers below zero are error numbers."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._statuses: dict[int, int | None] = {}
+        """As of waitpid; None: not dead yet."""
+        self._stuck: set[int] = set()
+
+    def fork(self, order: bytes, line: int) -> int:
+        """Process id of a new process."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(line)
+            return -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            self._control.close()
+            name, place = order.decode().split(" ")
+            _live(name, place, socket.socket(fileno=line))
+        os.close(line)
+        self._statuses[pid] = None
+        return pid
+
+    def end(self, pid: int) -> int:
+        """How it ended, as of waitpid; EBUSY: not yet, and only the first asker has waited for it."""
+        if pid not in self._statuses:  # 0 and -1 would be all of us
+            return -errno.ESRCH
+        if self._statuses[pid] is None:
+            os.kill(pid, signal.SIGKILL)  # ours and not reaped yet, so it is still that one
+            self.reap()
+        deadline = time.monotonic() + (0.0 if pid in self._stuck else END_S)
+        while (status := self._statuses[pid]) is None:
+            if time.monotonic() >= deadline:
+                self._stuck.add(pid)
+                return -errno.EBUSY
+            time.sleep(_LOOK_S)
+            self.reap()
+        del self._statuses[pid]
+        self._stuck.discard(pid)
+        return status
+
+    def reap(self) -> None:
+        """Note how those have ended that are dead by now."""
+        for pid, status in self._statuses.items():
+            if status is None:
+                ended, how = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self._statuses[pid] = how
 
 
 def _live(name: str, place: str, line: socket.socket) -> NoReturn:

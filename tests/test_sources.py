@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -38,6 +41,7 @@ from edge_asr.audio import (
     read_file,
     to_float,
 )
+from edge_asr.capture import Report
 from edge_asr.clock import NS_PER_S, boottime_ns
 from edge_asr.devices import Device, DeviceError, alsa_cards, choose_device, levels, list_devices, record
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
@@ -495,6 +499,116 @@ def test_a_driver_that_hangs_again_and_again_is_told_once(
     lost, hung = warnings_of(caplog)
     assert lost.endswith("looking for it every 1 s")
     assert hung == "microphone: the sound driver has not answered for 1.5 s; a new process takes its place"
+
+
+def test_a_driver_that_crashes_again_and_again_is_left_alone_for_longer_each_time(
+    card: SoundCard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_PAUSE_S", 3.0)
+
+    async def main() -> None:
+        async with listening() as (source, _):
+            for crash in (1, 2, 3):
+                await eventually(lambda: source.state == "capturing", "nobody took its place")
+                os.kill(source.pid or 0, signal.SIGSEGV)
+                before_ns = boottime_ns()
+                await eventually(lambda n=crash: source.replaced == n, "it was not noticed")  # type: ignore[misc]
+            await eventually(lambda: source.state == "capturing", "nobody took its place")
+            assert boottime_ns() - before_ns > 3 * NS_PER_S
+
+    run(main())
+    assert warnings_of(caplog) == ["microphone: capture ended by SIGSEGV; a new process takes its place"]
+    assert card.environment  # held until here
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\xff",
+        b"[" * 50_000,
+        b"7",
+        b"[1, 2]",
+        b'[0, "", 0, null, NaN, ""]',
+        b'[0, "", 0, null, 1e999, ""]',
+        b'[0, "", 0, null, -1, ""]',
+        b'[0, "", 0, NaN, 0, ""]',
+        b'[0, null, 0, null, 0, ""]',
+        b'[999999999999999999999, "", 0, null, 0, ""]',
+        b'[0, "", 0, null, 0, ""]\n\0',
+    ],
+)
+def test_what_a_capture_process_cannot_have_heard_is_no_report(garbage: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Report.from_bytes(garbage)
+
+
+def raving(line: socket.socket) -> None:
+    """A capture process whose memory is corrupted."""
+    with contextlib.suppress(OSError):
+        while True:
+            line.send(b'[0, "x", 16000, null, NaN, ""]\n\0\0')
+            time.sleep(0.01)
+
+
+def test_a_capture_process_that_tells_nonsense_is_replaced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "serve", raving)
+
+    async def main() -> None:
+        async with listening() as (source, frames):
+            await eventually(lambda: source.replaced == 2, "it was not replaced")
+            assert (source.state, frames) == ("lost", [])
+
+    run(main())
+    (line,) = warnings_of(caplog)
+    assert line.startswith("microphone: capture tells nonsense: ")
+
+
+def test_without_memory_for_a_process_it_is_tried_again(
+    card: SoundCard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, calls = os.fork, iter(range(99))
+
+    def full() -> int:  # the first call is the zygote's own birth
+        if next(calls) in (1, 2):
+            raise OSError(errno.ENOMEM, "full")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", full)
+
+    async def main() -> None:
+        async with listening() as (source, _):
+            await eventually(lambda: source.state == "lost", "it does not say so")
+            await eventually(lambda: source.state == "capturing", "it was not tried again")
+
+    run(main())
+    (line,) = warnings_of(caplog)
+    assert "no memory for a process" in line
+    assert card.environment  # held until here
+
+
+def test_a_process_that_hangs_in_the_kernel_is_outlived(
+    card: SoundCard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kill, unplugged = os.kill, tmp_path / "unplugged"
+    monkeypatch.setattr("edge_asr.zygote.END_S", 0.2)
+    monkeypatch.setattr(capture, "LIMIT_S", 2.0)
+    monkeypatch.setattr(os, "kill", lambda pid, number: kill(pid, number) if unplugged.exists() else None)
+
+    async def main() -> None:
+        async with listening() as (source, _):
+            monkeypatch.setattr(os, "kill", kill)  # no signal of the zygote's arrives until then
+            await eventually(lambda: source.state == "capturing", "no capture")
+            os.kill(source.pid or 0, signal.SIGSTOP)
+            await eventually(lambda: "hangs in its driver" in source.trouble, "it does not say so")
+            assert (source.state, source.hang) == ("lost", "")
+            unplugged.touch()
+            await eventually(lambda: source.state == "capturing", "nobody took its place")
+
+    run(main())
+    assert card.environment  # held until here
 
 
 def test_a_driver_out_of_which_nothing_gets_its_process_is_a_hang(
