@@ -34,7 +34,7 @@ def forked(breeder: Zygote) -> Iterator[int]:
 def test_after_an_order_without_an_answer_every_order_says_that_the_zygote_is_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zygote, "LIMIT_S", 0.3)
+    monkeypatch.setattr(zygote, "LIMIT_S", 2.0)
     with contextlib.closing(Zygote()) as breeder, forked(breeder) as pid:
         os.kill(breeder._pid, signal.SIGSTOP)  # noqa: SLF001
         with pytest.raises(ZygoteError, match=r"the zygote does not answer \(timed out\)"):
