@@ -185,7 +185,7 @@ class Daemon:
         self._read_settings = reload
         self.standing = StandingOrders(options.state_directory)
         self._effective = self.standing.over(options)
-        self._zygote = Zygote()
+        self._zygote = Zygote(systemd.handed_over())  # what was heard is the daemon's: children would never close it
         try:
             self.worker = Worker(self._effective, self._zygote)
         except BaseException:

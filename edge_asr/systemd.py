@@ -61,13 +61,19 @@ def forget(name: str) -> bool:
     return _notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
+def handed_over() -> range:
+    """The descriptors that systemd has started this process with, until somebody has asked what is :func:`stored`."""
+    count = os.environ.get("LISTEN_FDS", "")
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid()) and count.isdigit()
+    return range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + (int(count) if ours else 0))
+
+
 def stored() -> list[tuple[str, int]]:
     """(name, descriptor) of everything that the process before had stored; to be called once (sd_listen_fds(3))."""
-    count = os.environ.pop("LISTEN_FDS", "")
+    descriptors = handed_over()
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
-        return []
-    descriptors = range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + int(count))
+    for name in ("LISTEN_FDS", "LISTEN_PID"):
+        os.environ.pop(name, None)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # noqa: FBT003 - its signature
     return list(zip(names, descriptors, strict=False))

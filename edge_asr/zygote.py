@@ -54,7 +54,8 @@ class ZygoteError(Exception):
 class Zygote:
     """The other end of :func:`_breed`; any thread may call. To be made before the process has threads or models."""
 
-    def __init__(self) -> None:
+    def __init__(self, private: range = range(0)) -> None:
+        """``private``: descriptors that neither it nor what it forks may keep open."""
         self._turn = threading.Lock()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(LIMIT_S)
@@ -63,6 +64,9 @@ class Zygote:
         self._pid = os.fork()
         if self._pid == 0:
             self._control.close()
+            for descriptor in private:  # not closerange: given an empty range from 0 it closes all
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
             _breed(theirs)
         theirs.close()
 

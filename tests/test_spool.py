@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from edge_asr import systemd
 from edge_asr.events import Utterance, derived_id, new_id
 from edge_asr.spool import Spool
+from edge_asr.zygote import Zygote
+from tests.broker import wait_until
 
 
 def utterance(pcm: bytes = b"\1\2\n\0", ended_ns: int = 7) -> Utterance:
@@ -127,3 +130,14 @@ def test_ids_that_come_of_an_utterance_are_always_the_same_and_sort_with_it(one:
     assert (ids[0] == ids[1]) == (one == other)
     assert {(each[:13], each[14]) for each in ids} == {(parent[:13], "7")}
     assert all(each[19] in "89ab" for each in ids)
+
+
+def test_what_is_handed_over_stays_out_of_the_processes_that_are_forked_before_it_is_read(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Spool().keep(utterance())
+    manager.start_again(monkeypatch)
+    with contextlib.closing(Zygote(systemd.handed_over())) as zygote:
+        kept_open = Path(f"/proc/{zygote._pid}/fd/{FIRST_DESCRIPTOR}")  # noqa: SLF001
+        wait_until(lambda: not os.path.lexists(kept_open), "it is closed there")
+    assert len(Spool().recovered) == 1

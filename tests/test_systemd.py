@@ -694,6 +694,8 @@ def test_a_daemon_killed_over_an_order_obeys_it_after_the_restart(order: Sysbox)
     order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
     order.run("systemctl", "kill", "--signal=KILL", "edge-asr")
     recovers(order)
+    (zygote,) = children(order, main_pid(order))
+    assert "memfd:utterance" not in order.run("ls", "-l", f"/proc/{zygote}/fd")  # a child would keep it for ever
     the_command_arrives(order)
     order.wait_for("nothing to be kept", lambda: order.show("edge-asr", "NFileDescriptorStore") == "0")
 
