@@ -79,6 +79,7 @@ class AuditLog:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._number, self._hash, cut = _tail(folder)
+            self._forget_old()
         except OSError as error:
             raise _refused(folder, error) from None
         self.append({"what": "opened", "boot_id": clock.boot_id(), "cut_bytes": cut})

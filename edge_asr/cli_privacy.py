@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edge_asr import audit as audit_log
-from edge_asr import recorder
+from edge_asr import recorder, service
 from edge_asr.command_line import ExamplesLast, example, one_line_errors, with_settings
 from edge_asr.labelling import LabelServer
 from edge_asr.settings import Settings
@@ -22,6 +22,7 @@ def recordings() -> None:
 @with_settings
 def recordings_status(options: Settings, **_: object) -> None:
     """Show how many are kept; what is in them nobody sees without the private key."""
+    options = service.seen_by_administrator(options)
     kept = sorted(options.recordings_directory.glob(f"*{recorder.SUFFIX}"))
     size = sum(path.stat().st_size for path in kept)
     rule = f"at most {options.recorder.max_bytes >> 20} MiB and {options.recorder.days:g} days"
@@ -36,7 +37,7 @@ def recordings_status(options: Settings, **_: object) -> None:
 @with_settings
 def recordings_export(options: Settings, target: Path, key: Path, folder: Path | None, **_: object) -> None:
     """Open the recordings and write them with a manifest for `edge-asr eval` into a folder."""
-    count = recorder.export(folder or options.recordings_directory, key, target)
+    count = recorder.export(folder or service.seen_by_administrator(options).recordings_directory, key, target)
     click.echo(f"{target}: {count} recordings; label them with `edge-asr recordings label {target}`")
 
 
@@ -54,7 +55,8 @@ def recordings_label(folder: Path, port: int) -> None:
 @with_settings
 def recordings_clear(options: Settings, **_: object) -> None:
     """Delete every recording on this box."""
-    click.echo(f"{recorder.tidy(options.recordings_directory, 0, 0)} recordings deleted")
+    folder = service.seen_by_administrator(options).recordings_directory
+    click.echo(f"{recorder.tidy(folder, 0, 0)} recordings deleted")
 
 
 @click.group(cls=ExamplesLast)
@@ -67,7 +69,7 @@ def audit() -> None:
 @click.option("--known", metavar="NUMBER:HASH", help="One that you know from elsewhere: `audit_newest` of a health.")
 def audit_verify(options: Settings, known: str | None, **_: object) -> None:
     """Recompute the whole chain; exit code 74 and the place if anything was changed, left out or put in between."""
-    verdict = audit_log.verify(options.audit_directory, known)
+    verdict = audit_log.verify(service.seen_by_administrator(options).audit_directory, known)
     click.echo(f"{verdict.records} records from number {verdict.first} on are whole; newest {verdict.newest}")
     if verdict.missing:
         click.echo(f"no record tells of the messages {', '.join(map(str, verdict.missing))}: a crash, or a full disk")

@@ -97,11 +97,16 @@ def _permissions(options: Settings) -> Finding:
     for file in named:
         if not os.access(file, os.R_OK):
             what = "cannot be read" if file.exists() else "is not there"
-            remedy = "check the path; under systemd hand it over with LoadCredential="
+            remedy = "check the path; under systemd hand it over with LoadCredential=, and start the service first"
             return Finding("files", "failed", f"{file} {what}", remedy)
     for file in secrets:
         if file.stat().st_mode & 0o077:
-            return Finding("files", "warning", f"{file} can be read by others", f"chmod 600 {file}")
+            return Finding(
+                "files",
+                "warning",
+                f"{file} can be read by others",
+                f"chmod 600 {file}, and hand it to a service by LoadCredential=",
+            )
     return Finding("files", "ok", f"{len(named)} files can be read")
 
 

@@ -133,6 +133,9 @@ def test_old_files_go_whole_and_the_rest_is_still_a_chain(tmp_path: Path, monkey
         log.append({"what": "test", "value": number})
     verdict = verify(tmp_path, log.newest)
     assert (verdict.first, verdict.records) == (5, 10)
+    os.utime(min(tmp_path.glob("audit-*")), (time.time() - 400 * 86_400,) * 2)
+    AuditLog(tmp_path, texts=True, days=365)  # a start, in the middle of a file
+    assert verify(tmp_path, log.newest).first == 9
 
 
 def test_what_the_outbox_commits_delivers_and_is_told_is_in_the_log(tmp_path: Path) -> None:
