@@ -279,7 +279,7 @@ def test_a_hang_that_no_systemd_watches_ends_with_exit_code_70_and_every_threads
             zygote, capture = children(box.process.pid)[0], capture_of(box)
             os.kill(zygote, signal.SIGSTOP)  # it waits for the end of what hangs in the kernel
             os.kill(capture, signal.SIGSTOP)
-            assert box.process.wait(2 * PATIENCE_S) == EXIT_HUNG == 70
+            assert box.process.wait(3 * PATIENCE_S) == EXIT_HUNG == 70
     assert "microphone: the sound driver has not answered for 6 s: the zygote does not answer" in box.log
     assert "(most recent call first)" in box.log
 
