@@ -78,7 +78,9 @@ async def publishing(
     try:
         yield running
     finally:
-        task.cancel()
+        while not task.done():  # again, as the daemon does: before Python 3.12 wait_for may swallow a cancellation
+            task.cancel()
+            await asyncio.wait([task], timeout=2)
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
