@@ -80,8 +80,17 @@ class Caretaker:
     @property
     def trouble(self) -> str:
         """The worst that is wrong; empty: nothing much."""
-        worst = next((each.detail for each in self._alarms.raised if each.severity == "critical"), "")
-        return self._box.pipeline.trouble or self._box.watchdog.trouble or self._box.worker.replacing or worst
+        return next(iter([*self._waited_for, *self._critical]), "")
+
+    @property
+    def _waited_for(self) -> list[str]:
+        """What keeps the box from its work at this moment."""
+        box = self._box
+        return [each for each in (box.pipeline.trouble, box.watchdog.trouble, box.worker.replacing) if each]
+
+    @property
+    def _critical(self) -> list[str]:
+        return [each.detail for each in self._alarms.raised if each.severity == "critical"]
 
     @property
     def alarms(self) -> list[str]:
@@ -160,9 +169,7 @@ class Caretaker:
 
     async def _show_readiness(self) -> Page:
         """Whether what is said is heard and kept; a broker that is away is no reason, for that there is the outbox."""
-        critical = [each.detail for each in self._alarms.raised if each.severity == "critical"]
-        troubles = [self._box.pipeline.trouble, self._box.watchdog.trouble, self._box.worker.replacing]
-        return verdict([*critical, *filter(None, troubles)])
+        return verdict([*self._critical, *self._waited_for])
 
     async def snapshot(self) -> Snapshot:
         """Everything there is to be seen at this moment."""

@@ -89,7 +89,8 @@ class Interpreter:
         if foreign(transcript, self._languages):
             return Rejection("language", f"heard {transcript.text!r} in {transcript.language!r}, not spoken here")
         decision = self._understood(recognition)
-        if transcript.event in self._options.refuse_events and not _is_cancel(decision):
+        cancels = isinstance(decision, Command) and decision.cancels
+        if transcript.event in self._options.refuse_events and not cancels:
             return Rejection("no-speech", f"heard {transcript.text!r} in what the model calls {transcript.event}")
         snr_db = recognition.signal_to_noise_db
         if isinstance(decision, Command) or decision.reason != "not-understood":
@@ -166,11 +167,6 @@ class Interpreter:
             stations=intent.stations,
             roles=intent.roles,
         )
-
-
-def _is_cancel(decision: Command | Rejection) -> bool:
-    """Whether it is the one command that can do no harm."""
-    return isinstance(decision, Command) and decision.answer == "cancel"
 
 
 def _margin(match: GrammarMatch) -> float:

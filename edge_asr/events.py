@@ -160,6 +160,11 @@ class Command:
     roles: tuple[str, ...] = ()
     """Who must confirm it by request; empty: nobody."""
 
+    @property
+    def cancels(self) -> bool:
+        """Whether it is the one command that can do no harm, and passes where others are refused."""
+        return self.answer == "cancel"
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:

@@ -256,7 +256,7 @@ def understand(
     if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
         stations = ", ".join(decision.stations)
         decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
-    if utterance.torn and isinstance(decision, Command) and decision.answer != "cancel":
+    if utterance.torn and isinstance(decision, Command) and not decision.cancels:
         detail = f"audio was lost while {decision.words!r} was said, there may have been more; say it again"
         decision = Rejection("cut-off", detail, decision.confidence)
     return Understanding(utterance, transcript if transcript.text else None, decision, recognized_s, interpreted_s)
@@ -522,7 +522,7 @@ class Pipeline:
     async def _append(self, heard: Understanding) -> Understanding:
         """Commit everything that came of an utterance; returns what was committed."""
         distrust = self.distrusted.get(heard.utterance.source)
-        if distrust and isinstance(heard.decision, Command) and heard.decision.answer != "cancel":
+        if distrust and isinstance(heard.decision, Command) and not heard.decision.cancels:
             heard = replace(heard, decision=Rejection("too-noisy", distrust, heard.decision.confidence))
         outcomes = self._desk.judge(heard.utterance, heard.transcript, heard.decision)
         await self._commit(outcomes, heard.utterance.id)

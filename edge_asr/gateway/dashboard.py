@@ -82,7 +82,7 @@ def _session(session: Session) -> Event:
         "format": session.format,
         "address": session.address,
         "attached": session.attached,
-        "talking": session.talk is not None and not session.talk.ended,
+        "talking": session.talking,
     }
 
 

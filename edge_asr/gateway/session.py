@@ -450,7 +450,7 @@ def _ending(session: Session, options: settings.Gateway, now: float) -> tuple[st
         return "gone", "the connection is gone"
     if now - session.opened > options.max_session_s:
         return "old", f"{options.max_session_s:g} s are the longest a session may last"
-    talking = session.kind == UPLOAD or (session.talk is not None and not session.talk.ended)  # or still on its way
+    talking = session.kind == UPLOAD or session.talking  # or still on its way
     if not talking and now - session.active > options.idle_s:
         return "idle", f"nobody spoke for {options.idle_s:g} s"
     return "", ""

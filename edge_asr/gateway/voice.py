@@ -112,8 +112,7 @@ class Voice:
             asyncio.get_running_loop().call_soon(self._play)
 
     def _heard(self) -> bool:
-        talk = self._session.talk
-        return talk is not None and not talk.ended and self._session.format == "rtp"
+        return self._session.talking and self._session.format == "rtp"
 
     def _forget(self, unread_s: float = 0.0) -> None:
         while self.kept_ms > 1e3 * max(0.0, BEFORE_S - unread_s):
