@@ -55,6 +55,9 @@ PRESS = recording("11-stop-press-two")
 SPEED = recording("03-set-mixer-speed")
 """Its text survives Opus: the micro model hears the other's last syllable or not by the last bit of a sample."""
 
+CHAT = recording("15-talk-about-later")
+"""Of nothing that a grammar knows."""
+
 FRIEND = "https://mes.plant"
 """Whose pages may use the box."""
 
@@ -210,6 +213,10 @@ def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_
         if before:
             packets, seconds = (now - then for now, then in zip(sent(page), before, strict=True))
             assert seconds / packets == pytest.approx(PACKET_MS / 1e3, rel=0.2)
+        else:
+            page.reload()  # the session goes on, and what was said in it is told again
+            page.wait_for_selector("#history li[data-kind=command]")
+            assert (page.inner_text("#station"), page.inner_text("#history .said")) == (session["source"], said)
     assert session["format"] == format_
     assert said == expected["text"]
     assert command == expected["command"]["intent"]
@@ -348,14 +355,24 @@ def test_the_space_bar_that_is_held_when_the_page_asks_back_answers_nothing_and_
     assert complaints == []
 
 
+def level_dbfs(pcm: bytes) -> float:
+    """Of the loud moments: 5 % of the pieces of 32 ms are louder."""
+    pieces = np.frombuffer(pcm, "<i2")[: len(pcm) // 1024 * 512].reshape(-1, 512) / 32768
+    return float(20 * np.log10(np.percentile(pieces.std(axis=1), 95)))
+
+
 def test_the_dashboard_shows_live_what_there_is_to_look_after(site: tuple[Box, Subscriber]) -> None:
     running, _ = site
-    token, seen = running.tokens.add("crooked", "talk"), threading.Event()
+    token, other, seen = running.tokens.add("crooked", "talk"), running.tokens.add("spoken", "talk"), threading.Event()
     hum = 300 * np.sin(2 * np.pi * 50 * np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE)
     off_its_middle = (4000 + hum).astype("<i2").tobytes()
+    heard = ("crooked", "spoken")  # one talks, the other has talked
 
     async def talk() -> None:
-        async with running.client(token=token) as client:
+        async with running.client(token=other) as before, running.client(token=token) as client:
+            await before.say(read_file(STOP))
+            await before.send(type="end")
+            await before.until("ended")
             await client.say(read_file(STOP) + quiet(SAMPLE_RATE) + off_its_middle)
             await client.until("command")
             await asyncio.to_thread(seen.wait, 60)
@@ -367,7 +384,8 @@ def test_the_dashboard_shows_live_what_there_is_to_look_after(site: tuple[Box, S
         try:
             page.wait_for_selector("#history li[data-kind=command] .badge:text('crooked')")
             page.wait_for_selector("#sessions td:text('crooked')")
-            page.wait_for_function("[...document.querySelectorAll('#sources meter')].some(each => each.value > -60)")
+            meters = [page.wait_for_selector(f"#sources tr:has(td:text-is('{name}')) meter") for name in heard]
+            levels = [meter.get_property("value").json_value() for meter in meters if meter]
             alarm = page.wait_for_selector("#alarms li:has-text('crooked')")
             assert alarm
             shown = page.evaluate(
@@ -383,6 +401,8 @@ def test_the_dashboard_shows_live_what_there_is_to_look_after(site: tuple[Box, S
         finally:
             seen.set()
             talking.result()
+    assert levels[0] > -60
+    assert levels[1] == pytest.approx(level_dbfs(read_file(STOP)), abs=1)
     assert "sound card is defective" in remedy
     known = running.board()
     assert known["meta"]["model"] in about
@@ -485,6 +505,60 @@ def test_a_whip_client_talks_by_webrtc_and_answers_on_its_data_channel_what_it_i
     assert (command["intent"], command["confirmed"]) == (asked["intent"], True)
     assert late["reason"] == "answered"
     assert (gone, again) == (200, 404)
+
+
+def test_speech_outside_the_grammar_comes_back_as_rejected_with_the_reason_by_websocket_and_by_data_channel(
+    site: tuple[Box, Subscriber],
+) -> None:
+    running, subscriber = site
+    (expected,) = transcribed(CHAT)
+
+    async def talk() -> list[dict[str, Any]]:
+        client = WhipClient(running, CHAT)
+        async with running.http() as http, running.client() as station:
+            await client.call(http)
+            await client.until("ready")
+            client.say(type="start", talk=1)
+            await station.say(read_file(CHAT))
+            await station.send(type="end")
+            await station.until("ended")
+            while (await client.until("ack"))["position"] < 0.9 * expected["end"] * 48_000:
+                pass
+            client.say(type="end")
+            told = [*station.of("rejected"), await client.until("rejected")]
+        await client.peer.close()
+        assert not station.of("command")
+        return told
+
+    by_websocket, by_channel = run(talk)
+    for key in ("reason", "detail"):
+        assert by_websocket[key] == expected["rejected"][key]
+    assert (by_websocket["text"], by_channel["reason"]) == (expected["text"], by_websocket["reason"])
+    assert by_channel["text"] in by_channel["detail"]
+    known = {by_websocket["id"], by_channel["id"]}
+    subscriber.wait_for(lambda _: known <= {m.data["id"] for m in subscriber.on("evt/rejected")}, "both rejections")
+
+
+def test_the_page_says_in_its_language_that_nothing_was_understood_and_why(
+    site: tuple[Box, Subscriber], tmp_path: Path
+) -> None:
+    running, _ = site
+    with chromium(running, microphone_file(tmp_path, "15-talk-about-later")) as browser:
+        page, complaints = open_page(browser, running, way="pcm", mode="toggle")
+        page.click("#talk")
+        page.wait_for_selector("#history li[data-kind=rejected]")
+        page.click("#talk")
+        english, said = page.inner_text("#history li"), page.inner_text("#history .said")
+        page.click("#open-options")
+        page.check("input[name=language][value=zh]")
+        chinese = page.inner_text("#history li")
+    (told,) = [each for each in running.board()["said"] if (each["type"], each["text"]) == ("rejected", said)][-1:]
+    assert "Not understood" in english
+    assert told["detail"] in english
+    assert "未听懂" in chinese
+    assert said in chinese
+    assert told["detail"] not in chinese  # the box writes English
+    assert complaints == []
 
 
 def encoded(path: Path, kind: str) -> bytes:
@@ -883,7 +957,12 @@ def test_candidates_are_trickled_under_their_etag_only(site: tuple[Box, Subscrib
             response = await client.call(http)
             location, etag = running.url + response.headers["Location"], response.headers["ETag"]
             statuses = []
+            other = {"Authorization": f"Bearer {running.tokens.add('stranger', 'talk')}"}
             for headers, body in (
+                ({"Authorization": "Bearer wrong"}, fragment),
+                (other, fragment),
+                ({"If-Match": etag, "Content-Type": "application/sdp"}, fragment),
+                ({"If-Match": etag}, "a=ice-options:trickle\r\n" * 400),
                 ({}, fragment),
                 ({"If-Match": '"other"'}, fragment),
                 ({"If-Match": "*"}, fragment),
@@ -894,11 +973,13 @@ def test_candidates_are_trickled_under_their_etag_only(site: tuple[Box, Subscrib
                 sent = {"Content-Type": "application/trickle-ice-sdpfrag", **bearer, **headers}
                 statuses.append((await http.patch(location, data=body, headers=sent)).status)
             statuses.append((await http.get(location, headers=bearer)).status)
+            statuses.append((await http.delete(location, headers=other)).status)
             statuses.append((await http.delete(location, headers=bearer)).status)
+            statuses.append((await http.patch(location, data=fragment, headers=bearer)).status)
         await client.peer.close()
         return statuses
 
-    assert run(ask) == [428, 412, 422, 400, 204, 204, 405, 200]
+    assert run(ask) == [401, 403, 415, 413, 428, 412, 422, 400, 204, 204, 405, 403, 200, 404]
 
 
 def test_who_follows_the_documentation_talks_from_another_device_and_the_broker_has_the_command(

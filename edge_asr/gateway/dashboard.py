@@ -12,10 +12,12 @@ from typing import Final
 
 from aiohttp import web
 
+from edge_asr.contract import MicrophoneHealth
 from edge_asr.events import Json
 from edge_asr.gateway.box import Box
 from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import Event, Session, Sessions
+from edge_asr.metrics import Snapshot
 
 KEPT: Final = 60
 """Messages that it shows."""
@@ -47,7 +49,7 @@ class Dashboard:
             {
                 "meta": dataclasses.asdict(snapshot.meta),
                 "broker": self._box.broker(),
-                "sources": {name: dataclasses.asdict(each) for name, each in snapshot.microphones.items()},
+                "sources": {name: dataclasses.asdict(each) for name, each in self._levels(snapshot).items()},
                 "sessions": [_session(session) for session in self._sessions],
                 "finals_waiting": snapshot.finals_waiting,
                 "partials_dropped": snapshot.partials_dropped,
@@ -63,6 +65,14 @@ class Dashboard:
                 "said": list(self._said),
             }
         )
+
+    def _levels(self, snapshot: Snapshot) -> dict[str, MicrophoneHealth]:
+        """Of the box's own sources and, behind them, of every session's last talk."""
+        heard = snapshot.microphones
+        sessions = {each.source: each for each in self._sessions}
+        own = {name: health for name, health in heard.items() if name not in sessions}
+        talked = {name: each.meter for name, each in sessions.items() if each.meter is not None}
+        return {**own, **{name: heard.get(name) or meter.read() for name, meter in talked.items()}}
 
     def _cpu_load(self, recognizer_s: float) -> float:
         """Cores in use since the last look, the recognizer's included; none are while another takes its place."""

@@ -26,6 +26,7 @@ from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
 from edge_asr.gateway.rounds import WAITING_ROUND_S, Rounds
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
+from edge_asr.hearing import SourceMeter
 from edge_asr.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ class Session:
         self._acked_s = 0.0
         self.place = "", 0.0
         """The utterance that was understood last, and how many seconds into its talk it began."""
+        self.meter: SourceMeter | None = None
+        """Of the last talk: how loud and how clear it came."""
         self.kind = ""
         """By what way it came, for the dashboard."""
         self._talks: asyncio.Queue[Talk | None] = asyncio.Queue()
@@ -362,6 +365,7 @@ class Sessions:
         """Somebody begins or ends to speak."""
         found = self._running.get(source)
         if found is not None:
+            found[0].meter = self.pipeline.ears[source].meter
             found[0].turned(speaking=speaking)
 
     def told(self, kind: str, data: Mapping[str, Json]) -> None:
