@@ -330,7 +330,7 @@ class Gateway(_Section):
     """Browsers, phones and headsets of the plant network as further sources; needs the extra ``gateway``."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0: all of IPv4."""
+    """Address to listen on; 0.0.0.0: all of IPv4; ``::``: all of IPv4 and IPv6."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8443
     tls: bool = True
     """False: for a proxy on this machine, or to try it here; then ``host`` must be a loopback address."""

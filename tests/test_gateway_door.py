@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_asr.gateway import certificates, door
+from edge_asr.gateway import addresses, certificates, door
+from edge_asr.gateway.addresses import NETWORK_SHARE, counted, plain
 from edge_asr.gateway.door import MAX_WAITING, Door
 from tests.broker import PATIENCE_S
 
@@ -37,8 +41,10 @@ class Host(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def opened(tls: ssl.SSLContext | None = None, most: int = MAX_PER_ADDRESS) -> AsyncIterator[Door]:
-    at = Door("127.0.0.1", 0, tls, most)
+async def opened(
+    tls: ssl.SSLContext | None = None, most: int = MAX_PER_ADDRESS, where: str = "127.0.0.1"
+) -> AsyncIterator[Door]:
+    at = Door(where, 0, tls, most)
     hosts: list[Host] = []
 
     def host() -> Host:
@@ -58,10 +64,11 @@ async def opened(tls: ssl.SSLContext | None = None, most: int = MAX_PER_ADDRESS)
 
 async def came(at: Door, address: str, stack: contextlib.ExitStack, word: bytes) -> bool:
     """Whether somebody from an address, who says a word or nothing, is still there after it; it stays."""
-    loop, client = asyncio.get_running_loop(), stack.enter_context(socket.socket())
+    here, family = ("::1", socket.AF_INET6) if ":" in address else ("127.0.0.1", socket.AF_INET)
+    loop, client = asyncio.get_running_loop(), stack.enter_context(socket.socket(family))
     client.setblocking(False)  # noqa: FBT003 - the library's own signature
     client.bind((address, 0))
-    await loop.sock_connect(client, ("127.0.0.1", at.port))
+    await loop.sock_connect(client, (here, at.port))
     if not word:
         return True
     with contextlib.suppress(ConnectionError):
@@ -83,6 +90,59 @@ def test_a_thousand_connections_of_one_address_half_open_or_idle_keep_nobody_els
                     assert not await came(at, "127.0.0.2", stack, word)
 
     asyncio.run(crowd())
+
+
+def test_the_door_of_all_addresses_is_open_to_ipv4_and_to_ipv6_and_counts_each_as_what_it_is() -> None:
+    async def crowd() -> None:
+        async with opened(where="::") as at:
+            with contextlib.ExitStack() as stack:
+                for address in ("::1", "127.0.0.1", "127.0.0.2"):
+                    stayed = [await came(at, address, stack, b"GET") for _ in range(MAX_PER_ADDRESS + 1)]
+                    assert sum(stayed) == MAX_PER_ADDRESS
+
+    asyncio.run(crowd())
+
+
+@pytest.mark.parametrize(("word", "most"), [(b"", MAX_WAITING // 2), (b"GET", MAX_PER_ADDRESS // 2)])
+def test_an_ipv6_network_has_its_limit_beside_those_of_its_addresses(
+    word: bytes, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "NETWORK_SHARE", 0.5)  # so that it counts before that of the one address here
+
+    async def crowd() -> None:
+        async with opened(where="::") as at:
+            with contextlib.ExitStack() as stack:
+                for _ in range(MAX_PER_ADDRESS):
+                    await came(at, "::1", stack, word)
+                assert await came(at, "127.0.0.1", stack, b"hello")
+                assert at.turned_away == MAX_PER_ADDRESS - most
+
+    asyncio.run(crowd())
+
+
+@given(st.ip_addresses(v=6), st.integers(0, 2**64 - 1))
+def test_whatever_addresses_a_device_takes_of_its_network_the_network_is_counted_with_each(
+    one: ipaddress.IPv6Address, suffix: int
+) -> None:
+    other = ipaddress.IPv6Address(int(one) >> 64 << 64 | suffix)
+    if one.ipv4_mapped or other.ipv4_mapped:
+        return
+    (first, of_first), (second, of_second) = (list(counted(str(each)).items()) for each in (one, other))
+    assert (first, second) == ((str(one), 1), (str(other), 1))
+    assert of_first == of_second
+    network, share = of_first
+    assert one in ipaddress.ip_network(network)
+    assert share > 1
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_counts_as_itself_over_either_kind_of_socket(address: ipaddress.IPv4Address) -> None:
+    assert counted(f"::ffff:{address}") == counted(str(address)) == {str(address): 1}
+    assert plain(f"::ffff:{address}") == plain(str(address)) == str(address)
+
+
+def test_an_address_of_one_cable_is_counted_with_the_others_there() -> None:
+    assert counted("fe80::1%eth0") == {"fe80::1%eth0": 1, "fe80::/64": NETWORK_SHARE}
 
 
 def test_who_leaves_makes_room_for_the_next_of_the_same_address() -> None:

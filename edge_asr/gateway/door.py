@@ -2,8 +2,8 @@
 
 Law: from the first packet to the end of the header, TLS handshake included, a connection has :data:`ADMISSION_S`; an
 address may have :data:`MAX_WAITING` that are not through yet, and as many in all as the settings say, a part of the
-:data:`MAX_CONNECTIONS` that there may be. Whoever holds connections open therefore fills neither memory nor
-descriptors nor the door, and those who talk do not notice.
+:data:`MAX_CONNECTIONS` that there may be (``addresses`` says whom that counts). Whoever holds connections open
+therefore fills neither memory nor descriptors nor the door, and those who talk do not notice.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import resource
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
+
+from edge_asr.gateway.addresses import counted, full
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,11 @@ class Door:
         self._tls = tls
         self._max_per_address = max_per_address
         self._waiting: Counter[str] = Counter()
-        """Address -> connections that have not brought a header yet."""
-        self._deadlines: dict[asyncio.BaseProtocol, tuple[str, asyncio.TimerHandle]] = {}
-        self._present: dict[socket.socket, str] = {}
-        """Connection -> its address. Not its transport: before Python 3.11 one of TLS does not say it is closed."""
-        self._arrivals: dict[asyncio.Task[None], str] = {}
+        """Address or network -> connections that have not brought a header yet."""
+        self._deadlines: dict[asyncio.BaseProtocol, tuple[Mapping[str, int], asyncio.TimerHandle]] = {}
+        self._present: dict[socket.socket, Mapping[str, int]] = {}
+        """Whom connections count for. Not transports: before Python 3.11 one of TLS does not say it is closed."""
+        self._arrivals: dict[asyncio.Task[None], Mapping[str, int]] = {}
         """The same, of those who shake hands."""
         self.turned_away = 0
         """Connections closed before they had said anything useful."""
@@ -63,15 +65,15 @@ class Door:
                     log.warning("no connection can be accepted: %s", error)
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                address = str(peer[0])
-                if self._waiting[address] >= MAX_WAITING or self._is_full(address):
+                who = counted(str(peer[0]))
+                if full(who, self._waiting, MAX_WAITING) or self._is_full(who):
                     self.turned_away += 1
                     connection.close()
                     await asyncio.sleep(0)  # where others wait, accepting gives way to nobody
                     continue
-                self._waiting[address] += 1
-                task = asyncio.create_task(self._arrive(factory, connection, address), name=f"arrival:{address}")
-                self._arrivals[task] = address
+                self._waiting.update(who.keys())
+                task = asyncio.create_task(self._arrive(factory, connection, who), name=f"arrival:{peer[0]}")
+                self._arrivals[task] = who
                 task.add_done_callback(self._arrivals.pop)
         finally:
             self.close()
@@ -86,17 +88,20 @@ class Door:
         """A whole header has come over this connection."""
         found = self._deadlines.pop(protocol, None) if protocol is not None else None
         if found is not None:
-            address, deadline = found
+            who, deadline = found
             deadline.cancel()
-            self._leave(address)
+            self._leave(who)
 
-    def _is_full(self, address: str) -> bool:
-        """Whether there is no room, or none for this address."""
-        self._present = {each: where for each, where in self._present.items() if each.fileno() >= 0}
+    def _is_full(self, who: Mapping[str, int]) -> bool:
+        """Whether there is no room, or none for these."""
+        self._present = {each: whose for each, whose in self._present.items() if each.fileno() >= 0}
         here = [*self._present.values(), *self._arrivals.values()]
-        return len(here) >= MAX_CONNECTIONS or here.count(address) >= self._max_per_address
+        taken = {each: sum(each in whose for whose in here) for each in who}
+        return len(here) >= MAX_CONNECTIONS or full(who, taken, self._max_per_address) is not None
 
-    async def _arrive(self, factory: Callable[[], asyncio.Protocol], connection: socket.socket, address: str) -> None:
+    async def _arrive(
+        self, factory: Callable[[], asyncio.Protocol], connection: socket.socket, who: Mapping[str, int]
+    ) -> None:
         """Shake hands and start the clock."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -108,22 +113,23 @@ class Door:
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError):
             self.turned_away += 1
-            self._leave(address)
+            self._leave(who)
             connection.close()
             return
-        self._present[connection] = address
+        self._present[connection] = who
 
         def overdue() -> None:
             self.turned_away += 1
             transport.abort()
             self.admit(protocol)
 
-        self._deadlines[protocol] = address, loop.call_at(began + ADMISSION_S, overdue)
+        self._deadlines[protocol] = who, loop.call_at(began + ADMISSION_S, overdue)
 
-    def _leave(self, address: str) -> None:
-        self._waiting[address] -= 1
-        if not self._waiting[address]:
-            del self._waiting[address]
+    def _leave(self, who: Mapping[str, int]) -> None:
+        for each in who:
+            self._waiting[each] -= 1
+            if not self._waiting[each]:
+                del self._waiting[each]
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -131,6 +137,7 @@ def _listening(host: str, port: int) -> socket.socket:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()  # of `::`; another address has one kind
+    listening = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
     listening.setblocking(False)  # noqa: FBT003 - the library's own signature
     return listening

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 
 from edge_asr import settings
+from edge_asr.gateway.addresses import counted
 from edge_asr.gateway.session import LOCAL, BusyError
 from edge_asr.gateway.tokens import Role, Station, Tokens
 
@@ -60,12 +61,12 @@ class Pace:
         self._per_s = per_s
         self._burst = burst
         self._left: dict[str, tuple[float, float]] = {}
-        """Address or name -> (what was left, when)."""
+        """Address, network or name -> (what was left, when)."""
 
-    def allows(self, who: str, now: float) -> bool:
-        """Take one, if there is one."""
-        left, then = self._left.pop(who, (self._burst, now))
-        left = min(self._burst, left + (now - then) * self._per_s)
+    def allows(self, who: str, now: float, share: int = 1) -> bool:
+        """Take one, if there is one; who has a larger share may make so many times as many."""
+        left, then = self._left.pop(who, (share * self._burst, now))
+        left = min(share * self._burst, left + (now - then) * share * self._per_s)
         self._left[who] = max(0.0, left - 1), now  # the newest last
         if len(self._left) > MAX_ADDRESSES:
             del self._left[next(iter(self._left))]
@@ -94,7 +95,8 @@ class Rules:
             return _refusal(403, problem)
         upgrades = request.headers.get(hdrs.UPGRADE, "").lower() == "websocket"
         try:
-            _keep_pace(self._addresses, request.remote or "", "from this address")
+            for who, share in counted(request.remote or "").items():
+                _keep_pace(self._addresses, who, f"from {who}", share)
             if request.method == hdrs.METH_OPTIONS and request.match_info.http_exception is not None:
                 return _preflight(request.match_info.http_exception)
             return await asyncio.wait_for(handler(request), None if upgrades else REQUEST_S)
@@ -158,8 +160,8 @@ class Rules:
         return "" if origin in own else f"pages of {origin[:100]} may not use this gateway"
 
 
-def _keep_pace(pace: Pace, who: str, whence: str) -> None:
-    if not pace.allows(who, time.monotonic()):
+def _keep_pace(pace: Pace, who: str, whence: str, share: int = 1) -> None:
+    if not pace.allows(who, time.monotonic(), share):
         raise HasteError(f"too many requests {whence}; try again in a moment")
 
 

@@ -119,7 +119,7 @@ class Gateway:
         )
         await runner.setup()
         assert runner.server is not None  # noqa: S101 - there is one after setup
-        log.info("gateway: %s://%s:%d/", "https" if self._tls else "http", self._options.host, door.port)
+        log.info("gateway: %s://%s:%d/", "https" if self._tls else "http", _bracketed(self._options.host), door.port)
         self._sessions = sessions
         try:
             await asyncio.gather(door.run(runner.server), sessions.sweep(), sessions.report(box.broker), self._renew())
@@ -135,7 +135,7 @@ class Gateway:
         try:
             return Door(options.host, options.port, self._tls, options.max_connections_per_address)
         except OSError as error:
-            where = f"{options.host}:{options.port}"
+            where = f"{_bracketed(options.host)}:{options.port}"
             raise GatewayError(f"gateway: {where}: {error.strerror}; choose another gateway.port or host") from None
 
     def _load_certificate(self, context: ssl.SSLContext) -> None:
@@ -165,6 +165,11 @@ class Gateway:
                     seen = fresh
             except (OSError, settings.SettingsError) as error:
                 log.warning("gateway: the old certificate stays: %s", error)
+
+
+def _bracketed(host: str) -> str:
+    """As an address stands before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _http_log() -> logging.Logger:

@@ -22,6 +22,7 @@ from edge_asr import clock, contract, settings
 from edge_asr.confirmation import ConfirmationError
 from edge_asr.events import SAMPLE_RATE, Json, Utterance
 from edge_asr.gateway import wire
+from edge_asr.gateway.addresses import counted, full, plain
 from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
 from edge_asr.gateway.rounds import WAITING_ROUND_S, Rounds
 from edge_asr.gateway.talk import Talk, from_pcm16
@@ -300,8 +301,11 @@ class Sessions:
         self.check_time(kind)
         if len(self._running) >= self.options.max_sessions:
             raise BusyError(f"all {self.options.max_sessions} sessions are taken; try again later")
-        if Counter(session.address for session in self)[address] >= self.options.max_sessions_per_address:
-            raise BusyError(f"{self.options.max_sessions_per_address} sessions are open from this address already")
+        who, limit = counted(address), self.options.max_sessions_per_address
+        taken = Counter(each for session in self for each in counted(session.address))
+        crowd = full(who, taken, limit)
+        if crowd is not None:
+            raise BusyError(f"{who[crowd] * limit} sessions are open from {crowd} already")
 
     def check_time(self, kind: str) -> None:
         """Raise BusyError where the recognizer has no time for this; an upload is no further speaker."""
@@ -319,11 +323,11 @@ class Sessions:
             if deserted is None:
                 raise BusyError(f"{station.name} has {len(of_station)} sessions open already")
             deserted.close()  # its client is here, and does not resume it
-        session = Session(self._free_name(station), station, address)
+        session = Session(self._free_name(station), station, plain(address))
         session.kind = kind
         task = asyncio.create_task(self._run(session), name=f"session:{session.source}")
         self._running[session.source] = session, task
-        log.info("%s: session opened by %s from %s", session.source, kind, address)
+        log.info("%s: session opened by %s from %s", session.source, kind, session.address)
         return session
 
     def resume(self, session_id: str, station: Station) -> Session | None:
