@@ -111,6 +111,38 @@ def test_a_round_comes_by_itself_while_somebody_rests() -> None:
     asyncio.run(scenario())
 
 
+def test_between_two_of_those_who_rest_the_loop_looks_at_everybody_else() -> None:
+    async def scenario() -> list[str]:
+        loop, said, rounds = asyncio.get_running_loop(), list[str](), Rounds(0.01)
+        speaker, other = socket.socketpair()
+        over = asyncio.Event()
+
+        class Silent:
+            def look(self) -> None:
+                said.append("silent")
+                if len(said) == 1:
+                    other.send(b"!")
+
+        def listen() -> None:
+            speaker.recv(1)
+            said.append("speaks")
+            over.set()
+
+        loop.add_reader(speaker, listen)
+        silent = [Silent() for _ in range(10)]
+        for each in silent:
+            rounds.include(each)
+        await asyncio.wait_for(over.wait(), PATIENCE_S)
+        loop.remove_reader(speaker)
+        for each in silent:
+            rounds.exclude(each)
+        speaker.close()
+        other.close()
+        return said
+
+    assert asyncio.run(scenario()).index("speaks") <= 3
+
+
 def test_a_datagram_that_its_protocol_stumbles_over_ends_neither_the_socket_nor_the_rounds_of_all() -> None:
     class Stumbling(Ear):
         def datagram_received(self, data: bytes, addr: object) -> None:

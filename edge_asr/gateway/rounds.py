@@ -2,7 +2,8 @@
 
 What silence costs is waking up for it: a processor that slept spends more on that, 25 to 50 times a second, than on all
 that is done with a packet. Law: while somebody speaks a socket is read as soon as something has come; otherwise
-:data:`ROUND_S` later at most. So the beginning of speech is caught up with, and its end is not late.
+:data:`ROUND_S` later at most. So the beginning of speech is caught up with, and its end is not late. Between two of
+those who are silent the loop looks at everybody else: whoever speaks waits for one of them, not for all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 ROUND_S: Final = 0.32
@@ -36,6 +38,7 @@ class Rounds:
         self._period_s = period_s
         self._resting: set[Resting] = set()
         self._next: asyncio.TimerHandle | None = None
+        """The round to come or, until it has come to its end, the one under way."""
 
     def include(self, each: Resting) -> None:
         """It rests from now on."""
@@ -48,10 +51,17 @@ class Rounds:
         self._resting.discard(each)
 
     def _go_round(self) -> None:
+        self._look(iter([*self._resting]), asyncio.get_running_loop().time() + self._period_s)
+
+    def _look(self, left: Iterator[Resting], again_at: float) -> None:
+        """Look at the next one and, in another turn of the loop, at those behind it."""
         loop = asyncio.get_running_loop()
-        self._next = loop.call_later(self._period_s, self._go_round) if self._resting else None
-        for each in self._resting:
-            loop.call_soon(each.look)  # one by one: whatever becomes of one is nothing to the others
+        each = next((each for each in left if each in self._resting), None)
+        if each is not None:
+            loop.call_soon(self._look, left, again_at)  # first: whatever becomes of one is nothing to the others
+            each.look()
+        else:
+            self._next = loop.call_at(again_at, self._go_round) if self._resting else None
 
 
 class Connection:
