@@ -18,6 +18,7 @@ from edge_asr import clock, contract, model_store, outbox, pipeline, settings, w
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Command, Draft, Message, Rejection, Utterance
+from edge_asr.gateway import wire
 from edge_asr.gateway.session import UPLOAD, BusyError, Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.outbox import Outbox, OutboxError
@@ -85,7 +86,7 @@ class Shelf:
             await asyncio.wait_for(self.changed.wait_for(lambda: [d.topic for d in self.drafts] == list(topics)), 20)
 
 
-def pipe(engine: Engine, source: Speaker, shelf: Shelf) -> Pipeline:
+def pipe(engine: Engine, source: Speaker, shelf: Shelf | Outbox) -> Pipeline:
     return Pipeline(
         OPTIONS,
         sources=[source],
@@ -234,6 +235,42 @@ def test_a_recognizer_without_time_for_another_speaker_still_takes_recordings(
     with pytest.raises(BusyError, match="no time left for another speaker"):
         sessions.check_room("10.0.0.1", "websocket")
     sessions.check_room("10.0.0.1", UPLOAD)
+
+
+def test_while_a_question_is_open_its_session_is_read_at_once_and_when_it_is_answered_in_rounds_again(
+    engine: Engine, tmp_path: Path
+) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    tokens.add("tablet", "talk")
+    said = read_file(RECORDINGS / "01-start-line-three.flac") + quiet(SAMPLE_RATE)
+
+    async def scenario(kept: Outbox) -> None:
+        speaker = Speaker()
+        line = pipe(engine, speaker, kept)
+        sessions = Sessions(settings.Gateway(), tokens, line)
+        line.turned = lambda source, speaking: sessions.turned(source, speaking=speaking)
+        line.told = lambda message: sessions.told(contract.TOPICS[message.topic], message.data)
+        running = asyncio.create_task(line.run())
+        session = sessions.open(tokens.stations()[0], "10.0.0.1", "websocket")
+        news = asyncio.Event()
+        session.watchers.add(news.set)
+
+        async def until(condition: Callable[[], bool]) -> None:
+            while not condition():
+                await asyncio.wait_for(news.wait(), 20)
+                news.clear()
+
+        session.begin(wire.Start(type="start", talk=1))
+        await session.take(0, memoryview(said))
+        await until(lambda: bool(line.pending) and sessions.rounds_of(session) is None)
+        await line.cancel(line.pending[0].id)
+        assert sessions.rounds_of(session) is not None
+        await sessions.close()
+        await speaker.close()
+        await running
+
+    with contextlib.closing(Outbox(tmp_path / "outbox.db", 10_000_000)) as kept:
+        asyncio.run(asyncio.wait_for(scenario(kept), 60))
 
 
 def test_no_station_speaks_under_the_name_of_another_station_or_of_a_microphone(

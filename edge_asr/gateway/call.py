@@ -199,7 +199,7 @@ class Call:
         self._rest()
 
     def _rest(self) -> None:
-        """Nothing that comes once the call stands is urgent, unless somebody speaks."""
+        """Nothing that comes once the call stands is urgent, unless somebody speaks or is asked."""
         self._voice.begin()
         stands = self._peer.connectionState == "connected" and (self._channel is not None or not self._has_channel)
         rounds = self._rounds_of(self.session) if stands else None

@@ -78,7 +78,7 @@ class Session:
         """Called when the session becomes attentive or stops being so, and when a talk begins or ends."""
         self.drain: Callable[[], None] = lambda: None
         """Hands over what has come by WebRTC and was not decoded yet."""
-        self._speaking = self._ending = False
+        self._speaking = self._ending = self._asked = False
         self._loop = asyncio.get_running_loop()  # kept: asking for it, with every packet, is a system call
         self.opened = self.active = self._loop.time()
         self.talk: Talk | None = None
@@ -125,8 +125,14 @@ class Session:
 
     @property
     def attentive(self) -> bool:
-        """Whether what comes is read as soon as it comes: somebody speaks, or the end is near."""
-        return self._speaking or self._ending
+        """Whether what comes is read as soon as it comes: somebody speaks, or is asked, or the end is near."""
+        return self._speaking or self._ending or self._asked
+
+    def ask(self, *, asked: bool) -> None:
+        """A question to whoever is there has been put, or none is open any more."""
+        if asked is not self._asked:
+            self._asked = asked
+            self._notify()
 
     def turned(self, *, speaking: bool) -> None:
         """Somebody begins or ends to speak."""
@@ -342,9 +348,8 @@ class Sessions:
 
     async def answer(self, session: Session, answer: wire.Answer) -> None:
         """A button says yes or no to a question of its own session."""
-        asked = {each.id for each in self.pipeline.pending if each.utterance.source == session.source}
         try:
-            if answer.pending_id not in asked:
+            if answer.pending_id not in self._asked(session):
                 session.complain("answered", "that question is not open any more")
             elif answer.answer == "confirm":
                 await self.pipeline.confirm(answer.pending_id, answer.confirmations_left, "")
@@ -379,6 +384,7 @@ class Sessions:
             utterance_id, offset_s = session.place
             here = data.get("utterance_id") == utterance_id
             session.tell(kind, {**data, "offset_s": offset_s} if here else data)
+            session.ask(asked=bool(self._asked(session)))
 
     def live(self, topic: str, data: Mapping[str, Json]) -> None:
         """Pass a partial on to the session that speaks."""
@@ -446,6 +452,10 @@ class Sessions:
             session.over.set()
             del self._running[session.source]
             log.info("%s: session closed", session.source)
+
+    def _asked(self, session: Session) -> set[str]:
+        """The ids of the questions to a session that are open."""
+        return {each.id for each in self.pipeline.pending if each.utterance.source == session.source}
 
     def _of(self, data: Mapping[str, Json]) -> Session | None:
         found = self._running.get(str(data.get("source")))

@@ -138,7 +138,7 @@ class Connection:
         ]
 
         def rest() -> None:
-            """Audio of the silent is not urgent; a tap may wait for a round as well. Who speaks is heard at once."""
+            """What the silent send may wait; who speaks or is asked is heard at once."""
             brings_audio = session.talking and session.format == "pcm16"
             self._intake.rest(self._sessions.rounds_of(session) if brings_audio else None)
 
