@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from edge_asr.audio import read_file
 from edge_asr.events import Json
 from edge_asr.gateway import certificates, formats
-from tests.broker import Broker, Subscriber
+from tests.broker import PATIENCE_S, Broker, Subscriber
 from tests.gateway import Box, box, recording, run, transcribed
 
 STOP = recording("20-emergency-stop")
@@ -29,9 +30,14 @@ SPEED = recording("03-set-mixer-speed")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Box, Subscriber]]:
-    folder = tmp_path_factory.mktemp("clients")
-    with Broker(folder) as broker, Subscriber(broker) as subscriber, box(folder, broker) as running:
+def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Broker(tmp_path_factory.mktemp("broker")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, mosquitto: Broker) -> Iterator[tuple[Box, Subscriber]]:
+    with Subscriber(mosquitto) as subscriber, box(tmp_path_factory.mktemp("clients"), mosquitto) as running:
         yield running, subscriber
 
 
@@ -157,6 +163,40 @@ def test_whatever_was_said_ffmpeg_reads_the_same_cues_from_either_kind_of_subtit
         assert start_s == pytest.approx(event["offset_s"], abs=0.001)
 
 
+def test_a_client_of_vosk_sees_partials_and_after_a_reset_what_was_left_and_is_heard_from_the_beginning(
+    site: tuple[Box, Subscriber],
+) -> None:
+    running, _ = site
+    grain = bytes(4)
+    """So little that it says nothing; every message is answered, by whatever is known then."""
+
+    async def talk() -> tuple[str, dict[str, Any], dict[str, Any]]:
+        async with (
+            running.http() as http,
+            http.ws_connect(f"{running.url}/vosk", headers={"Authorization": f"Bearer {running.token}"}) as socket,
+        ):
+
+            async def ask(message: bytes | str) -> dict[str, Any]:
+                send: Any = socket.send_bytes if isinstance(message, bytes) else socket.send_str
+                await send(message)
+                answer: dict[str, Any] = json.loads(await socket.receive_str(timeout=PATIENCE_S))
+                return answer
+
+            pcm, deadline = read_file(STOP), asyncio.get_running_loop().time() + PATIENCE_S
+            answer = await ask(pcm[: len(pcm) // 2])
+            while not answer["partial"] and asyncio.get_running_loop().time() < deadline:
+                answer = await ask(grain)
+            await ask(pcm[len(pcm) // 2 :])
+            left = await ask('{"reset" : 1}')
+            await ask(read_file(SPEED))
+            return answer["partial"], left, await ask('{"eof" : 1}')
+
+    partial, left, last = run(talk)
+    assert partial
+    assert [left["text"], last["text"]] == [row["text"] for row in transcribed(STOP, SPEED)]
+    assert 0 <= last["result"][0]["start"] < len(read_file(SPEED)) / 32_000
+
+
 def test_what_holds_no_words_has_no_key_for_them_as_vosks_own_client_expects_it(
     site: tuple[Box, Subscriber],
 ) -> None:
@@ -174,3 +214,20 @@ def test_what_holds_no_words_has_no_key_for_them_as_vosks_own_client_expects_it(
             return [*answers, json.loads(await socket.receive_str())]
 
     assert run(say_nothing) == [{"partial": ""}, {"text": ""}]
+
+
+def test_a_station_is_told_when_the_broker_goes_away_and_when_it_is_back(
+    site: tuple[Box, Subscriber], mosquitto: Broker
+) -> None:
+    running, _ = site
+
+    async def watch() -> list[str]:
+        async with running.client() as client:
+            await client.until("status")
+            await asyncio.to_thread(mosquitto.kill)
+            await client.until("status")
+            await asyncio.to_thread(mosquitto.start)
+            await client.until("status")
+            return [event["broker"] for event in client.of("status")]
+
+    assert run(watch) == ["connected", "offline", "connected"]

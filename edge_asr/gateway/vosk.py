@@ -1,12 +1,13 @@
 """Speaks vosk-server's WebSocket protocol, so that its clients work here unchanged; at `/` like there, and at `/vosk`.
 
 Law: every piece of audio is answered by exactly one message, a partial or a finished utterance, for that protocol's
-clients send the next one only then; `eof` is answered by what was left, and ends it. The token comes in the request's
-Authorization header, Basic included: `wss://anyname:TOKEN@HOST:8443/`.
+clients send the next one only then; `reset` and `eof` are answered by what was left, and `eof` ends it. The token comes
+in the request's Authorization header, Basic included: `wss://anyname:TOKEN@HOST:8443/`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
 from typing import Any, Final
@@ -22,7 +23,7 @@ from edge_asr.gateway.session import BusyError, Event, Session, Sessions
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 SILENT_S: Final = 30.0
 LAST_S: Final = 30.0
-"""After `eof`, so long for what is left."""
+"""After `reset` or `eof`, so long for what is left."""
 
 
 class Vosk:
@@ -64,7 +65,11 @@ class _Conversation:
         self._finished: deque[dict[str, Json]] = deque()
         self._partial = ""
         self._rate = 16_000
+        self._talks = 0
         self._bytes = 0
+        """Of the talk under way."""
+        self._ended = asyncio.Event()
+        """Everything of it is committed."""
         session.attach(self, 0)
 
     def send(self, event: Event) -> None:
@@ -75,6 +80,8 @@ class _Conversation:
             self._partial = ""
             words = words_of(event)
             self._finished.append({"text": event["text"], **({"result": words} if words else {})})
+        elif event["type"] == "ended":
+            self._ended.set()
 
     def cut(self, reason: str) -> None:
         """Nobody takes over such a session."""
@@ -90,8 +97,9 @@ class _Conversation:
                 await socket.send_str(json.dumps(self._answer(), ensure_ascii=False))
             elif message.type is WSMsgType.TEXT:
                 order = _parsed(message.data)
+                if order.get("eof") or order.get("reset"):
+                    await socket.send_str(json.dumps(await self._left(), ensure_ascii=False))
                 if order.get("eof"):
-                    await socket.send_str(json.dumps(await self._last(), ensure_ascii=False))
                     return
                 config = order.get("config")
                 if isinstance(config, dict):
@@ -100,21 +108,28 @@ class _Conversation:
                 return
 
     async def _hear(self, data: bytes) -> None:
-        if self._session.talk is None:
-            self._session.begin(wire.Start(type="start", talk=1, rate=self._rate))
+        if not self._session.talking:
+            self._talks, self._bytes = self._talks + 1, 0
+            self._session.begin(wire.Start(type="start", talk=self._talks, rate=self._rate))
         await self._session.take(self._bytes // 2, memoryview(data))
         self._bytes += len(data)
 
     def _answer(self) -> dict[str, Json]:
         return self._finished.popleft() if self._finished else {"partial": self._partial}
 
-    async def _last(self) -> dict[str, Json]:
-        """Everything that was not told yet, as one utterance."""
-        self._session.close()
-        await self._session.settled(LAST_S)
-        texts = [str(each["text"]) for each in self._finished]
-        words: list[Json] = []
-        for each in self._finished:
+    async def _left(self) -> dict[str, Json]:
+        """Everything that was not told yet, as one utterance; what comes after it begins anew. Raises BusyError."""
+        if self._session.talking:
+            self._ended.clear()
+            self._session.finish()
+            try:
+                await asyncio.wait_for(self._ended.wait(), LAST_S)
+            except asyncio.TimeoutError:
+                raise BusyError(f"not recognized within {LAST_S:g} s; what was said is not lost") from None
+        texts, words = [], list[Json]()
+        while self._finished:
+            each = self._finished.popleft()
+            texts.append(str(each["text"]))
             result = each.get("result")
             words += result if isinstance(result, list) else []
         return {"text": " ".join(texts), **({"result": words} if words else {})}  # as there: no words, no key
