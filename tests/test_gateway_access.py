@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import importlib.resources
 import json
+import logging
 import os
 import re
 import ssl
@@ -19,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_asr.events import RejectionReason
-from edge_asr.gateway import GatewayError, certificates
+from edge_asr.gateway import GatewayError, certificates, server
 from edge_asr.gateway.tokens import Tokens
-from tests.broker import Broker, Subscriber, free_port
+from edge_asr.settings import Gateway, Settings
+from tests.broker import Broker, Subscriber, free_port, wait_until
 from tests.test_cli import edge_asr, typed
 from tests.test_daemon import running, write_settings
 
@@ -66,6 +69,41 @@ def test_making_it_again_renews_the_server_and_keeps_the_authority(tmp_path: Pat
     assert files.server.read_bytes() != server
     assert certificates.days_left(files.server) > 800
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.server, files.server_key)
+
+
+def test_a_gateway_that_runs_takes_over_a_renewed_certificate_and_keeps_the_old_one_until_its_key_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "CERTIFICATE_S", 0.01)
+    caplog.set_level(logging.INFO)
+    options = Settings(state_dir=tmp_path, sources=(), gateway=Gateway())
+    certificates.make(options.gateway_directory, [])
+    files = certificates.Files(options.gateway_directory)
+    gateway = server.Gateway(options)
+    certificates.make(tmp_path / "another", [])
+    another = certificates.Files(tmp_path / "another").server.read_text(encoding="ascii")
+
+    async def shown(at: tuple[str, int]) -> str:
+        return await asyncio.to_thread(ssl.get_server_certificate, at)
+
+    async def renew() -> None:
+        listening = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=gateway._tls)  # noqa: SLF001
+        at = listening.sockets[0].getsockname()
+        looking = asyncio.create_task(gateway._renew())  # noqa: SLF001
+        await asyncio.sleep(0)  # it knows the first one
+        assert await shown(at) == files.server.read_text(encoding="ascii")
+        certificates.make(options.gateway_directory, [])
+        await asyncio.to_thread(wait_until, lambda: "the certificate was renewed" in caplog.text, "the new one")
+        renewed = files.server.read_text(encoding="ascii")
+        assert await shown(at) == renewed
+        caplog.clear()
+        files.server.write_text(another, encoding="ascii")  # its key comes later
+        await asyncio.to_thread(wait_until, lambda: "the old certificate stays" in caplog.text, "a complaint")
+        assert await shown(at) == renewed
+        looking.cancel()
+        listening.close()
+
+    asyncio.run(renew())
 
 
 def test_an_authority_whose_key_was_moved_away_is_never_replaced_silently(tmp_path: Path) -> None:

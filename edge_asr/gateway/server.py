@@ -160,6 +160,7 @@ class Gateway:
             try:
                 fresh = self._cert.stat().st_mtime_ns
                 if fresh != seen:
+                    self._load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # one without its key spoils ours
                     self._load_certificate(self._tls)
                     log.info("gateway: the certificate was renewed")
                     seen = fresh
