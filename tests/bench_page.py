@@ -94,7 +94,7 @@ def page_waits(
         browser.add_init_script(WATCHER)
         page, _ = open_page(browser, running, way=way, mode="toggle")
         begin_talk(page, way)
-        page.wait_for_function(f"told.length >= {len(names)}", timeout=20_000 + 10_000 * len(names))
+        page.wait_for_function(f"() => told.length >= {len(names)}", timeout=20_000 + 10_000 * len(names))
         time.sleep(1.0)  # the subscriber's share
         loud, told = json.loads(page.evaluate("JSON.stringify([loud, told])"))
     ends = last_loud_s(loud)

@@ -168,11 +168,14 @@ def test_audio_of_any_rate_is_heard_as_a_file_of_that_rate_is(site: tuple[Box, S
 WATCHED = """
 window.calls = [];  // by WebRTC
 window.lived = [];  // everything that the page has shown large
+window.loudest = 0;  // that the meter has shown
 const Peer = RTCPeerConnection;
 window.RTCPeerConnection = class extends Peer { constructor(...options) { super(...options); calls.push(this); } };
 document.addEventListener("DOMContentLoaded", () => {
-  const live = document.getElementById("live");
+  const live = document.getElementById("live"), bar = document.querySelector("#meter i");
   new MutationObserver(() => lived.push(live.textContent)).observe(live, { childList: true });
+  const look = () => (loudest = Math.max(loudest, new DOMMatrix(bar.style.transform).a));
+  new MutationObserver(look).observe(bar, { attributes: true });
 });
 """
 REPORTED = "calls[0].getStats().then(found => [...found.values()])"
@@ -196,19 +199,21 @@ def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_
         if way == "auto":  # the first press asks for the microphone, and calls
             page.keyboard.press("Space")
             page.wait_for_selector("#talk[data-call=connected][data-state=idle]")
-            page.wait_for_function(f"{REPORTED}.then(found => found.some(each => each.type === 'remote-inbound-rtp'))")
+            page.wait_for_function(
+                f"() => {REPORTED}.then(found => found.some(each => each.type === 'remote-inbound-rtp'))"
+            )
         page.keyboard.down("Space")
         page.wait_for_selector("#talk[data-state=talking]")
         before = sent(page) if way == "auto" else None
         page.wait_for_selector("#live.partial")
         page.wait_for_selector("#broker-state[data-state=connected]")
-        page.wait_for_function("new DOMMatrix(document.querySelector('#meter i').style.transform).a > 0.3")
         (session,) = [each for each in running.board()["sessions"] if each["talking"] and each["attached"]]
         page.wait_for_selector("#history li[data-kind=command]")
         page.keyboard.up("Space")
         page.wait_for_selector("#talk[data-state=idle]")
         said, command = page.inner_text("#history .said"), page.inner_text("#history .intent")
         badges, lived = page.locator("#history .badge").all_inner_texts(), page.evaluate("lived")
+        loudest = page.evaluate("loudest")
         slots = page.locator("#history .slots dd").all_inner_texts()
         if before:
             packets, seconds = (now - then for now, then in zip(sent(page), before, strict=True))
@@ -223,6 +228,7 @@ def test_someone_speaks_into_a_browser_and_page_and_broker_have_what_transcribe_
     assert {"Command", "English"} <= set(badges)
     assert slots == [str(value) for value in expected["command"]["slots"].values()]
     assert {"Listening …", "Transcribing …", said} <= set(lived)
+    assert loudest > 0.3
     assert complaints == []
     told = [
         each for each in running.board()["said"] if (each["type"], each["source"]) == ("command", session["source"])
@@ -288,7 +294,7 @@ def test_a_page_cut_off_for_longer_than_it_remembers_says_so_and_sends_what_it_s
         links[-1].close()
         page.wait_for_selector("#gateway-state:not([data-state=on])")
         page.wait_for_selector("#notice:not([hidden])")
-        page.wait_for_function("document.querySelector('#notice-text').textContent.includes('oldest of your words')")
+        page.wait_for_selector("#notice-text:has-text('oldest of your words')")
         cut.clear()
         page.wait_for_selector("#gateway-state[data-state=on]")
         page.wait_for_selector("#history li[data-kind=command]")
