@@ -83,8 +83,33 @@ def resident_bytes(process: int | Literal["self"]) -> int:
 
 def cpu_s(process: int) -> float:
     """CPU time of a process so far. Raises OSError where there is none."""
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    fields = _stat(process)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a signal or a debugger has stopped a process."""
+    return _state(process) in {"T", "t"}
+
+
+def stands_still(process: int) -> bool:
+    """Whether a process can do nothing: stopped, or dead."""
+    return _state(process) in {"T", "t", "Z", "X"}
+
+
+def _state(process: int) -> str:
+    """Its letter of proc(5), X also where it is gone; empty: it cannot be looked at now."""
+    try:
+        return _stat(process)[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    except OSError:  # no memory, no descriptor
+        return ""
+
+
+def _stat(process: int) -> list[str]:
+    """What is behind its name, which may hold anything, in /proc/PID/stat. Raises OSError where there is none."""
+    return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
 
 
 def bytes_read(process: int) -> int | None:

@@ -6,7 +6,8 @@ Law: WATCHDOG=1 is sent only while
 - no microphone is stuck in a driver out of which the kernel cannot end its process (``sources`` replaces all others),
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps is deadlocked. A commit that is refused, on a full disk, is no hang,
-- the recognizer hears the golden recording as it did at first (``worker`` replaces one that hangs or dies by itself).
+- the recognizer hears the golden recording as it did at first. ``worker`` replaces one that hangs or dies when it is
+  asked; one that is stopped or dead while nobody speaks is noticed here, so that the next one who speaks finds another.
 
 A hang ends the process at once instead of waiting for systemd to notice: SIGABRT through WATCHDOG=trigger, or exit 70
 where no watchdog is set; both leave every thread's stack in the journal. What was being recognized is in the ``spool``.
@@ -48,6 +49,9 @@ COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
 shows within WatchdogSec= at any moment; what it costs in flash and CPU time: docs/decisions.md."""
 
+STILL_LOOKS: Final = 2
+"""So often in a row a process is seen stopped before it is replaced: a debugger holds it for a moment only."""
+
 GOLDEN_INTERVAL_S: Final = 300.0
 """Listening to two seconds of audio so often is less than 0.1 % of a core with the embedded model."""
 
@@ -68,7 +72,7 @@ class Watchdog:
 
     async def run(self) -> None:
         """Look for ever. Raises WorkerError when no recognizer hears rightly any more."""
-        await asyncio.gather(self._look(), self._probe_outbox(), self._probe_recognizer())
+        await asyncio.gather(self._look(), self._probe_outbox(), self._look_at_recognizer(), self._probe_recognizer())
 
     def hang(self) -> str:
         """What hangs, as the beginning of a sentence; empty: nothing."""
@@ -110,6 +114,14 @@ class Watchdog:
             with contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
                 await self._outbox.prove()
             await asyncio.sleep(clock.until_next(COMMIT_INTERVAL_S))
+
+    async def _look_at_recognizer(self) -> None:
+        looks = 0
+        while True:
+            looks = looks + 1 if self._worker.stands_still else 0
+            if looks >= STILL_LOOKS:
+                await asyncio.to_thread(self._worker.revive)
+            await asyncio.sleep(clock.until_next(LOOK_S))
 
     async def _probe_recognizer(self) -> None:
         while True:

@@ -26,7 +26,7 @@ from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
-from edge_asr.health import bytes_read, cpu_s, give_back, resident_bytes
+from edge_asr.health import bytes_read, cpu_s, give_back, is_stopped, resident_bytes, stands_still
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
@@ -62,6 +62,10 @@ LOAD_LIMIT_S: Final = 90.0
 
 LOAD_FACTOR: Final = 8.0
 """CPU time that loading the same once more may take, over what it took before on a cool and idle box."""
+
+RETUNE_LIMIT_S: Final = 20.0
+"""CPU time that taking over other words and commands may take: nothing is recognized meanwhile, and a start would take
+as long. What comes by request was looked through before, in 15 s."""
 
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
@@ -158,6 +162,14 @@ class Worker:
         """The process of this moment."""
         return self._process.pid
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the worker, or what would fork another, can do nothing: it is stopped or dead.
+
+        Asks the kernel only: while nobody asks it, a worker waits for a question and can hang in nothing else.
+        """
+        return stands_still(self._process.pid) or stands_still(self._zygote.pid)
+
     def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
         """As :meth:`Engine.understand`. Raises WorkerError."""
         return self._understand(utterance, final=final, attempts=2 if final else 1)  # nobody misses a partial
@@ -220,6 +232,17 @@ class Worker:
             else:
                 if heard != self.facts.golden:
                     self._replace("does not hear the golden recording rightly any more")
+
+    def revive(self) -> None:
+        """Replace what stands still. Raises WorkerError where that is not to be had."""
+        with self._turn:
+            if stands_still(self._zygote.pid):
+                self._zygote.close()  # so that nobody waits for its answer
+                raise WorkerError("no recognizer: the zygote was stopped or killed")
+            if is_stopped(self._process.pid):
+                self._replace("was stopped")
+            elif stands_still(self._process.pid):
+                self._replace(f"ended by {self._process.end()}")
 
     def close(self) -> None:
         """End the worker."""
@@ -288,7 +311,11 @@ class _Process:
     def __init__(self, zygote: Zygote) -> None:
         """Raises WorkerError."""
         self._zygote = zygote
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            remedy = "if this comes again, raise LimitNOFILE= or allow fewer sessions"
+            raise WorkerError(f"no recognizer: no line to its process ({error.strerror}); {remedy}") from None
         # Long speech is more than a socket holds: one that hangs before it has taken it all would block us for ever.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
         self._line = Connection(ours.detach())
@@ -312,7 +339,7 @@ class _Process:
     def retune(self, options: Settings) -> tuple[object, int]:
         """As :meth:`ask`; hotwords and commands may take longer to build than those that were loaded."""
         before_s = cpu_s(self.pid)
-        answer = self.ask(options, LOAD_LIMIT_S)
+        answer = self.ask(options, LOAD_LIMIT_S, RETUNE_LIMIT_S)
         self.load_cpu_s = self.facts.load_cpu_s + cpu_s(self.pid) - before_s
         return answer
 

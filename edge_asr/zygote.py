@@ -71,6 +71,11 @@ class Zygote:
         theirs.close()
 
     @property
+    def pid(self) -> int:
+        """Its process; 0: it was closed."""
+        return self._pid
+
+    @property
     def is_dead(self) -> bool:
         """Whether only a new start of the daemon helps."""
         return self._control.fileno() < 0
@@ -99,9 +104,11 @@ class Zygote:
         return signal.Signals(-code).name if code < 0 else f"itself, exit code {code}"
 
     def close(self) -> None:
-        """End it, and with it all that it has forked, whatever it is doing."""
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        """End it, and with it all that it has forked, whatever it is doing; may be called twice."""
+        pid, self._pid = self._pid, 0
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         with self._turn:
             self._control.close()
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -304,7 +305,8 @@ def test_one_that_hangs_while_it_loads_is_ended_in_time_and_says_so_meanwhile(
         said_meanwhile = []
 
         def mend() -> None:
-            until(lambda: "while loading the model the recognizer hung for more than 2 s" in caplog.text, "no end")
+            ended = "while loading the model the recognizer hung for more than 2 s"
+            until(lambda: ended in caplog.text, "no end", deadline_s=60)
             said_meanwhile.append(walled.replacing)
             (tmp_path / "new.txt").write_text(WORDS, encoding="utf-8")
             (tmp_path / "new.txt").replace(tmp_path / "words.txt")
@@ -350,11 +352,13 @@ def test_one_that_computes_without_an_end_while_it_loads_is_ended_by_what_loadin
     load = hotwords.load
     monkeypatch.setattr(hotwords, "load", load_unless_spoilt)
     monkeypatch.setattr(worker, "STEP_BASE_S", 0.2)
+    monkeypatch.setattr(worker, "LOAD_FACTOR", 3.0)
     with closing(Worker(with_words)) as walled:
         (tmp_path / "spoilt").touch()
 
         def mend() -> None:
-            until(lambda: "while loading the model the recognizer computed without an end" in caplog.text, "no end")
+            ended = "while loading the model the recognizer computed without an end"
+            until(lambda: ended in caplog.text, "no end", deadline_s=60)
             (tmp_path / "spoilt").unlink()
 
         mender = threading.Thread(target=mend)
@@ -362,6 +366,25 @@ def test_one_that_computes_without_an_end_while_it_loads_is_ended_by_what_loadin
         os.kill(walled.pid, signal.SIGKILL)
         assert walled.understand(STOP, final=True).transcript is not None
         mender.join()
+
+
+def test_words_over_which_it_computes_without_an_end_are_refused_in_time_and_the_old_ones_stay(
+    with_words: settings.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_unless_endless(options: settings.Hotwords) -> tuple[hotwords.Hotword, ...]:
+        while any(each.phrase == "endless" for each in options.phrases):
+            pass
+        return load(options)
+
+    load = hotwords.load
+    monkeypatch.setattr(hotwords, "load", load_unless_endless)
+    monkeypatch.setattr(worker, "RETUNE_LIMIT_S", 0.3)
+    with closing(Worker(with_words)) as walled:
+        endless = with_words.model_copy(update={"hotwords": settings.Hotwords.model_validate({"phrases": ["endless"]})})
+        with pytest.raises(WorkerError, match=r"over the new settings the recognizer computed without an end for more"):
+            walled.reload(endless)
+        assert walled.understand(STOP, final=True).transcript is not None
+        assert walled.replaced == 1
 
 
 def test_the_golden_recording_is_heard_alike_by_every_worker(walled: Worker) -> None:
@@ -400,6 +423,18 @@ def test_a_recognizer_that_goes_on_hearing_wrongly_is_no_longer_trusted(walled: 
     walled._process.facts = dataclasses.replace(walled.facts, golden="stop conveyor three")  # noqa: SLF001
     with pytest.raises(WorkerError, match="hears 'start conveyor three' in the golden recording"):
         walled.prove()
+
+
+def test_no_descriptor_for_a_new_recognizer_is_one_line_with_its_remedy(walled: Worker) -> None:
+    os.kill(walled.pid, signal.SIGKILL)
+    until(lambda: has_ended(walled.pid), "it lives")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(WorkerError, match=r"no line to its process \(Too many open files\).* raise LimitNOFILE="):
+            walled.understand(STOP, final=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_dead_zygote_is_told_instead_of_waited_for(walled: Worker) -> None:
