@@ -3,6 +3,8 @@
 Every second the sources are judged (``hearing``); every half minute the board and the outbox are looked at. What is
 wrong becomes an alarm when it begins and when it is over (``alarms``), and where a source cannot be trusted its
 commands are blocked. What others ask for (/metrics, /livez, /readyz) is read when they ask.
+
+Law: nothing here waits for an outbox that does not answer, for then people ask.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from edge_asr.alarms import AlarmBoard, Condition, log_line, losses
 from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox
 from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
+from edge_asr.events import Draft
 from edge_asr.health import ProcessMeter, cpu_s, resident_bytes
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.ledger import Statistics
@@ -39,6 +42,12 @@ HEALTH_INTERVAL_S = 30.0
 
 CERTIFICATE_DAYS = 30
 """So long before the gateway's certificate ends people are told: without it no browser gives us its microphone."""
+
+OUTBOX_LIMIT_S = 2.0
+"""A tired card may take so long for a commit; then the outbox is left out of the answer."""
+
+MAX_UNTOLD = 100
+"""Alarms that wait for the outbox; one more is in the journal only."""
 
 ATTEND_INTERVAL_S = 1.0
 """Between two looks at what hears; its cost is one percentile a source."""
@@ -73,6 +82,7 @@ class Caretaker:
         self._thermals = thermal.read()
         self._certificate_days: float | None = None
         self._judges: dict[str, HearingJudge] = {}
+        self._untold: asyncio.Queue[Draft] = asyncio.Queue(MAX_UNTOLD)
         self.metrics = Metrics()
         self.health_is_due = asyncio.Event()
         """Set, it is published at once."""
@@ -104,29 +114,48 @@ class Caretaker:
 
     async def run(self) -> None:
         """Until cancelled."""
-        await with_company(self._report_health(), asyncio.create_task(self._attend(), name="attend"))
+        attending = asyncio.create_task(self._attend(), name="attend")
+        await with_company(self._report_health(), attending, asyncio.create_task(self._commit_alarms(), name="alarms"))
 
     async def _report_health(self) -> None:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
         while True:
             self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
             self._certificate_days = await asyncio.to_thread(_certificate_days, self._box.options)
-            try:
-                await self._box.outbox.drop_outdated()
-                statistics = await self._box.outbox.statistics()
-            except OutboxError as error:
-                log.warning("no health: %s", error)
-            else:
-                self._box.publisher.publish_retained(contract.HEALTH, contract.health_data(self._health(statistics)))
-                lost = losses(self._before, statistics, self._box.options.outbox_path)
-                for alarm in lost:
-                    log.warning(log_line(alarm))
-                with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
-                    await self._box.outbox.append(*lost)
+            statistics = await self._ask_outbox(tidy=True)
+            if statistics is not None:
+                self._tell(losses(self._before, statistics, self._box.options.outbox_path))
                 self._before = statistics
+            if self._before is not None:
+                self._box.publisher.publish_retained(contract.HEALTH, contract.health_data(self._health(self._before)))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.health_is_due.wait(), HEALTH_INTERVAL_S)
             self.health_is_due.clear()
+
+    async def _ask_outbox(self, *, tidy: bool = False) -> Statistics | None:
+        """What the outbox says of itself, ``tidy``: without what is outdated; None: it does not answer."""
+        outbox = self._box.outbox
+        try:
+            if tidy:
+                await asyncio.wait_for(outbox.drop_outdated(), OUTBOX_LIMIT_S)
+            return await asyncio.wait_for(outbox.statistics(), OUTBOX_LIMIT_S)
+        except (OutboxError, asyncio.TimeoutError):  # pipeline and watchdog tell why
+            return None
+
+    def _tell(self, alarms: Sequence[Draft]) -> None:
+        """The journal at once, everybody else as soon as the outbox can."""
+        for alarm in alarms:
+            log.warning(log_line(alarm))
+            with contextlib.suppress(asyncio.QueueFull):
+                self._untold.put_nowait(alarm)
+
+    async def _commit_alarms(self) -> None:
+        while True:
+            drafts = [await self._untold.get()]
+            while not self._untold.empty():
+                drafts.append(self._untold.get_nowait())
+            with contextlib.suppress(OutboxError):  # full: the pipeline says so, and health shows it
+                await self._box.outbox.append(*drafts)
 
     def _health(self, statistics: Statistics) -> Health:
         box, asked = self._box, self._box.attendant
@@ -139,7 +168,13 @@ class Caretaker:
             requests=RequestsHealth(asked.ok, asked.refused, asked.dropped),
             recognizer=box.worker.pid,
         )
-        health = replace(health, provider=box.worker.facts.provider)
+        stuck_s = round(box.outbox.unanswered_s, 1)
+        health = replace(
+            health,
+            provider=box.worker.facts.provider,
+            recognizers_replaced=box.worker.replaced,
+            outbox=replace(health.outbox, unanswered_s=stuck_s),
+        )
         if isinstance(box.outbox, AuditedOutbox):
             health = replace(health, audit_newest=box.outbox.audit.newest)
         return health
@@ -152,8 +187,10 @@ class Caretaker:
         found = {}
         for name, ear in self._box.pipeline.ears.items():
             microphone = self._box.microphones.get(name)
-            error = None if microphone is None or microphone.rate_error is None else round(microphone.rate_error, 4)
-            found[name] = replace(ear.meter.read(), rate_error=error, troubles=troubles.get(name, []))
+            found[name] = replace(ear.meter.read(), troubles=troubles.get(name, []))
+            if microphone is not None:
+                error = None if microphone.rate_error is None else round(microphone.rate_error, 4)
+                found[name] = replace(found[name], rate_error=error, captures_replaced=microphone.replaced)
         return found
 
     async def _show_metrics(self) -> Page:
@@ -173,10 +210,7 @@ class Caretaker:
 
     async def snapshot(self) -> Snapshot:
         """Everything there is to be seen at this moment."""
-        try:
-            statistics = await self._box.outbox.statistics()
-        except OutboxError:
-            statistics = None
+        statistics = await self._ask_outbox()
         worker_bytes = worker_cpu_s = None
         with contextlib.suppress(OSError):  # it is being replaced
             pid = self._box.worker.pid
@@ -185,6 +219,7 @@ class Caretaker:
             meta=self._box.meta(),
             microphones=self._microphone_health(),
             outbox=statistics,
+            outbox_unanswered_s=self._box.outbox.unanswered_s,
             alarms=self._alarms.raised,
             thermals=self._thermals,
             broker_refuses=self._box.publisher.refusal is not None,
@@ -208,12 +243,9 @@ class Caretaker:
                 if each.kind == hearing.TOO_NOISY and each.source is not None
             }
             drafts = self._alarms.update(conditions, clock.boottime_ns())
-            for alarm in drafts:
-                log.warning(log_line(alarm))
+            self._tell(drafts)
             if drafts:
                 self.health_is_due.set()  # it shows what is raised
-            with contextlib.suppress(OutboxError):  # full: the pipeline says so
-                await self._box.outbox.append(*drafts)
             await asyncio.sleep(clock.until_next(ATTEND_INTERVAL_S))
 
     def _conditions(self) -> Iterator[Condition]:

@@ -133,6 +133,8 @@ class MicrophoneHealth:
     """Measured sample rate over the nominal one, less one."""
     troubles: Sequence[str] = ()
     """Kinds of the alarms about it that are not over."""
+    captures_replaced: int | None = None
+    """Processes that listened to it and died or hung, since the start; None: it needs none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ class OutboxHealth:
     oldest_age_s: float | None
     refusal: str
     """Why the broker takes nothing although it is there; empty: nothing is known against it."""
+    unanswered_s: float = 0.0
+    """For how long it has answered nobody; beyond a moment everything else here is from before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,8 @@ class Health:
     recognizer_cpu_load: float | None = None
     """Cores in use by the recognizer, a process of its own."""
     recognizer_memory_bytes: int | None = None
+    recognizers_replaced: int = 0
+    """Recognizers that died, hung, grew or heard wrongly, since the start."""
     audit_newest: str | None = None
     """``number:hash`` of the newest record of the audit log: whoever keeps it can prove what came before."""
 

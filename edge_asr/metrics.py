@@ -40,7 +40,9 @@ class Snapshot:
     meta: Meta
     microphones: dict[str, MicrophoneHealth]
     outbox: Statistics | None
-    """None: it cannot be asked."""
+    """None: it cannot be asked, or does not answer."""
+    outbox_unanswered_s: float
+    """For how long it has answered nobody."""
     alarms: Sequence[Condition]
     thermals: Thermals
     broker_connected: bool | None
@@ -143,6 +145,8 @@ class _Latest(Collector):
         yield _about(self.snapshot.meta)
         yield from _of_the_box(self.snapshot)
         yield from _of_microphones(self.snapshot.microphones)
+        about = "For how long the outbox has answered nobody of those who wait for it; 0: nobody waits."
+        yield _gauge("outbox_unanswered_seconds", about, self.snapshot.outbox_unanswered_s)
         yield from _of_the_outbox(self.snapshot.outbox)
 
 

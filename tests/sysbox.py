@@ -27,6 +27,8 @@ INSTALLED = "/opt/edge-asr"
 
 PYTHON = f"{INSTALLED}/.venv/bin/python"
 
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin", "SYSTEMD_COLORS": "0"}
+
 
 @dataclass(frozen=True, slots=True)
 class Sysbox:
@@ -38,25 +40,17 @@ class Sysbox:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Standard output of a command run inside; its exit code must be 0 unless ``check`` is off."""
-        enter = [
-            "nsenter",
-            "--target",
-            str(self.pid_1),
-            "--mount",
-            "--uts",
-            "--ipc",
-            "--net",
-            "--pid",
-            "--cgroup",
-            "--",
-        ]
-        environment = {"PATH": "/usr/sbin:/usr/bin", "SYSTEMD_COLORS": "0"}
         done = subprocess.run(
-            [*enter, *command], check=False, capture_output=True, text=True, env=environment, timeout=60
+            self.inside(*command), check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60
         )
         if check and done.returncode != 0:
             pytest.fail(f"{' '.join(command)} exited {done.returncode}:\n{done.stdout}{done.stderr}{self.journal()}")
         return done.stdout
+
+    def inside(self, *command: str) -> list[str]:
+        """What to start outside for a command to run inside."""
+        namespaces = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
+        return ["nsenter", "--target", str(self.pid_1), *namespaces, "--", *command]
 
     def write(self, path: str, content: str, mode: int = 0o644) -> None:
         """Make a file inside, readable by everybody."""
@@ -99,7 +93,7 @@ def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
 
     A ``bare`` one has no program; it has a /usr of its own to write to and knows the host's packages.
     """
-    _skip_where_containers_are_forbidden()
+    skip_where_containers_are_forbidden()
     root = folder / "root"
     _furnish(root)
     if bare:
@@ -132,7 +126,8 @@ def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
             nspawn.wait()
 
 
-def _skip_where_containers_are_forbidden() -> None:
+def skip_where_containers_are_forbidden() -> None:
+    """To be called by a test that needs root and namespaces."""
     if os.geteuid() != 0:
         pytest.skip("a system container needs root")
     namespaces = ["unshare", "--mount", "--pid", "--net", "--fork", "true"]

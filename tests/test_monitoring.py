@@ -313,6 +313,7 @@ SNAPSHOT = Snapshot(
     meta=Meta("1", "m 1", "", [], "onnxruntime", "cpu", "cpu", {}, [], 0, "", ()),
     microphones={},
     outbox=None,
+    outbox_unanswered_s=7.5,
     alarms=(),
     thermals=thermal.Thermals({"cpu-thermal": 48.2}, None, ("under-voltage",)),
     broker_connected=None,
@@ -331,7 +332,8 @@ def test_what_cannot_be_had_is_left_out_and_never_zero() -> None:
     shown = Metrics().render(SNAPSHOT).decode()
     assert 'edge_asr_temperature_celsius{zone="cpu-thermal"} 48.2' in shown
     assert 'edge_asr_throttled{cause="under-voltage"} 1.0' in shown
-    for absent in ("edge_asr_outbox", "edge_asr_broker_connected", "edge_asr_recognizer_resident"):
+    assert "edge_asr_outbox_unanswered_seconds 7.5" in shown
+    for absent in ("edge_asr_outbox_bytes", "edge_asr_broker_connected", "edge_asr_recognizer_resident"):
         assert absent not in shown
 
 

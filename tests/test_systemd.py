@@ -23,7 +23,7 @@ from edge_asr import capture, devices, systemd, watchdog, worker
 from edge_asr.settings import Vad
 from tests.broker import Pki
 from tests.payloads import check
-from tests.sysbox import CHECKOUT, PYTHON, Sysbox, booted
+from tests.sysbox import CHECKOUT, ENVIRONMENT, PYTHON, Sysbox, booted
 from tests.test_worker import spin
 
 UNIT = CHECKOUT / "systemd/edge-asr.service"
@@ -556,7 +556,7 @@ def order(site: Sysbox) -> Iterator[Sysbox]:
     site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", WATCHED)
     site.write("/etc/edge-asr/settings.yaml", ONE_ORDER)
     site.run("systemctl", "daemon-reload")
-    site.run("rm", "-rf", "/var/lib/private/edge-asr")
+    site.run("rm", "-rf", STATE)
     yield site
     site.run("systemctl", "stop", "edge-asr")
     site.run("systemctl", "reset-failed", "edge-asr", check=False)
@@ -648,12 +648,85 @@ def test_a_commit_that_hangs_while_nobody_speaks_is_noticed_within_the_watchdogs
     assert noticed_us - began_us < 11_000_000  # WatchdogSec= of the unit, and what it takes to look
 
 
+STATE = "/var/lib/private/edge-asr"
+
+
+@pytest.fixture
+def disk(order: Sysbox, tmp_path: Path) -> Iterator[Sysbox]:
+    """The service's state lies on a disk of its own."""
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    device = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
+    loop = device.stdout.strip()
+    number = Path(loop).stat().st_rdev
+    try:
+        order.run("mknod", "/dev/card", "b", str(os.major(number)), str(os.minor(number)))
+        order.run("mkdir", "--parents", STATE)
+        order.run("mount", "/dev/card", STATE)
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)  # once nobody has it mounted
+    yield order
+    order.run("systemctl", "stop", "edge-asr")
+    order.run("umount", STATE)
+    order.run("rm", "/dev/card")
+
+
+FROZEN = 'fsfreeze --freeze "$0" && echo frozen && read _; fsfreeze --unfreeze "$0"'
+"""Until its input ends, which it also does when the test dies."""
+
+
+@contextlib.contextmanager
+def frozen(box: Sysbox) -> Iterator[None]:
+    """The disk takes nothing: whoever writes waits in the kernel (state D), where no signal reaches."""
+    hold, pipe = box.inside("sh", "-c", FROZEN, STATE), subprocess.PIPE
+    with subprocess.Popen(hold, env=ENVIRONMENT, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"frozen\n"
+        yield
+
+
+def thread_states(box: Sysbox) -> set[str]:
+    """What the daemon's threads are doing, as the kernel calls it."""
+    stats = box.run("sh", "-c", f"cat /proc/{main_pid(box)}/task/*/stat").splitlines()
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+
+def test_a_disk_that_takes_nothing_is_told_to_whoever_asks_and_waited_for_and_the_order_is_obeyed(
+    disk: Sysbox,
+) -> None:
+    def asked_for(page: str) -> str:
+        ask = ("curl", "--silent", "--max-time", "10", "--write-out", " %{http_code}")
+        return disk.run(*ask, f"http://127.0.0.1:9776/{page}")
+
+    capturing(disk)
+    waited_for = "the disk of the outbox has not answered for 4.5 s; waiting for it"
+    with frozen(disk):
+        disk.wait_for("the notice", lambda: waited_for in disk.show("edge-asr", "StatusText"))
+        assert "D" in thread_states(disk)
+        numbers = asked_for("metrics")
+        (stuck_s,) = re.findall(r"^edge_asr_outbox_unanswered_seconds (.*)$", numbers, re.MULTILINE)
+        assert float(stuck_s) > 4
+        assert "edge_asr_outbox_bytes" not in numbers
+        assert "edge_asr_finals_waiting" in numbers
+        assert asked_for("livez") == "ok\n 200"
+        readiness = asked_for("readyz")
+        assert waited_for in readiness
+        assert readiness.endswith("503")
+        disk.wait_for("the control room", lambda: received(disk, "status")["reason"] == waited_for)
+    disk.wait_for("the order", lambda: "command StopMachine" in everything_logged(disk))  # written after its commit
+    disk.wait_for("its end", lambda: "the disk of the outbox answers again" in everything_logged(disk))
+    assert restarts(disk) == 0
+
+
 def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
     (watchdog_s,) = re.findall(r"^WatchdogSec=(\d+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
     for noticed_s in (
         devices.STALL_S + capture.LIMIT_S,
         watchdog.COMMIT_INTERVAL_S + watchdog.COMMIT_LIMIT_S + watchdog.LOOK_S,
         worker.LIMIT_S + worker.LOOK_S,
+        watchdog.STILL_LOOKS * watchdog.LOOK_S,  # while nobody speaks
         worker.step_limit_s(Vad().max_utterance_s, pace=0.07) + worker.LOOK_S,  # 237 MB, its own graph
     ):
         assert noticed_s < int(watchdog_s)
