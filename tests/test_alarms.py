@@ -18,7 +18,9 @@ from edge_asr.events import SAMPLE_RATE, Draft
 from edge_asr.outbox import Outbox, read_statistics
 from tests.broker import PATIENCE_S, Broker, Received, Subscriber, wait_until
 from tests.soundcard import sound_card
+from tests.sysbox import skip_where_containers_are_forbidden
 from tests.test_daemon import COMMAND, running, write_settings
+from tests.test_monitoring import COOLER, JETSON, ZONE, tree
 
 CHECKOUT = Path(__file__).parent.parent
 KINDS = re.findall(
@@ -106,8 +108,9 @@ def test_a_message_that_a_broker_refuses_for_good_is_an_alarm(tmp_path: Path) ->
 
 
 HASTY = """
-from edge_asr import alarms, capture, cli, hearing
+from edge_asr import alarms, capture, caretaker, cli, hearing
 alarms.QUIET_S = 1.0
+caretaker.HEALTH_INTERVAL_S = 1.0
 hearing._LOSS_WINDOW_NS = 4 * 10**9
 capture.RateMeter.PIECE_NS = 10**9
 capture.RateMeter.PIECES = 3
@@ -188,3 +191,26 @@ def test_a_device_that_delivers_fewer_samples_than_it_says_is_an_alarm_until_it_
             )
             device.rate = SAMPLE_RATE
             the_alarm(subscriber, "microphone-rate", "over")
+
+
+BEHIND = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /sys/class/thermal && exec "$@"')
+"""Starts a program that sees another board."""
+
+
+def test_a_board_that_is_hot_and_throttled_is_two_alarms_until_it_has_cooled_down(
+    tmp_path: Path, broker: Broker
+) -> None:
+    skip_where_containers_are_forbidden()
+    board = tree(tmp_path / "sys", JETSON)
+    path = write_settings(tmp_path, broker.port)
+    with (
+        Subscriber(broker, ALARMS) as subscriber,
+        running(path, program=("-c", HASTY), prefix=(*BEHIND, str(board / "class/thermal"))),
+    ):
+        hot, slow = the_alarm(subscriber, "board-hot"), the_alarm(subscriber, "board-throttled")
+        assert (hot.data["severity"], slow.data["severity"]) == ("critical", "warning")
+        assert hot.data["detail"] == "the board is at 98 °C and switches itself off at 102 °C"
+        assert slow.data["detail"] == "the board works slower than it could: cpu-throttle-alert"
+        tree(board, {f"{ZONE}0/temp": "61000", f"{COOLER}1/cur_state": "0"})
+        for kind in ("board-hot", "board-throttled"):
+            the_alarm(subscriber, kind, "over")
