@@ -16,25 +16,27 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import urlopen
 
-from edge_asr import clock, model_store, settings
-from edge_asr.audio import FrameCutter, read_file
-from edge_asr.events import SAMPLE_RATE, Utterance, new_id
+import soundfile
+
+from edge_asr import clock, model_store
+from edge_asr.audio import quiet, read_file
+from edge_asr.events import SAMPLE_RATE
 from edge_asr.health import resident_bytes
-from edge_asr.inference import SileroDetector
-from edge_asr.pipeline import Ear
-from edge_asr.worker import Worker
-from tests.broker import free_port
-from tests.soundcard import sound_card
+from tests.broker import HOST, Broker, free_port
+from tests.soundcard import SoundCard, sound_card, until
 
 SHORT_BYTES = 2 * SAMPLE_RATE * 6 // 10
 """0.6 s: the shortest order."""
+
+PAUSE = quiet(SAMPLE_RATE)
+"""Between two orders: the gate closes."""
 
 LIBPULSE = "threaded-ml"
 """The thread in which libpulse talks to the sound server; a sound card of one's own has none."""
@@ -42,65 +44,131 @@ LIBPULSE = "threaded-ml"
 OTHER: Literal["zh"] = "zh"
 """The site's language with a model of one's own: random weights do not say the golden text, which is English."""
 
-WARM = 50
-"""Utterances after which the memory in use is the base line."""
-
 LAST_LINES = 20
 """Of the log of a daemon that does not start."""
 
-DRIFT_LIMITS_MB = {"long_speech": 8.0, "short_utterances": 4.0}
-"""Of 300 s without a pause, where 170 kB lost with each of 95 pieces would be 8 MB and half a MB was seen; of 10,000
-orders, where 1 kB lost with each of them is 5 MB."""
+DRIFT_LIMITS_MB = {"long_speech": 8.0, "short_orders": 4.0}
+"""Of each process: in 300 s without a pause, where 170 kB lost with each of 95 pieces would be 8 MB and half a MB was
+seen; in 10,000 orders, where 1 kB lost with each of them is 5 MB."""
 
 
 def recordings() -> list[bytes]:
     return [read_file(path) for path in sorted(model_store.bundled("recordings").glob("*.flac"))]
 
 
-def short_utterances(count: int) -> Iterator[Utterance]:
-    """Pieces of the recordings, all different places and lengths."""
-    for number, pcm in enumerate(islice(cycle(recordings()), count)):
+def short_orders() -> Iterator[bytes]:
+    """Pieces of the recordings for ever, all different places and lengths; some are silence."""
+    for number, pcm in enumerate(cycle(recordings())):
         start = 2 * (number * 997 % max(1, (len(pcm) - SHORT_BYTES) // 2))
-        piece = pcm[start : start + SHORT_BYTES + 64 * (number % 300)]
-        yield Utterance(id=new_id(), source="soak", start=0, pcm=piece, ended_ns=clock.boottime_ns())
+        yield pcm[start : start + SHORT_BYTES + 64 * (number % 300)] + PAUSE
 
 
-def long_speech(seconds: float) -> Iterator[Utterance]:
-    """Speech without a pause, as the gate cuts it."""
-    ear, cutter = Ear(SileroDetector(model_store.locate_vad()), settings.Vad()), FrameCutter("soak")
+def long_speech(seconds: float) -> Iterator[bytes]:
+    """Speech without a pause, a second at a time."""
     voices = b"".join(pcm for pcm in recordings() if len(pcm) > SHORT_BYTES)
-    pcm = (voices * (1 + int(2 * SAMPLE_RATE * seconds) // len(voices)))[: int(2 * SAMPLE_RATE * seconds)]
-    for frame in cutter.feed(pcm, clock.boottime_ns()):
-        yield from ear.feed(replace(frame, captured_ns=clock.boottime_ns()))
-    yield from ear.flush()
+    for second in range(math.ceil(seconds)):
+        yield (2 * voices)[2 * SAMPLE_RATE * second % len(voices) :][: 2 * SAMPLE_RATE]
+    yield PAUSE
 
 
-def growth(
-    worker: Worker, utterances: Iterator[Utterance], warm: int = WARM, limit_s: float = math.inf
-) -> dict[str, float]:
-    """Megabytes of the worker after the first ``warm`` utterances, at most and at the end, and how many there were."""
-    sizes, began = [], time.monotonic()
-    for utterance in utterances:
-        if time.monotonic() - began > limit_s:
-            break
-        worker.understand(utterance, final=True)
-        sizes.append(resident_bytes(worker.pid) / 2**20)
-    base = sizes[min(warm, len(sizes)) - 1]
-    return {
-        "utterances": len(sizes),
-        "took_s": round(time.monotonic() - began, 1),
-        "base_mb": round(base, 1),
-        "most_mb": round(max(sizes), 1),
-        "end_mb": round(sizes[-1], 1),
-        "drift_mb": round(drift_mb(sizes), 2),
-        "replaced": worker.replaced,
-    }
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
-def drift_mb(sizes: list[float]) -> float:
-    """The last quarter's median over the second quarter's: what is left of growth once every size has been seen."""
-    quarter = max(1, len(sizes) // 4)
-    return statistics.median(sizes[-quarter:]) - statistics.median(sizes[quarter : 2 * quarter] or sizes)
+class Listener:
+    """A running daemon with a microphone before which somebody speaks now and then, and an ear for what it is fed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], monitoring: int) -> None:
+        self._process, self._monitoring = process, monitoring
+
+    def committed(self) -> int:
+        """What it was fed and has understood so far."""
+        return round(self._number(r'utterances_total{.*source="stdin"}'))
+
+    def has_understood(self) -> bool:
+        """Whether nothing waits for the recognizer."""
+        return not self._number("finals_waiting")
+
+    def _number(self, name: str) -> float:
+        with urlopen(f"http://{HOST}:{self._monitoring}/metrics", timeout=60) as page:
+            numbers = page.read().decode()
+        return sum(map(float, re.findall(rf"^edge_asr_{name} (.*)$", numbers, re.MULTILINE)))
+
+    def sizes_mb(self) -> dict[str, float]:
+        """Memory of each of its processes."""
+        pids = family(self._process.pid)
+        names = (Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() for pid in pids[1:])
+        return {name: resident_bytes(pid) / 2**20 for name, pid in zip(("daemon", *names), pids, strict=True)}
+
+    def growth(
+        self, pieces: Iterable[bytes], look_every: int, most: float = math.inf, limit_s: float = math.inf
+    ) -> dict[str, Any]:
+        """How its processes grow over pieces of audio, until so many utterances or seconds have passed."""
+        assert self._process.stdin is not None
+        sizes: dict[str, list[float]] = {}
+        before, began = self.committed(), time.monotonic()
+        for number, pcm in enumerate(pieces, start=1):
+            self._process.stdin.write(pcm)
+            self._process.stdin.flush()
+            if number % look_every == 0:
+                until(self.has_understood, "it is behind", deadline_s=120)
+                for name, size_mb in self.sizes_mb().items():
+                    sizes.setdefault(name, []).append(size_mb)
+                if self.committed() - before >= most or time.monotonic() - began > limit_s:
+                    break
+        return {
+            "utterances": self.committed() - before,
+            "took_s": round(time.monotonic() - began, 1),
+            "processes": {name: drift(each) for name, each in sizes.items()},
+        }
+
+
+def drift(sizes_mb: list[float]) -> dict[str, float]:
+    """The second quarter's median, the last quarter's, and what is left of growth once every length has been seen."""
+    quarter = max(1, len(sizes_mb) // 4)
+    early, late = statistics.median(sizes_mb[quarter : 2 * quarter] or sizes_mb), statistics.median(sizes_mb[-quarter:])
+    found = {"from_mb": early, "to_mb": late, "most_mb": max(sizes_mb), "drift_mb": late - early}
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+@contextmanager
+def spoken_to(card: SoundCard, folder: Path) -> Iterator[None]:
+    """Somebody gives an order before the microphone every few seconds."""
+    order, done = folder / "order.wav", threading.Event()
+    soundfile.write(order, *soundfile.read(model_store.bundled("recordings") / "20-emergency-stop.flac"))
+
+    def talk() -> None:
+        while not done.wait(5):
+            card.play(order)
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        talker.join()
+
+
+def memory_over(
+    model: str | None, utterances: float, speech_s: float, limit_s: float = math.inf
+) -> dict[str, dict[str, Any]]:
+    """Growth of every process of a daemon over long speech and then many short orders."""
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as folder,
+        Broker(Path(folder), durable=False) as broker,
+        sound_card() as card,
+    ):
+        changes = ["sources=[{type: microphone}, {type: stdin}]", "commands.grammars=[factory.en]"]
+        changes += [f"monitoring.port={port}", f"mqtt.host={HOST}", f"mqtt.port={broker.port}"]
+        with ready(model, card, *changes) as (process, _), spoken_to(card, Path(folder)):
+            until(lambda: is_open(port), "nothing is told")
+            listener = Listener(process, port)
+            speech = listener.growth(long_speech(speech_s), look_every=2)
+            orders = listener.growth(short_orders(), 20, utterances, limit_s)
+    return {"long_speech": speech, "short_orders": orders}
 
 
 def memory_mb(pids: list[int]) -> dict[str, float]:
@@ -185,38 +253,45 @@ def compiled(folder: Path) -> dict[str, str]:
     return variables
 
 
-def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[str, float]:
-    """Start to READY=1, memory and CPU of the daemon before a silent microphone."""
+@contextmanager
+def ready(model: str | None, card: SoundCard, *changes: str) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+    """A daemon under settings that differ so, once it is READY=1, and how many seconds that took."""
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as folder,
-        sound_card() as card,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
     ):
         manager.bind(f"{folder}/notify")
-        changes = [f"state_dir={folder}/state", "sources=[{type: microphone}]", "log.level=error"]
-        changes += ["model.optimized=false"]  # else the worker makes way for a faster one while it is measured
-        changes += [f"model.name={model}", f"model.languages=[{OTHER}]"] if model else []
-        changes += ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
-        command = [sys.executable, "-m", "edge_asr.cli", "run", *(part for each in changes for part in ("--set", each))]
+        every = [f"state_dir={folder}/state", "log.level=error", *changes]
+        every += ["model.optimized=false"]  # else the worker makes way for a faster one while it is measured
+        every += [f"model.name={model}", f"model.languages=[{OTHER}]"] if model else []
+        command = [sys.executable, "-m", "edge_asr.cli", "run", *(part for each in every for part in ("--set", each))]
         variables = {**compiled(Path(folder)), **card.environment, "NOTIFY_SOCKET": f"{folder}/notify"}
         began = time.monotonic()
         with started(command, variables, Path(folder) / "log") as daemon:
             await_ready(daemon, manager, Path(folder) / "log")
             ready_s = time.monotonic() - began
-            ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
             threading.Thread(target=_listen, args=[manager], daemon=True).start()
-            time.sleep(5)  # the microphone opens, the first probe is over
-            pids = family(daemon.pid)
-            quiet = idle(pids, idle_s)
-            memory = memory_mb(pids)
-        ready = {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
-        return {**ready, **memory, **quiet}
+            yield daemon, ready_s
+
+
+def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[str, float]:
+    """Start to READY=1, memory and CPU of the daemon before a silent microphone."""
+    changes = ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
+    with sound_card() as card, ready(model, card, "sources=[{type: microphone}]", *changes) as (daemon, ready_s):
+        ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
+        time.sleep(5)  # the microphone opens, the first probe is over
+        pids = family(daemon.pid)
+        quiet_ = idle(pids, idle_s)
+        return {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2), **memory_mb(pids), **quiet_}
 
 
 @contextmanager
 def started(command: list[str], variables: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is told to end in any case."""
-    with log.open("wb") as errors, subprocess.Popen(command, env=variables, stderr=errors) as process:
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stderr=errors) as process,
+    ):
         try:
             yield process
         finally:
@@ -246,9 +321,13 @@ def _listen(manager: socket.socket) -> None:
 
 def grown_too_much(found: dict[str, Any]) -> str:
     """What makes a run fail; empty: nothing."""
-    grown = {what: found[what]["drift_mb"] for what in DRIFT_LIMITS_MB}
-    beyond = [f"{grown[what]} MB in {what}" for what, limit_mb in DRIFT_LIMITS_MB.items() if grown[what] > limit_mb]
-    return f"the recognizer grows: {', '.join(beyond)}" if beyond else ""
+    beyond = [
+        f"{name} by {each['drift_mb']} MB in {what}"
+        for what, limit_mb in DRIFT_LIMITS_MB.items()
+        for name, each in found[what]["processes"].items()
+        if each["drift_mb"] > limit_mb
+    ]
+    return f"memory grows: {', '.join(beyond)}" if beyond else ""
 
 
 def main() -> None:
@@ -256,19 +335,13 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=10_000)
     parser.add_argument("--speech-s", type=float, default=300.0)
     parser.add_argument("--idle-s", type=float, default=60.0)
-    parser.add_argument("--limit-s", type=float, default=math.inf, help="of the short utterances, however many")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="of the short orders, however many")
     parser.add_argument("--model")
     parser.add_argument("--gateway", action="store_true", help="with an open gateway that nobody uses")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.machine(), "load": os.getloadavg()[0]}
     found["service"] = service(arguments.model, arguments.idle_s, gateway=arguments.gateway)
-    options = settings.Settings(
-        model=settings.Model(name=arguments.model, languages=(OTHER,) if arguments.model else ())
-    )
-    with closing(Worker(options)) as worker:
-        found["model"] = worker.name
-        found["long_speech"] = growth(worker, long_speech(arguments.speech_s), warm=2)
-        found["short_utterances"] = growth(worker, short_utterances(arguments.utterances), limit_s=arguments.limit_s)
+    found |= memory_over(arguments.model, arguments.utterances, arguments.speech_s, arguments.limit_s)
     print(json.dumps(found, indent=2))
     grown = grown_too_much(found)
     if grown:

@@ -1,31 +1,29 @@
-"""The short form of tools/soak: silence costs little, and neither orders nor long speech make the recognizer grow."""
+"""The short form of tools/soak: silence costs little, and neither orders nor long speech make any process grow."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from edge_asr import settings
-from edge_asr.worker import Worker
-from tests.soak import await_ready, grown_too_much, growth, long_speech, service, short_utterances, started
+from tests.soak import await_ready, grown_too_much, memory_over, service, started
 
 TOLERANCE_MB = 24
 """One utterance's working memory, more or less returned at the moment of looking."""
 
 
-def test_neither_long_speech_nor_many_utterances_make_the_recognizer_grow() -> None:
-    with closing(Worker(settings.Settings())) as worker:
-        speech = growth(worker, long_speech(45), warm=1)
-        assert speech["utterances"] >= 2  # no piece is longer than 20 s
-        orders = growth(worker, short_utterances(120))
-    assert speech["end_mb"] < speech["base_mb"] + TOLERANCE_MB
-    assert orders["end_mb"] < orders["base_mb"] + TOLERANCE_MB
-    assert worker.replaced == 0
+def test_neither_long_speech_nor_many_orders_make_any_process_grow() -> None:
+    found = memory_over(None, 100, 45)
+    speech, orders = found["long_speech"], found["short_orders"]
+    assert speech["utterances"] >= 2  # no piece is longer than 20 s
+    assert orders["utterances"] >= 100
+    for part in (speech, orders):
+        assert set(part["processes"]) == {"daemon", "zygote", "recognizer", "capture-microph"}
+        for each in part["processes"].values():
+            assert each["most_mb"] < each["from_mb"] + TOLERANCE_MB
 
 
 def test_a_box_before_a_silent_microphone_sleeps() -> None:
@@ -38,11 +36,14 @@ def test_a_box_before_a_silent_microphone_sleeps() -> None:
 
 @pytest.mark.parametrize(
     ("speech_mb", "orders_mb", "told"),
-    [(0.5, 1.1, ""), (9.0, 1.1, "9.0 MB in long_speech"), (0.5, 5.0, "5.0 MB in short_utterances")],
+    [(0.5, 1.1, ""), (9.0, 1.1, "zygote by 9.0 MB in long_speech"), (0.5, 5.0, "zygote by 5.0 MB in short_orders")],
 )
-def test_a_recognizer_that_grows_in_either_way_fails_the_run(speech_mb: float, orders_mb: float, told: str) -> None:
-    found = {"long_speech": {"drift_mb": speech_mb}, "short_utterances": {"drift_mb": orders_mb}}
-    assert grown_too_much(found) == (told and f"the recognizer grows: {told}")
+def test_any_process_that_grows_in_either_way_fails_the_run(speech_mb: float, orders_mb: float, told: str) -> None:
+    found = {
+        what: {"processes": {"daemon": {"drift_mb": -9.0}, "zygote": {"drift_mb": drift_mb}}}
+        for what, drift_mb in (("long_speech", speech_mb), ("short_orders", orders_mb))
+    }
+    assert grown_too_much(found) == (told and f"memory grows: {told}")
 
 
 def test_a_service_that_does_not_start_is_told_at_once_with_its_last_lines(tmp_path: Path) -> None:
