@@ -657,16 +657,16 @@ def disk(order: Sysbox, tmp_path: Path) -> Iterator[Sysbox]:
     image = tmp_path / "disk"
     with image.open("wb") as file:
         file.truncate(64 << 20)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    device = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
-    loop = device.stdout.strip()
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, env=ENVIRONMENT)
+    attach = ["losetup", "--find", "--show", str(image)]
+    loop = subprocess.run(attach, check=True, env=ENVIRONMENT, capture_output=True, text=True).stdout.strip()
     number = Path(loop).stat().st_rdev
     try:
         order.run("mknod", "/dev/card", "b", str(os.major(number)), str(os.minor(number)))
         order.run("mkdir", "--parents", STATE)
         order.run("mount", "/dev/card", STATE)
     finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)  # once nobody has it mounted
+        subprocess.run(["losetup", "--detach", loop], check=True, env=ENVIRONMENT)  # once nobody has it mounted
     yield order
     order.run("systemctl", "stop", "edge-asr")
     order.run("umount", STATE)
