@@ -6,11 +6,16 @@ therefore the newest hash leaves the box with every ``health``, and an MES's cop
 
 A record is written after what it tells of is committed. A crash in between leaves a gap in the sequence numbers, which
 is not a break of the chain and is told by :func:`verify`; half a line at the end is cut off when the log is opened.
+
+A file is named by its first record and holds one day at most, also of a box that hears nothing, because files are
+deleted whole: what was said stays a day longer than it may, and not for as long as it takes to fill a file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import datetime as dt
 import hashlib
 import json
 import logging
@@ -33,7 +38,9 @@ GENESIS: Final = "0" * 64
 """What the first record of all calls its predecessor."""
 
 SEGMENT_RECORDS: Final = 10_000
-"""In one file; old files are deleted whole."""
+"""In one file at most."""
+
+_DAY_NS: Final = 86_400 * clock.NS_PER_S
 
 _KEPT: Final = (
     "utterance_id",
@@ -79,7 +86,8 @@ class AuditLog:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._number, self._hash, cut = _tail(folder)
-            self._forget_old()
+            self._file, self._day = _begun(folder)
+            _forget(_segments(folder)[:-1], days)
         except OSError as error:
             raise _refused(folder, error) from None
         self.append({"what": "opened", "boot_id": clock.boot_id(), "cut_bytes": cut})
@@ -89,25 +97,27 @@ class AuditLog:
         """Number and hash of the newest record."""
         return f"{self._number}:{self._hash}"
 
+    @property
+    def is_of_another_day(self) -> bool:
+        """Whether the next record begins a file because the present one is not of today."""
+        return self._day != _today()
+
     def append(self, content: Mapping[str, Json], *, durable: bool = True) -> None:
         """Write one record. Raises AuditError."""
         with self._lock:
             number = self._number + 1
+            begins = self.is_of_another_day or number - self._file >= SEGMENT_RECORDS
+            path = self._folder / _segment(number if begins else self._file)
             record: dict[str, Json] = {"n": number, "time": clock.iso(clock.wall_ns()), **content, "before": self._hash}
             digest = _hash(record)
-            path = self._folder / _segment(number)
-            begins = not path.exists()
             try:
-                with path.open("ab") as file:
-                    file.write(_line({**record, "hash": digest}))
-                    file.flush()
-                    if durable:
-                        os.fdatasync(file.fileno())
+                _write(path, _line({**record, "hash": digest}), durable=durable)
+                self._number, self._hash = number, digest
+                if begins:
+                    self._file, self._day = number, _today()
+                    _forget(_segments(self._folder)[:-1], self._days)
             except OSError as error:
                 raise _refused(path, error) from None
-            self._number, self._hash = number, digest
-        if begins:
-            self._forget_old()
 
     def committed(self, messages: Iterable[Message]) -> None:
         """Tell of messages that are in the outbox."""
@@ -116,13 +126,6 @@ class AuditLog:
             about = {key: message.data[key] for key in kept if key in message.data}
             said: dict[str, Json] = {"what": message.topic.rpartition("/")[2], "seq": message.seq, "id": message.id}
             self.append({**said, **about}, durable=message.category == "command")
-
-    def _forget_old(self) -> None:
-        """Delete whole files that are too old; their last hash is in the first record that is left."""
-        limit_s = clock.wall_ns() / clock.NS_PER_S - self._days * 86_400
-        for path in _segments(self._folder)[:-1]:
-            if path.stat().st_mtime < limit_s:
-                path.unlink()
 
 
 class AuditedOutbox(Outbox):
@@ -155,6 +158,13 @@ class AuditedOutbox(Outbox):
             await self._write(self._tell, {"what": "receipt", "id": command_id, "verdict": verdict, "reason": reason})
         return known
 
+    async def drop_outdated(self) -> int:
+        """As Outbox.drop_outdated; of the log, too."""
+        dropped = await super().drop_outdated()
+        if self.audit.is_of_another_day:
+            await self._write(self.audit.append, {"what": "day"})
+        return dropped
+
     async def note(self, content: Mapping[str, Json]) -> None:
         """Tell of what is no message."""
         await self._write(self.audit.append, content)
@@ -172,6 +182,25 @@ class AuditedOutbox(Outbox):
             await asyncio.get_running_loop().run_in_executor(self._scribe, work, content)
         except AuditError as error:  # the message is committed and must go its way
             log.error("no audit record: %s", error)  # noqa: TRY400 - no bug, no traceback
+
+
+class FormerlyAuditedOutbox(Outbox):
+    """An outbox whose audit log was switched off: what is left of the log goes when its days are over."""
+
+    def __init__(
+        self, path: Path, max_bytes: int, folder: Path, days: float, *, limits: Mapping[events.Category, Limits]
+    ) -> None:
+        super().__init__(path, max_bytes, limits=limits)
+        self._folder = folder
+        self._days = days
+
+    async def drop_outdated(self) -> int:
+        """As Outbox.drop_outdated; of what is left of the log, too."""
+        try:
+            await asyncio.to_thread(_forget, _segments(self._folder), self._days)
+        except OSError as error:
+            log.warning("%s: what is left of the audit log cannot be deleted (%s)", self._folder, error.strerror)
+        return await super().drop_outdated()
 
 
 def verify(folder: Path, known: str | None = None) -> Verdict:
@@ -234,12 +263,49 @@ def _tail(folder: Path) -> tuple[int, str, int]:
     return 0, GENESIS, 0
 
 
+def _begun(folder: Path) -> tuple[int, int | None]:
+    """Number and day of the newest file's first record; no day: the next record begins another file."""
+    files = _segments(folder)
+    if not files:
+        return 0, None
+    with files[-1].open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError):
+        first = json.loads(file.readline())
+        return int(first["n"]), int(dt.datetime.fromisoformat(first["time"]).timestamp()) // 86_400
+    return 0, None
+
+
+def _today() -> int:
+    return clock.wall_ns() // _DAY_NS
+
+
+def _write(path: Path, line: bytes, *, durable: bool) -> None:
+    """Append a record; of one that does not fit on the disk nothing stays."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+            if durable:
+                os.fdatasync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _forget(files: Iterable[Path], days: float) -> None:
+    """Delete what is too old; the hash of the last record of a file is in the first of the next."""
+    limit_s = clock.wall_ns() / clock.NS_PER_S - days * 86_400
+    for path in files:
+        if path.stat().st_mtime < limit_s:
+            path.unlink()
+
+
 def _segments(folder: Path) -> list[Path]:
     return sorted(folder.glob("audit-*.jsonl"))
 
 
 def _segment(number: int) -> str:
-    return f"audit-{(number - 1) // SEGMENT_RECORDS * SEGMENT_RECORDS + 1:012d}.jsonl"
+    return f"audit-{number:012d}.jsonl"
 
 
 def _line(record: Mapping[str, Json]) -> bytes:

@@ -31,7 +31,7 @@ from edge_asr import (
 )
 from edge_asr.alarms import earlier, log_line, missing_receipts
 from edge_asr.attendant import Attendant
-from edge_asr.audit import AuditedOutbox, AuditLog
+from edge_asr.audit import AuditedOutbox, AuditLog, FormerlyAuditedOutbox
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine, grammar_paths
@@ -144,11 +144,14 @@ def open_tracer(options: Settings) -> Tracer | None:
 
 def open_outbox(options: Settings) -> Outbox:
     """The outbox; with an audit log where the settings ask for one. Raises OutboxError, AuditError."""
+    place, limits = (options.outbox_path, options.outbox.max_bytes), limits_of(options)
     if not options.audit.enabled:
-        return Outbox(options.outbox_path, options.outbox.max_bytes, limits=limits_of(options))
+        if not options.audit_directory.exists():
+            return Outbox(*place, limits=limits)
+        return FormerlyAuditedOutbox(*place, options.audit_directory, options.audit.days, limits=limits)
     texts = options.audit.texts and options.privacy.publish == "everything"
     audit = AuditLog(options.audit_directory, texts=texts, days=options.audit.days)
-    return AuditedOutbox(options.outbox_path, options.outbox.max_bytes, audit, limits=limits_of(options))
+    return AuditedOutbox(*place, audit, limits=limits)
 
 
 def limits_of(options: Settings) -> dict[Category, Limits]:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
-import time
+import resource
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_asr import audit
+from edge_asr import audit, clock, settings
 from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
+from edge_asr.daemon import open_outbox
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
 from edge_asr.settings import SettingsError, load
@@ -124,18 +125,125 @@ def test_half_a_line_of_a_crash_is_cut_off_and_told(tmp_path: Path) -> None:
     assert json.loads(segment(tmp_path).read_text(encoding="utf-8").splitlines()[-1])["cut_bytes"] == 12
 
 
-def test_old_files_go_whole_and_the_rest_is_still_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "SEGMENT_RECORDS", 4)
-    log = written(tmp_path, 9)  # and one: opened
-    oldest = min(tmp_path.glob("audit-*"))
-    os.utime(oldest, (time.time() - 400 * 86_400,) * 2)
-    for number in range(4):
-        log.append({"what": "test", "value": number})
+DAY_S = 86_400
+
+
+class Calendar:
+    """A wall clock that a test turns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1_800_000_000
+        self._written: set[Path] = set()
+        monkeypatch.setattr(clock, "wall_ns", lambda: self.now_s * clock.NS_PER_S)
+
+    def turn(self, days: float, folder: Path) -> None:
+        """Let days go by; what was written today gets the calendar's time instead of the kernel's."""
+        today = set(folder.glob("*")) - self._written
+        for path in today:
+            os.utime(path, (self.now_s, self.now_s))
+        self._written |= today
+        self.now_s += int(days * DAY_S)
+
+
+@pytest.fixture
+def calendar(monkeypatch: pytest.MonkeyPatch) -> Calendar:
+    return Calendar(monkeypatch)
+
+
+def firsts(folder: Path) -> list[int]:
+    """The number in the name of every file, which is that of its first record."""
+    files = sorted(folder.glob("audit-*.jsonl"))
+    numbers = [int(path.stem.removeprefix("audit-")) for path in files]
+    assert numbers == [json.loads(path.read_bytes().splitlines()[0])["n"] for path in files]
+    return numbers
+
+
+def test_a_file_holds_a_day_at_most_and_goes_whole_and_the_rest_is_still_a_chain(
+    tmp_path: Path, calendar: Calendar
+) -> None:
+    log = written(tmp_path, 3, days=10)  # and one: opened
+    for _ in range(3):
+        calendar.turn(4, tmp_path)
+        assert log.is_of_another_day
+        log.append({"what": "test"})
+        log.append({"what": "test"})
+        assert not log.is_of_another_day
+    assert firsts(tmp_path) == [5, 7, 9]
     verdict = verify(tmp_path, log.newest)
-    assert (verdict.first, verdict.records) == (5, 10)
-    os.utime(min(tmp_path.glob("audit-*")), (time.time() - 400 * 86_400,) * 2)
-    AuditLog(tmp_path, texts=True, days=365)  # a start, in the middle of a file
-    assert verify(tmp_path, log.newest).first == 9
+    assert (verdict.first, verdict.records) == (5, 6)
+    calendar.turn(7, tmp_path)
+    log = AuditLog(tmp_path, texts=True, days=10)
+    assert firsts(tmp_path) == [9, 11]
+    assert verify(tmp_path, log.newest).records == 3
+
+
+def test_a_start_on_the_same_day_goes_on_in_the_same_file_and_a_clock_put_back_begins_another(
+    tmp_path: Path, calendar: Calendar
+) -> None:
+    for _ in range(3):
+        written(tmp_path, 0)
+    assert firsts(tmp_path) == [1]
+    calendar.now_s -= 3 * DAY_S
+    log = written(tmp_path, 1)
+    assert firsts(tmp_path) == [1, 4]
+    assert verify(tmp_path, log.newest).records == 5
+
+
+@pytest.mark.usefixtures("calendar")
+def test_a_busy_day_has_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "SEGMENT_RECORDS", 4)
+    written(tmp_path, 5)
+    log = written(tmp_path, 3)
+    assert firsts(tmp_path) == [1, 5, 9]
+    assert verify(tmp_path, log.newest).records == 10
+
+
+def test_a_file_of_an_older_version_which_holds_many_days_is_gone_on_with(
+    tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(audit, "_today", lambda: 0)
+        log = written(tmp_path, 2)
+        calendar.turn(4, tmp_path)
+        log.append({"what": "test"})
+    assert firsts(tmp_path) == [1]
+    log = written(tmp_path, 1)
+    assert firsts(tmp_path) == [1, 5]
+    assert verify(tmp_path, log.newest).records == 6
+
+
+def test_what_does_not_fit_on_the_disk_leaves_no_half_record(tmp_path: Path) -> None:
+    log = written(tmp_path)
+    size = segment(tmp_path).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, before[1]))
+    try:
+        with pytest.raises(AuditError, match=r"check permissions and free space"):
+            log.append({"what": "test"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert segment(tmp_path).stat().st_size == size
+    log.append({"what": "test"})
+    assert verify(tmp_path, log.newest).records == 7
+
+
+def test_a_box_that_hears_nothing_keeps_nothing_longer_and_neither_does_one_whose_log_was_switched_off(
+    tmp_path: Path, calendar: Calendar
+) -> None:
+    folder = tmp_path / "state/audit"
+
+    async def look(*, enabled: bool) -> None:
+        section = settings.Audit(enabled=enabled, days=7)
+        with closing(open_outbox(settings.Settings(state_dir=tmp_path / "state", audit=section))) as outbox:
+            for _ in range(9):
+                await outbox.drop_outdated()
+                calendar.turn(1, folder)
+
+    asyncio.run(look(enabled=True))
+    assert firsts(folder) == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert [json.loads(path.read_bytes())["what"] for path in sorted(folder.iterdir())] == ["day"] * 8
+    asyncio.run(look(enabled=False))
+    assert firsts(folder) == []
 
 
 def test_what_the_outbox_commits_delivers_and_is_told_is_in_the_log(tmp_path: Path) -> None:
