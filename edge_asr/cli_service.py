@@ -16,7 +16,7 @@ def service() -> None:
 
 
 @service.command(
-    "install", epilog=example("sudo edge-asr service install", "sudo edge-asr service install --with credentials")
+    "install", epilog=example("sudo edge-asr service install", "sudo edge-asr service install --with mqtt-password")
 )
 @click.option(
     "--with",

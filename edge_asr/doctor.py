@@ -6,6 +6,7 @@ Every finding says what was looked at, what was found, and what to do if it is n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
 from edge_asr.outbox import OutboxError, read_statistics
-from edge_asr.settings import MicrophoneSource, Settings, SettingsError
+from edge_asr.service import ServiceUser
+from edge_asr.settings import FilesSource, MicrophoneSource, Settings, SettingsError
 from edge_asr.standing import StandingOrders
 from edge_asr.subscriber import Subscriber, SubscriberError
 
@@ -49,8 +51,9 @@ class Finding:
 
 def examine(options: Settings, path: Path | None = None, ask: Callable[[str], None] | None = None) -> Iterator[Finding]:
     """Look at everything the settings of ``path`` name, one by one; with ``ask`` a person is asked to speak."""
+    user = service.user_of(options)
     yield Finding("settings", "ok", str(path or "none given: the defaults"))
-    yield _permissions(options)
+    yield _permissions(options, path, user)
     options, standing = _under_orders(options)
     yield standing
     recognizer: list[OnnxRecognizer | SherpaRecognizer] = []
@@ -65,7 +68,7 @@ def examine(options: Settings, path: Path | None = None, ask: Callable[[str], No
                 yield _spoken_test(source, options, ask)
     yield from _brokers(options)
     yield _clock()
-    yield _state_directory(options.outbox_path.parent)
+    yield _state_directory(options.outbox_path.parent, user)
     if options.outbox_path.exists():
         yield _outbox(options.outbox_path)
 
@@ -83,31 +86,56 @@ def _under_orders(options: Settings) -> tuple[Settings, Finding]:
     return effective, Finding("requests", "ok", f"set by request: {', '.join(names) or 'nothing'}")
 
 
-def _permissions(options: Settings) -> Finding:
-    """Whether every file that the settings name can be read, and secrets by nobody else."""
+def _permissions(options: Settings, path: Path | None, user: ServiceUser | None) -> Finding:
+    """Whether every file that the settings name can be read by whoever will run them, and secrets by nobody else."""
+    secrets, others = _named(options)
+    files = [*_there(path), *secrets, *others]
+    for file in files:
+        trouble = _unreadable(file, user, secret=file in secrets)
+        if trouble:
+            return Finding("files", "failed", *trouble)
+    for file in secrets:
+        source = file if user is None else user.source(file)
+        if source is not None and source.stat().st_mode & 0o077:
+            remedy = f"chmod 600 {source}, and hand it to a service by LoadCredential="
+            return Finding("files", "warning", f"{source} can be read by others", remedy)
+    whose = "" if user is None else " by the service"
+    return Finding("files", "ok", f"{len(files)} files can be read{whose}")
+
+
+def _named(options: Settings) -> tuple[list[Path], list[Path]]:
+    """The files that settings name: secrets, and others."""
     gateway = options.gateway
     secrets = _there(gateway and gateway.key_file, gateway and gateway.ice_password_file)
-    named = _there(options.model.signed_by, options.hotwords.file, options.recorder.public_key)
-    named += _there(gateway and gateway.cert_file)
+    others = _there(options.model.signed_by, options.hotwords.file, options.recorder.public_key)
+    others += _there(gateway and gateway.cert_file)
     for broker in (options.mqtt, *options.mqtt.brokers):
         tls = broker.tls
         secrets += _there(broker.password_file, tls and tls.key_file)
-        named += _there(tls and tls.ca_file, tls and tls.cert_file)
-    named = secrets + named
-    for file in named:
-        if not os.access(file, os.R_OK):
-            what = "cannot be read" if file.exists() else "is not there"
-            remedy = "check the path; under systemd hand it over with LoadCredential=, and start the service first"
-            return Finding("files", "failed", f"{file} {what}", remedy)
-    for file in secrets:
-        if file.stat().st_mode & 0o077:
-            return Finding(
-                "files",
-                "warning",
-                f"{file} can be read by others",
-                f"chmod 600 {file}, and hand it to a service by LoadCredential=",
-            )
-    return Finding("files", "ok", f"{len(named)} files can be read")
+        others += _there(tls and tls.ca_file, tls and tls.cert_file)
+    named = (options.model.name or "", *options.commands.grammars)
+    others += [Path(name) for name in named if Path(name).is_absolute()]
+    others += [path for source in options.sources if isinstance(source, FilesSource) for path in source.paths]
+    return secrets, others
+
+
+def _unreadable(file: Path, user: ServiceUser | None, *, secret: bool) -> tuple[str, str] | None:
+    """What keeps whoever will run these settings from reading a file, and the remedy; None: nothing."""
+    source = file if user is None else user.source(file)
+    if source is None:
+        return f"{file} is handed over by nobody", f"add LoadCredential={file.name}:/etc/edge-asr/{file.name}"
+    if not source.exists():
+        remedy = "check the path; credentials are there while the service runs, for it and for root"
+        return f"{source} is not there", remedy
+    if os.access(source, os.R_OK) if user is None or source is not file else user.may("-r", file):
+        return None
+    if user is None:
+        return f"{file} cannot be read", "run this as root or as whoever will run the daemon"
+    if secret:
+        remedy = f"hand it over by LoadCredential={file.name}:{file} and name {service.CREDENTIALS / file.name} instead"
+    else:
+        remedy = f"chmod a+r {file}, chmod a+x the folders above it, and keep it out of /home, /root and /tmp"
+    return f"{file} cannot be read by the service's user", remedy
 
 
 def _there(*named: Path | BaseModel | None) -> list[Path]:
@@ -223,8 +251,11 @@ def _clock() -> Finding:
     return Finding("clock", "warning", found, "enable systemd-timesyncd or chrony; ages stay right, dates may not")
 
 
-def _state_directory(folder: Path) -> Finding:
+def _state_directory(folder: Path, user: ServiceUser | None) -> Finding:
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if user is not None and not user.may("-w", existing):
+        remedy = f"the service writes below {service.STATE_DIRECTORY} only: leave state_dir and outbox.path unset"
+        return Finding("state directory", "failed", f"{existing} is not writable by the service's user", remedy)
     if not os.access(existing, os.W_OK):
         return Finding("state directory", "failed", f"{existing} is not writable", "chown it, or set state_dir")
     free = shutil.disk_usage(existing).free
@@ -232,7 +263,20 @@ def _state_directory(folder: Path) -> Finding:
     found = f"{folder}{elsewhere}, {free // 2**20} MiB free"
     if free < LITTLE_SPACE_BYTES:
         return Finding("state directory", "warning", found, "free space; when full, the oldest transcripts go first")
+    stranger = None if user is None else _stranger(existing, user.uid)
+    if stranger is not None:
+        remedy = f"chown --recursive --reference={existing} {existing}/"
+        return Finding("state directory", "warning", f"{stranger} does not belong to the service's user", remedy)
     return Finding("state directory", "ok", found)
+
+
+def _stranger(folder: Path, uid: int) -> Path | None:
+    """A file that somebody else has left in the state."""
+    for entry in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # the daemon goes on meanwhile
+            if entry.lstat().st_uid != uid:
+                return entry
+    return None
 
 
 def _outbox(path: Path) -> Finding:

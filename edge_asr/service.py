@@ -7,14 +7,16 @@ and state (the outbox, imported models) is deleted only when that is asked for. 
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from edge_asr.settings import Settings
 
@@ -26,8 +28,12 @@ STATE: Final = (Path("/var/lib/private/edge-asr"), STATE_DIRECTORY, SETTINGS.par
 PACKAGED: Final = Path("/lib/systemd/system") / UNIT
 """Where the Debian package puts it."""
 
+CREDENTIALS: Final = Path("/run/credentials") / UNIT
+"""Where systemd puts what it hands over by LoadCredential=, while the service runs."""
+
 _EXAMPLE: Final = ".conf.example"
-_HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp")  # noqa: S108 - ProtectHome= and PrivateTmp=
+_HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - ProtectHome= and PrivateTmp=
+_CREDENTIAL: Final = re.compile(r"(?m)^LoadCredential(?:Encrypted)?=([^:\s]*)(?::(\S+))?")
 
 _SHOWN: Final = (
     *("ActiveState", "SubState", "StatusText", "Result", "NRestarts", "ActiveEnterTimestamp", "UnitFileState"),
@@ -37,6 +43,64 @@ _SHOWN: Final = (
 
 class ServiceError(Exception):
     """The service cannot be set up; the message says why and what to do. Exit code 69."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceUser:
+    """As whom the service meets files. Root may read everything, so what root sees says nothing about that."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    credentials: Mapping[str, Path]
+    """Name -> the file that systemd reads, as root, to hand it over under this name."""
+    writable: tuple[Path, ...]
+    """Beside its state (ReadWritePaths=); everything else is read-only to it, whatever its mode."""
+
+    def source(self, file: Path) -> Path | None:
+        """The file behind one that the settings name: itself but for a credential. None: nobody hands that over."""
+        return self.credentials.get(file.name) if file.parent == CREDENTIALS else file
+
+    def may(self, how: Literal["-r", "-w"], path: Path) -> bool:
+        """Whether the kernel would let it read or write; credentials are not asked for here."""
+        real, state = path.resolve(), STATE_DIRECTORY.resolve()
+        if any(real.is_relative_to(folder) for folder in _HIDDEN):
+            return False
+        # Nobody but root gets through /var/lib/private; the service has what is its own there mounted for it.
+        own = real.is_relative_to(state)
+        if how == "-w" and not own and not any(real.is_relative_to(folder) for folder in self.writable):
+            return False
+        asked = ["test", how, str(real.relative_to(state) if own else real)]
+        found = subprocess.run(
+            asked, check=False, cwd=state if own else "/", user=self.uid, group=self.gid, extra_groups=self.groups
+        )
+        return found.returncode == 0
+
+
+def user_of(options: Settings) -> ServiceUser | None:
+    """Who runs the service with these settings, where root asks. None: whoever asks runs them, or no service has."""
+    if os.geteuid() != 0 or options.state_directory != STATE_DIRECTORY or not STATE_DIRECTORY.is_dir():
+        return None
+    owner = STATE_DIRECTORY.stat()  # systemd gives it to whomever the service runs as
+    try:
+        unit = systemctl("cat", UNIT)
+    except ServiceError:
+        return None
+    if owner.st_uid == 0:
+        return None
+    known = {group.gr_name: group.gr_gid for group in grp.getgrall()}
+    return ServiceUser(
+        owner.st_uid,
+        owner.st_gid,
+        groups=tuple(known[name] for name in _words(unit, "SupplementaryGroups") if name in known),
+        credentials={name: Path(path) for name, path in _CREDENTIAL.findall(unit) if path},
+        writable=tuple(Path(path.lstrip("-+")) for path in _words(unit, "ReadWritePaths")),
+    )
+
+
+def _words(unit: str, key: str) -> list[str]:
+    """Of every line of a unit and its drop-ins that sets a list."""
+    return " ".join(re.findall(rf"(?m)^{key}=(.*)", unit)).split()
 
 
 def shipped() -> Path:
@@ -59,12 +123,14 @@ def install(wanted: Sequence[str]) -> list[Path]:
     unit = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={command}", unit)
     files = {UNITS / UNIT: unit}
     for name in sorted({*wanted, *_fitting()}):
-        text = (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
-        files[UNITS / f"{UNIT}.d" / f"{name}.conf"] = text
+        path = UNITS / f"{UNIT}.d" / f"{name}.conf"
+        if not path.exists():
+            files[path] = (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
     if not SETTINGS.exists():
         files[SETTINGS] = (
             "# Defaults; every key is in examples/settings.yaml. `edge-asr check --settings` looks through it.\n{}\n"
         )
+    os.umask(0o022)  # an administrator's own may be stricter, and the service is another user
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

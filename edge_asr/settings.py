@@ -417,7 +417,7 @@ class Audit(_Section):
     texts: bool = True
     """With the words that were heard; they are never there where privacy.publish is commands."""
     days: Annotated[float, Field(gt=0, le=36_500)] = 365.0
-    """Older files of the log are deleted."""
+    """Older files of the log, one for each day, are deleted; also those of a log that was switched off."""
 
 
 class Monitoring(_Section):

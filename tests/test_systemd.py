@@ -296,17 +296,20 @@ def test_words_and_grammars_that_come_by_request_are_looked_through_and_kept_beh
     assert asked(service, "hotwords", {"restore": True})["outcome"] == "ok"
 
 
-SECRETS = UNIT.parent / "edge-asr.service.d/credentials.conf.example"
+SECRETS = ("mqtt-password", "mqtt-backup-password", "client.key", "turn-password", "gateway.key")
 
 GUARDED = """
 mqtt:
   brokers:
     - {host: 127.0.0.1, port: 8883, username: box, password_file: CREDENTIALS/mqtt-password, tls: &tls
         {ca_file: /etc/edge-asr/ca.crt, cert_file: /etc/edge-asr/client.crt, key_file: CREDENTIALS/client.key}}
-    - {host: 127.0.0.1, port: 8884, username: box, password_file: CREDENTIALS/backup-mqtt-password, tls: *tls}
+    - {host: 127.0.0.1, port: 8884, username: box, password_file: CREDENTIALS/mqtt-backup-password, tls: *tls}
 gateway:
   cert_file: /etc/edge-asr/server.crt
   key_file: CREDENTIALS/gateway.key
+  ice_servers: ['turn:127.0.0.1']
+  ice_username: box
+  ice_password_file: CREDENTIALS/turn-password
 """.replace("CREDENTIALS", "/run/credentials/edge-asr.service")
 
 
@@ -323,20 +326,34 @@ def guarded(site: Sysbox, name: str, port: int, password: str) -> None:
     site.start(f"{name}.service", MOSQUITTO.replace("mosquitto.conf", f"{name}.conf"))
 
 
+def test_every_secret_has_a_drop_in_of_its_own() -> None:
+    found = []
+    for example in (UNIT.parent / "edge-asr.service.d").glob("*.conf.example"):
+        text = example.read_text(encoding="utf-8")
+        handed_over = re.findall(r"(?m)^LoadCredential=(\S+):/etc/edge-asr/(\S+)$", text)
+        if "LoadCredential" in text:
+            ((name, source),) = handed_over
+            assert name == source
+            assert f"/run/credentials/edge-asr.service/{name}" in text
+            found.append(name)
+    assert sorted(found) == sorted(SECRETS)
+
+
 def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: Sysbox, tmp_path: Path) -> None:
     Pki(tmp_path, "client")
     folder = site.root / "etc/edge-asr"
     for name in ("ca.crt", "client.crt", "client.key", "server.crt", "server.key"):
         shutil.copy(tmp_path / name, folder / name)
     shutil.copy(tmp_path / "server.key", folder / "gateway.key")
-    for name in ("mqtt-password", "backup-mqtt-password", "turn-password"):
-        (folder / name).write_text(f"only root knows this {name}\n", encoding="ascii")
-    for name in ("client.key", "gateway.key", "mqtt-password", "backup-mqtt-password", "turn-password"):
+    for name in SECRETS:
+        if name.endswith("password"):
+            (folder / name).write_text(f"only root knows this {name}\n", encoding="ascii")
         (folder / name).chmod(0o600)
     guarded(site, "plant", 8883, "only root knows this mqtt-password")
-    guarded(site, "backup", 8884, "only root knows this backup-mqtt-password")
-    every = SECRETS.read_text(encoding="utf-8").replace("#LoadCredential", "LoadCredential")
-    site.write("/etc/systemd/system/edge-asr.service.d/secrets.conf", every)
+    guarded(site, "backup", 8884, "only root knows this mqtt-backup-password")
+    drop_ins = [path for path in UNIT.parent.glob("*.d/*.example") if "LoadCredential" in path.read_text("utf-8")]
+    for path in drop_ins:
+        site.write(f"/etc/systemd/system/edge-asr.service.d/{path.stem}", path.read_text(encoding="utf-8"))
     site.write("/etc/edge-asr/settings.yaml", settings_text().replace("mqtt: {host: 127.0.0.1}", GUARDED))
     site.run("systemctl", "daemon-reload")
     try:
@@ -345,13 +362,24 @@ def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: 
         site.run("systemctl", "stop", "plant")
         site.wait_for("the backup", lambda: "connected to 127.0.0.1:8884" in site.show("edge-asr", "StatusText"), 60)
         site.wait_for("the gateway", lambda: "gateway: https://" in journal_of_service(site))
+        assert offered_nonsense(site) == "400"  # for which the TURN server's password was read
         user = site.run("stat", "-c", "%u", f"/proc/{main_pid(site)}").strip()
         peek = ("setpriv", "--reuid", user, "--clear-groups", "cat", "/etc/edge-asr/mqtt-password")
         assert "only root knows" not in site.run(*peek, check=False)
     finally:
-        site.run("rm", "/etc/systemd/system/edge-asr.service.d/secrets.conf")
+        for path in drop_ins:
+            site.run("rm", f"/etc/systemd/system/edge-asr.service.d/{path.stem}")
         site.run("systemctl", "daemon-reload")
         site.run("systemctl", "stop", "edge-asr", "plant", "backup")
+
+
+def offered_nonsense(site: Sysbox) -> str:
+    """The status with which the gateway answers a call that is none."""
+    add = (PYTHON, "-m", "edge_asr.cli", "gateway", "token", "add", "tablet", "-s", "/etc/edge-asr/settings.yaml")
+    token = site.run("env", "STATE_DIRECTORY=/var/lib/edge-asr", *add).strip()
+    call = ("curl", "--silent", "--insecure", "--output", "/dev/null", "--write-out", "%{http_code}", "--data", "v=0")
+    headers = ("-H", f"Authorization: Bearer {token}", "-H", "Content-Type: application/sdp")
+    return site.run(*call, *headers, "https://127.0.0.1:8443/whip")
 
 
 # A microphone made of a file, by ALSA itself.
@@ -836,13 +864,17 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     box.run("rm", "-rf", "/etc/systemd/system/edge-asr.service", "/etc/systemd/system/edge-asr.service.d")
     box.write("/etc/edge-asr/settings.yaml", "device: mine\n")
     assert "not installed" in box.run("sh", "-c", f"{program} service status 2>&1 || echo exit $?")
-    box.run(program, "service", "install", "--with", "sound-server")
+    drop_in = UNIT.parent / "edge-asr.service.d/sound-server.conf.example"
+    mine = f"{drop_in.read_text(encoding='utf-8')}# what I have added\n"
+    box.write("/etc/systemd/system/edge-asr.service.d/sound-server.conf", mine)
+    box.run("sh", "-c", f"umask 077 && {program} service install --with sound-server")
     assert box.show("edge-asr", "ActiveState") == "active"
     assert box.show("edge-asr", "UnitFileState") == "enabled"
     shown = json.loads(box.run(program, "service", "status", "--json"))
     assert shown["StatusText"].startswith("Listening with micro-en")
     assert float(shown["Exposure"]) <= 1.5
     assert shown["DropInPaths"].endswith("edge-asr.service.d/sound-server.conf")
+    assert box.run("cat", "/etc/systemd/system/edge-asr.service.d/sound-server.conf") == mine
     assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
     looked = box.run(program, "check", "--settings", "/etc/edge-asr/settings.yaml", check=False)
     assert "state directory: /var/lib/edge-asr, " in looked
@@ -852,6 +884,78 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     assert box.show("edge-asr", "LoadState") == "not-found"
     box.run(program, "service", "uninstall", "--purge")
     assert not box.run("sh", "-c", "ls -d /etc/edge-asr /var/lib/private/edge-asr 2>/dev/null || true").strip()
+
+
+LOOK = """
+import json, sys
+from dataclasses import astuple
+from pathlib import Path
+from edge_asr import doctor, service, settings
+
+for path in map(Path, sys.argv[1:]):
+    options = service.seen_by_administrator(settings.load(path))
+    user = service.user_of(options)
+    files = doctor._permissions(options, path, user)
+    print(json.dumps([*astuple(files)[1:], *astuple(doctor._state_directory(options.outbox_path.parent, user))[1:]]))
+"""
+
+NAMED = {
+    "mqtt: {password_file: /etc/edge-asr/secret}": "/etc/edge-asr/secret cannot be read by the service's user",
+    "mqtt: {password_file: /run/credentials/edge-asr.service/known}": "",
+    "mqtt: {password_file: /run/credentials/edge-asr.service/other}": "edge-asr.service/other is handed over by nobody",
+    "mqtt: {password_file: /run/credentials/edge-asr.service/lost}": "/etc/edge-asr/lost is not there",
+    "hotwords: {file: /etc/edge-asr/secret}": "/etc/edge-asr/secret cannot be read by the service's user",
+    "hotwords: {file: /etc/edge-asr/folder/words}": "/etc/edge-asr/folder/words cannot be read by the service's user",
+    "hotwords: {file: /etc/edge-asr/for-audio}": "",
+    "hotwords: {file: /root/words}": "/root/words cannot be read by the service's user",
+    "commands: {grammars: [/etc/edge-asr/secret]}": "/etc/edge-asr/secret cannot be read by the service's user",
+    "hotwords: {file: /etc/edge-asr/words}": "",
+}
+"""Settings -> what the doctor says of their files; empty: that they can be read."""
+
+
+def test_the_doctor_judges_for_the_services_user_what_root_may_of_course_read(box: Sysbox) -> None:
+    box.write("/etc/systemd/system/edge-asr.service", UNIT.read_text(encoding="utf-8"))
+    credentials = "[Service]\nLoadCredential=known:/etc/edge-asr/secret\nLoadCredential=lost:/etc/edge-asr/lost\n"
+    box.write("/etc/systemd/system/edge-asr.service.d/own.conf", credentials)
+    box.run("rm", "-rf", "/var/lib/private/edge-asr")
+    box.run("sh", "-c", "install -d -o 61500 -g 61500 -m 700 /var/lib/private/edge-asr/gateway")
+    box.run("sh", "-c", "chmod 700 /var/lib/private && chown 61500:61500 /var/lib/private/edge-asr")
+    box.run("ln", "--symbolic", "--force", "--no-dereference", "private/edge-asr", "/var/lib/edge-asr")
+    box.write("/etc/edge-asr/words", "")
+    box.write("/etc/edge-asr/secret", "", 0o600)
+    box.write("/etc/edge-asr/folder/words", "")
+    (box.root / "etc/edge-asr/folder").chmod(0o700)
+    box.write("/etc/edge-asr/for-audio", "", 0o640)
+    box.run("chown", "root:audio", "/etc/edge-asr/for-audio")
+    box.write("/root/words", "")
+    box.run("mkdir", "-p", "/srv")
+    more = ["outbox: {path: /srv/outbox.db}", "hotwords: {file: /var/lib/edge-asr/gateway/words}"]
+    box.write("/var/lib/private/edge-asr/gateway/words", "")
+    paths = [f"/etc/edge-asr/{number}.yaml" for number in range(len(NAMED) + len(more))]
+    for path, text in zip(paths, [*NAMED, *more], strict=True):
+        box.write(path, text)
+    box.write("/etc/edge-asr/hidden.yaml", "device: box", 0o600)
+    box.write("/opt/look.py", LOOK)
+    looked = box.run(PYTHON, "/opt/look.py", *paths, "/etc/edge-asr/hidden.yaml")
+    said = [json.loads(line) for line in looked.splitlines()]
+    for (text, expected), (state, found, remedy, *_) in zip(NAMED.items(), said, strict=False):
+        assert (state, expected in found) == ("failed" if expected else "ok", True), (text, found)
+        assert bool(remedy) == bool(expected)
+    assert "LoadCredential=secret:/etc/edge-asr/secret" in said[0][2]
+    elsewhere, inside, hidden = said[-3:]
+    assert elsewhere[3:5] == ["failed", "/srv is not writable by the service's user"]
+    assert inside[:2] == ["ok", "2 files can be read by the service"]
+    assert inside[3:5] == ["warning", "/var/lib/edge-asr/gateway/words does not belong to the service's user"]
+    assert hidden[1] == "/etc/edge-asr/hidden.yaml cannot be read by the service's user"
+    box.run("sh", "-c", inside[5])
+    healed = json.loads(box.run(PYTHON, "/opt/look.py", paths[-1]))
+    assert healed[3] == "ok"
+    box.run(
+        "sh",
+        "-c",
+        "rm -rf /etc/edge-asr /var/lib/private/edge-asr /var/lib/edge-asr /etc/systemd/system/edge-asr.service*",
+    )
 
 
 def test_a_service_that_could_not_see_its_own_program_is_refused(box: Sysbox) -> None:
