@@ -49,7 +49,7 @@ COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
 shows within WatchdogSec= at any moment; what it costs in flash and CPU time: docs/decisions.md."""
 
-STILL_LOOKS: Final = 2
+STILL_LOOKS: Final = 4
 """So often in a row a process is seen stopped before it is replaced: a debugger holds it for a moment only."""
 
 GOLDEN_INTERVAL_S: Final = 300.0

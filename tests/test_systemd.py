@@ -24,7 +24,7 @@ from edge_asr.settings import Vad
 from tests.broker import Pki
 from tests.payloads import check
 from tests.sysbox import CHECKOUT, ENVIRONMENT, PYTHON, Sysbox, booted
-from tests.test_worker import spin
+from tests.test_worker import doze, spin
 
 UNIT = CHECKOUT / "systemd/edge-asr.service"
 
@@ -762,7 +762,7 @@ def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
 
 def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and_obeys_the_order(order: Sysbox) -> None:
     capturing(order)
-    order.run("kill", "-STOP", str(recognizer(order)))
+    doze(pid_outside(order, recognizer(order)))
     order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
     with standing_still(order, "epoll_wait"):
         order.wait_for("the watchdog", lambda: "Watchdog timeout" in everything_logged(order), 12)
@@ -775,7 +775,7 @@ def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and
 @pytest.mark.parametrize(
     ("harm", "cause"),
     [
-        (lambda pid: os.kill(pid, signal.SIGSTOP), "hung for more than 8 s"),
+        (doze, "hung for more than 8 s"),
         (spin, "computed without an end for more than 2"),
         (lambda pid: os.kill(pid, signal.SIGSEGV), "ended by SIGSEGV"),
     ],
@@ -793,7 +793,7 @@ def test_a_recognizer_that_hangs_spins_or_dies_is_replaced_without_a_restart(
 
 def test_a_daemon_killed_over_an_order_obeys_it_after_the_restart(order: Sysbox) -> None:
     order.run("systemctl", "start", "edge-asr")
-    order.run("kill", "-STOP", str(recognizer(order)))
+    doze(pid_outside(order, recognizer(order)))
     order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
     order.run("systemctl", "kill", "--signal=KILL", "edge-asr")
     recovers(order)
@@ -816,7 +816,7 @@ def test_a_sound_driver_that_crashes_costs_no_restart_and_shows_where_it_stood(o
 
 def test_a_daemon_that_crashes_costs_a_moment_and_no_utterance_that_was_heard(order: Sysbox) -> None:
     capturing(order)
-    order.run("kill", "-STOP", str(recognizer(order)))
+    doze(pid_outside(order, recognizer(order)))
     order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
     order.run("kill", "-SEGV", str(main_pid(order)))
     order.wait_for("a restart", lambda: restarts(order) == 1)

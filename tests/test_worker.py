@@ -78,17 +78,30 @@ def waits_in(pid: int) -> int | None:
 JUMP_TO_ITSELF = {"x86_64": b"\xeb\xfe", "aarch64": b"\x00\x00\x00\x14"}
 
 
-def spin(pid: int) -> None:
-    """Let a process that waits compute for ever from its next answer on, outside Python, as a broken library would.
+SLEEP_FOR_EVER = {
+    "x86_64": bytes.fromhex("b822000000 0f05 ebf7"),  # pause(2), again and again
+    "aarch64": bytes.fromhex("000080d2 010080d2 020080d2 030080d2 280980d2 010000d4 faffff17"),  # ppoll(2) of nothing
+}
 
-    It waits in a system call; the instruction behind it becomes a jump to itself, in this process alone.
-    """
-    until(lambda: waits_in(pid) is not None, "the worker does not wait")
+
+def spin(pid: int) -> None:
+    """Let a process that waits compute for ever from its next word on, outside Python, as a broken library would."""
+    _break(pid, JUMP_TO_ITSELF[platform.machine()])
+
+
+def doze(pid: int) -> None:
+    """Let a process that waits sleep for ever from its next word on, as in a deadlock."""
+    _break(pid, SLEEP_FOR_EVER[platform.machine()])
+
+
+def _break(pid: int, code: bytes) -> None:
+    """It waits in a system call; what it does behind it becomes something else, in this process alone."""
+    until(lambda: waits_in(pid) is not None, "it does not wait")
     behind_the_call = waits_in(pid)
     assert behind_the_call is not None
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         memory.seek(behind_the_call)
-        memory.write(JUMP_TO_ITSELF[platform.machine()])
+        memory.write(code)
 
 
 @pytest.fixture
