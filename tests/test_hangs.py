@@ -23,7 +23,6 @@ SOONER = """
 from edge_asr import capture, cli, watchdog, zygote
 capture.LIMIT_S = zygote.LIMIT_S = 2.0
 watchdog.GOLDEN_INTERVAL_S = 0.5
-watchdog.STILL_LOOKS = 2
 cli.main()
 """
 """A daemon that waits for seconds where the product waits for up to five minutes."""
@@ -46,7 +45,7 @@ def test_what_is_stopped_or_dies_while_nobody_speaks_is_noticed_before_anybody_d
 ) -> None:
     port = free_port()
     path = write_settings(tmp_path, broker.port, monitoring={"port": port})
-    with Subscriber(broker) as subscriber, running(path, program=("-c", SOONER)) as box:
+    with Subscriber(broker) as subscriber, running(path) as box:
         box.wait_for_log("listening to")
         for number, cause in ((signal.SIGSTOP, "was stopped"), (signal.SIGKILL, "ended by SIGKILL")):
             os.kill(recognizer_of(box), number)
