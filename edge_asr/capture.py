@@ -21,7 +21,7 @@ from typing import Final
 
 from edge_asr.audio import Resampler
 from edge_asr.clock import NS_PER_S, boottime_ns, until_next
-from edge_asr.devices import DeviceError, Stream
+from edge_asr.devices import DeviceError, Stream, is_out_of_sight
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.settings import MicrophoneSource
 from edge_asr.zygote import Zygote, ZygoteError
@@ -32,6 +32,9 @@ server is noticed by its silence after 2 s and costs 8 s."""
 
 RETRY_S: Final = 1.0
 """Between two attempts to get a lost device back."""
+
+BLIND_S: Final = 30.0
+"""Between two attempts while the kernel has no such card; for who knows every driver."""
 
 _POLL_S: Final = 0.032
 """Between two looks at the device while somebody speaks: what a look costs is added to every answer."""
@@ -239,6 +242,9 @@ class _Listener:
         self._speaking = True
         self._retry_s = 0.0
         """Monotonic time at which a lost device is looked for again."""
+        self._opened_s = -math.inf
+        """Monotonic time of the last attempt to open it."""
+        self._trouble = ""
 
     def run(self) -> None:
         """Capture until the line is closed."""
@@ -247,21 +253,25 @@ class _Listener:
 
     def _attempt(self) -> bool:
         """Capture until the device is lost; false: until the line was closed."""
-        wanted = self._options
+        wanted, now_s = self._options, time.monotonic()
+        if self._trouble and now_s < self._opened_s + BLIND_S and is_out_of_sight(wanted.device):
+            return self._lose(self._trouble)
+        self._opened_s = now_s
         self._say(Report(boottime_ns()))
         try:
             stream = Stream(wanted.device, wanted.channel, wanted.rate, lambda: self._say(Report(boottime_ns())))
         except DeviceError as error:
-            return self._lose(error)
+            return self._lose(str(error))
         with contextlib.closing(stream):
             try:
                 self._capture(stream)
             except DeviceError as error:
-                return self._lose(error)  # before closing, which may hang
+                return self._lose(str(error))  # before closing, which may hang
         return False
 
-    def _lose(self, error: DeviceError) -> bool:
-        self._say(Report(boottime_ns(), trouble=str(error)))
+    def _lose(self, trouble: str) -> bool:
+        self._trouble = trouble
+        self._say(Report(boottime_ns(), trouble=trouble))
         self._retry_s = time.monotonic() + RETRY_S
         return True
 

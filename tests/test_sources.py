@@ -43,7 +43,16 @@ from edge_asr.audio import (
 )
 from edge_asr.capture import Report
 from edge_asr.clock import NS_PER_S, boottime_ns
-from edge_asr.devices import Device, DeviceError, alsa_cards, choose_device, levels, list_devices, record
+from edge_asr.devices import (
+    Device,
+    DeviceError,
+    alsa_cards,
+    choose_device,
+    is_out_of_sight,
+    levels,
+    list_devices,
+    record,
+)
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
 from edge_asr.settings import FilesSource, MicrophoneSource, StdinSource
 from edge_asr.sources import Files, Microphone, SourceError, Stdin, Timeline, audio_files
@@ -813,6 +822,64 @@ def test_a_device_that_is_not_there_is_refused(wanted: str | int) -> None:
 def test_card_ids_are_read_from_the_kernels_listing() -> None:
     assert alsa_cards(CARDS) == {0: "PCH", 1: "Array", 12: "Array_1"}
     assert alsa_cards("--- no soundcards ---\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "is_there"),
+    [
+        ((), "default", False),
+        (("controlC0", "pcmC0D0p", "timer"), "default", False),
+        (("pcmC0D0p", "pcmC1D0c"), "default", True),
+        (("pcmC0D0p", "pcmC1D0c"), 3, True),
+        (("pcmC0D0p", "pcmC1D0c"), "plughw:CARD=Array,DEV=0", True),
+        (("pcmC0D0p", "pcmC12D0c"), "hw:CARD=Array,DEV=0", False),
+        (("pcmC0D0p", "pcmC12D0c"), "hw:CARD=Array_1,DEV=0", True),
+    ],
+)
+def test_the_kernel_tells_whether_a_microphone_can_be_there_at_all_unless_a_sound_server_may_have_one(
+    nodes: tuple[str, ...], wanted: str | int, *, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cards").write_text(CARDS, encoding="ascii")
+    for node in nodes:
+        (tmp_path / node).touch()
+    monkeypatch.setattr(devices, "ALSA_CARDS", tmp_path / "cards")
+    monkeypatch.setattr(devices, "ALSA_NODES", tmp_path)
+    monkeypatch.setattr(devices, "_SERVER_FILES", ())
+    for name in devices._SERVERS:  # noqa: SLF001
+        monkeypatch.delenv(name, raising=False)
+    assert is_out_of_sight(wanted) != is_there
+    monkeypatch.setenv("PULSE_SERVER", "unix:/nowhere")
+    assert not is_out_of_sight(wanted)
+
+
+def test_portaudio_is_not_started_for_a_card_that_the_kernel_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, tried, plugged = tmp_path / "looked", tmp_path / "tried", tmp_path / "plugged"
+
+    def look(_wanted: str | int) -> bool:
+        with looked.open("a") as marks:
+            marks.write(".")
+        return not plugged.exists()
+
+    def start(*_: object) -> None:
+        with tried.open("a") as marks:
+            marks.write(".")
+        raise DeviceError("no microphone found")
+
+    monkeypatch.setattr(capture, "is_out_of_sight", look)
+    monkeypatch.setattr(capture, "Stream", start)
+    monkeypatch.setattr(capture, "RETRY_S", 0.02)
+
+    async def main() -> None:
+        async with listening() as (source, _):
+            await eventually(lambda: looked.exists() and len(looked.read_text()) > 5, "it does not look")
+            assert (source.state, source.trouble) == ("lost", "no microphone found")
+            assert tried.read_text() == "."
+            plugged.touch()
+            await eventually(lambda: len(tried.read_text()) > 1, "it is not tried again")
+
+    run(main())
 
 
 # The timeline
