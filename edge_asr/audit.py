@@ -6,6 +6,7 @@ therefore the newest hash leaves the box with every ``health``, and an MES's cop
 
 A record is written after what it tells of is committed. A crash in between leaves a gap in the sequence numbers, which
 is not a break of the chain and is told by :func:`verify`; half a line at the end is cut off when the log is opened.
+Nobody waits for the log, and nothing stops because it cannot be written: that is an alarm.
 
 A file is named by its first record and holds one day at most, also of a box that hears nothing, because files are
 deleted whole: what was said stays a day longer than it may, and not for as long as it takes to fill a file.
@@ -21,9 +22,11 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +42,12 @@ GENESIS: Final = "0" * 64
 
 SEGMENT_RECORDS: Final = 10_000
 """In one file at most."""
+
+MAX_WAITING: Final = 1000
+"""Records that wait for the disk; what is beyond has none, and :func:`verify` tells of it."""
+
+WRITE_LIMIT_S: Final = 5.0
+"""A record that takes longer is told as an alarm."""
 
 _DAY_NS: Final = 86_400 * clock.NS_PER_S
 
@@ -75,49 +84,38 @@ class Verdict:
 
 
 class AuditLog:
-    """Appends records; used by one thread at a time."""
+    """Appends records; used by one thread at a time. Opened by the first, for a log that cannot be must stop no box."""
 
     def __init__(self, folder: Path, *, texts: bool, days: float) -> None:
-        """Open or begin the log. Raises AuditError."""
         self._folder = folder
         self._texts = texts
         self._days = days
         self._lock = threading.Lock()
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._number, self._hash, cut = _tail(folder)
-            self._file, self._day = _begun(folder)
-            _forget(_segments(folder)[:-1], days)
-        except OSError as error:
-            raise _refused(folder, error) from None
-        self.append({"what": "opened", "boot_id": clock.boot_id(), "cut_bytes": cut})
+        self._newest: tuple[int, str] | None = None
+        self._file = 0
+        self._day: int | None = None
 
     @property
-    def newest(self) -> str:
-        """Number and hash of the newest record."""
-        return f"{self._number}:{self._hash}"
+    def newest(self) -> str | None:
+        """Number and hash of the newest record; None: the log could not be opened yet."""
+        return f"{self._newest[0]}:{self._newest[1]}" if self._newest else None
 
     @property
     def is_of_another_day(self) -> bool:
         """Whether the next record begins a file because the present one is not of today."""
         return self._day != _today()
 
+    def attend(self) -> None:
+        """Open the log unless that is done, and begin a file unless there is one of today. Raises AuditError."""
+        with self._lock:
+            newest = self._newest or self._open()
+            if self.is_of_another_day:
+                self._append(newest, {"what": "day"})
+
     def append(self, content: Mapping[str, Json], *, durable: bool = True) -> None:
         """Write one record. Raises AuditError."""
         with self._lock:
-            number = self._number + 1
-            begins = self.is_of_another_day or number - self._file >= SEGMENT_RECORDS
-            path = self._folder / _segment(number if begins else self._file)
-            record: dict[str, Json] = {"n": number, "time": clock.iso(clock.wall_ns()), **content, "before": self._hash}
-            digest = _hash(record)
-            try:
-                _write(path, _line({**record, "hash": digest}), durable=durable)
-                self._number, self._hash = number, digest
-                if begins:
-                    self._file, self._day = number, _today()
-                    _forget(_segments(self._folder)[:-1], self._days)
-            except OSError as error:
-                raise _refused(path, error) from None
+            self._append(self._newest or self._open(), content, durable=durable)
 
     def committed(self, messages: Iterable[Message]) -> None:
         """Tell of messages that are in the outbox."""
@@ -127,21 +125,72 @@ class AuditLog:
             said: dict[str, Json] = {"what": message.topic.rpartition("/")[2], "seq": message.seq, "id": message.id}
             self.append({**said, **about}, durable=message.category == "command")
 
+    def _open(self) -> tuple[int, str]:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            end = _end(self._folder)
+            self._file, self._day = _begun(self._folder)
+            _forget(_segments(self._folder)[:-1], self._days)
+        except OSError as error:
+            raise _refused(self._folder, error) from None
+        if end.spoilt_lines:
+            log.error("%s: its last %d lines are spoilt; going on in a new file", self._folder, end.spoilt_lines)
+            self._day = None
+        opened: dict[str, Json] = {
+            "boot_id": clock.boot_id(),
+            "cut_bytes": end.cut_bytes,
+            "spoilt_lines": end.spoilt_lines,
+        }
+        return self._append((end.number, end.hash), {"what": "opened", **opened})
+
+    def _append(self, newest: tuple[int, str], content: Mapping[str, Json], *, durable: bool = True) -> tuple[int, str]:
+        number = newest[0] + 1
+        begins = self.is_of_another_day or number - self._file >= SEGMENT_RECORDS
+        path = self._folder / _segment(number if begins else self._file)
+        record: dict[str, Json] = {"n": number, "time": clock.iso(clock.wall_ns()), **content, "before": newest[1]}
+        digest = _hash(record)
+        try:
+            _write(path, _line({**record, "hash": digest}), durable=durable)
+            self._newest = number, digest
+            if begins:
+                self._file, self._day = number, _today()
+                _forget(_segments(self._folder)[:-1], self._days)
+        except OSError as error:
+            raise _refused(path, error) from None
+        return self._newest
+
 
 class AuditedOutbox(Outbox):
-    """An outbox that tells the audit log what it commits, and what brokers and the MES say of it."""
+    """An outbox that tells the audit log what it commits, and what brokers and the MES say of it.
+
+    Nobody waits for the log: it may be on another disk, which no watchdog looks at.
+    """
 
     def __init__(
         self, path: Path, max_bytes: int, audit: AuditLog, *, limits: Mapping[events.Category, Limits] = UNLIMITED
     ) -> None:
         super().__init__(path, max_bytes, limits=limits)
         self.audit = audit
+        self._refused = ""
+        """Why the last record is not written; empty: it is."""
+        self._since_s: float | None = None
+        """When the scribe began to write (CLOCK_MONOTONIC); None: it does not."""
         self._scribe = ThreadPoolExecutor(1, thread_name_prefix="audit")
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self._write(audit.attend)
+
+    @property
+    def trouble(self) -> str:
+        """Why no records are written; empty: they are."""
+        since_s = self._since_s
+        if since_s is not None and time.monotonic() - since_s > WRITE_LIMIT_S:
+            return f"the disk of the audit log has not answered for {time.monotonic() - since_s:.0f} s"
+        return self._refused
 
     async def append(self, *drafts: Draft) -> tuple[Message, ...]:
         """As Outbox.append."""
         messages = await super().append(*drafts)
-        await self._write(self.audit.committed, messages)
+        self._write(partial(self.audit.committed, messages))
         return messages
 
     async def acknowledge(self, seqs: Iterable[int]) -> None:
@@ -149,25 +198,24 @@ class AuditedOutbox(Outbox):
         taken = list(seqs)
         await super().acknowledge(taken)
         if taken:
-            await self._write(self._tell, {"what": "delivered", "seqs": taken})
+            self._tell({"what": "delivered", "seqs": [*taken]})
 
     async def receive_receipt(self, command_id: str, verdict: events.Verdict, reason: str) -> bool:
         """As Outbox.receive_receipt."""
         known = await super().receive_receipt(command_id, verdict, reason)
         if known:
-            await self._write(self._tell, {"what": "receipt", "id": command_id, "verdict": verdict, "reason": reason})
+            self._tell({"what": "receipt", "id": command_id, "verdict": verdict, "reason": reason})
         return known
 
     async def drop_outdated(self) -> int:
         """As Outbox.drop_outdated; of the log, too."""
-        dropped = await super().drop_outdated()
-        if self.audit.is_of_another_day:
-            await self._write(self.audit.append, {"what": "day"})
-        return dropped
+        if self._since_s is None:  # else it would be one more that waits
+            self._write(self.audit.attend)
+        return await super().drop_outdated()
 
-    async def note(self, content: Mapping[str, Json]) -> None:
+    def note(self, content: Mapping[str, Json]) -> None:
         """Tell of what is no message."""
-        await self._write(self.audit.append, content)
+        self._write(partial(self.audit.append, content))
 
     def close(self) -> None:
         """Finish both."""
@@ -175,13 +223,29 @@ class AuditedOutbox(Outbox):
         self._scribe.shutdown()
 
     def _tell(self, content: Mapping[str, Json]) -> None:
-        self.audit.append(content, durable=False)
+        self._write(partial(self.audit.append, content, durable=False))
 
-    async def _write(self, work: Any, content: Any) -> None:  # noqa: ANN401 - a call to be made elsewhere
+    def _write(self, work: Callable[[], None]) -> None:
+        if self._waiting.acquire(blocking=False):
+            self._scribe.submit(self._attempt, work)
+        else:
+            self._refuse(f"{MAX_WAITING} wait for the disk of the audit log; see what is wrong with it")
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        self._since_s = time.monotonic()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._scribe, work, content)
+            work()
+            self._refused = ""
         except AuditError as error:  # the message is committed and must go its way
-            log.error("no audit record: %s", error)  # noqa: TRY400 - no bug, no traceback
+            self._refuse(str(error))
+        finally:
+            self._since_s = None
+            self._waiting.release()
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self._refused:
+            log.error("no audit record: %s", reason)
+        self._refused = reason
 
 
 class FormerlyAuditedOutbox(Outbox):
@@ -197,7 +261,7 @@ class FormerlyAuditedOutbox(Outbox):
     async def drop_outdated(self) -> int:
         """As Outbox.drop_outdated; of what is left of the log, too."""
         try:
-            await asyncio.to_thread(_forget, _segments(self._folder), self._days)
+            await asyncio.to_thread(lambda: _forget(_segments(self._folder), self._days))
         except OSError as error:
             log.warning("%s: what is left of the audit log cannot be deleted (%s)", self._folder, error.strerror)
         return await super().drop_outdated()
@@ -217,13 +281,18 @@ def verify(folder: Path, known: str | None = None) -> Verdict:
             raise AuditError(f"{where}: does not follow the record before it; the log was tampered with")
         if digest != _hash(record):
             raise AuditError(f"{where}: was changed after it was written; the log was tampered with")
-        number, before, first = record["n"], digest, first or record["n"]
+        number, first = record["n"], first or record["n"]
+        seen = seen or known in {f"{number}:{digest}", f"{number - 1}:{record['before']}"}
+        before = digest
         if first == number == 1 and record["before"] != GENESIS:
             raise AuditError(f"{where}: is not the first record; the log was tampered with")
-        seen = seen or f"{number}:{digest}" == known
         seqs += [record["seq"]] if "seq" in record else []
     if not number:
         raise AuditError(f"{folder}: holds no audit log; see docs/privacy.md")
+    if known and not seen and known.partition(":")[0] in map(str, range(1, first - 1)):
+        raise AuditError(
+            f"{folder}: {known} is older than what is kept (from {first}); that much is whole, ask for a newer one"
+        )
     if not seen:
         raise AuditError(f"{folder}: has no record {known}; it was written anew or cut off, or that is another box's")
     missing = sorted(set(range(min(seqs), max(seqs) + 1)) - set(seqs)) if seqs else []
@@ -246,21 +315,42 @@ def _parsed(where: str, line: bytes) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("n"), int) or not line.endswith(b"\n"):
-        raise AuditError(f"{where}: is no record; the log was tampered with, or is being written")
+        raise AuditError(f"{where}: is no record; the log was tampered with, is damaged or is being written")
     return record
 
 
-def _tail(folder: Path) -> tuple[int, str, int]:
-    """Number and hash of the newest record, and how many bytes of half a record were cut off."""
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Where a log goes on."""
+
+    number: int
+    hash: str
+    """Of the newest record that is what was written."""
+    cut_bytes: int = 0
+    """Half a record, which a crash left."""
+    spoilt_lines: int = 0
+    """Whole lines behind that record which are none any more; each keeps its number, and :func:`verify` tells of it."""
+
+
+def _end(folder: Path) -> _End:
+    """Look for it, and cut half a record off."""
+    number = cut = spoilt = 0
     for path in reversed(_segments(folder)):
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
         if end < len(content):
             os.truncate(path, end)
-        if end:
-            record = _parsed(path.name, content[:end].splitlines(keepends=True)[-1])
-            return record["n"], str(record.get("hash")), len(content) - end
-    return 0, GENESIS, 0
+            cut += len(content) - end
+        lines = content[:end].splitlines(keepends=True)
+        number = number or _number_of(path) + len(lines) - 1
+        for line in reversed(lines):
+            with contextlib.suppress(AuditError):
+                record = _parsed(path.name, line)
+                digest = record.pop("hash", None)
+                if digest == _hash(record):
+                    return _End(max(number, record["n"]), digest, cut, spoilt)
+            spoilt += 1
+    return _End(number, GENESIS, cut, spoilt)
 
 
 def _begun(folder: Path) -> tuple[int, int | None]:
@@ -302,6 +392,11 @@ def _forget(files: Iterable[Path], days: float) -> None:
 
 def _segments(folder: Path) -> list[Path]:
     return sorted(folder.glob("audit-*.jsonl"))
+
+
+def _number_of(path: Path) -> int:
+    """Of its first record."""
+    return int(path.stem.removeprefix("audit-"))
 
 
 def _segment(number: int) -> str:

@@ -271,6 +271,10 @@ class Caretaker:
                 f"the gateway's certificate ends in {days:.0f} days" if days > 0 else "the gateway's certificate ended"
             )
             yield Condition("certificate-ends", None, "warning", detail, "renew it: `edge-asr gateway cert`")
+        outbox = self._box.outbox
+        if isinstance(outbox, AuditedOutbox) and outbox.trouble:
+            detail = f"no audit records are written: {outbox.trouble}"
+            yield Condition("audit-failed", None, "warning", detail, "see to the disk; the box works on")
         wanted, in_use = self._box.options.model.provider, self._box.worker.facts.provider
         if in_use != wanted:
             detail = f"the model runs on {in_use} instead of {wanted}"

@@ -143,7 +143,7 @@ def open_tracer(options: Settings) -> Tracer | None:
 
 
 def open_outbox(options: Settings) -> Outbox:
-    """The outbox; with an audit log where the settings ask for one. Raises OutboxError, AuditError."""
+    """The outbox; with an audit log where the settings ask for one. Raises OutboxError."""
     place, limits = (options.outbox_path, options.outbox.max_bytes), limits_of(options)
     if not options.audit.enabled:
         if not options.audit_directory.exists():
@@ -449,7 +449,7 @@ class Daemon:
     async def note(self, verb: str, role: str) -> None:
         """Keep a record of a request that has changed something, where the settings ask for records."""
         if isinstance(self.outbox, AuditedOutbox):
-            await self.outbox.note({"what": "request", "verb": verb, "role": role})
+            self.outbox.note({"what": "request", "verb": verb, "role": role})
 
     def show(self) -> None:
         """Publish status and meta, for something has changed."""

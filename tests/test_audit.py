@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from edge_asr.daemon import open_outbox
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
 from edge_asr.settings import SettingsError, load
-from tests.broker import Broker, Subscriber
+from tests.broker import Broker, Subscriber, wait_until
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
 
@@ -30,6 +31,7 @@ TALK = RECORDINGS / "04-talk-about-the-game.flac"
 
 def written(folder: Path, count: int = 5, **options: object) -> AuditLog:
     log = AuditLog(folder, **{"texts": True, "days": 365.0, **options})  # type: ignore[arg-type]
+    log.attend()
     for number in range(count):
         log.append({"what": "test", "value": number})
     return log
@@ -125,6 +127,46 @@ def test_half_a_line_of_a_crash_is_cut_off_and_told(tmp_path: Path) -> None:
     assert json.loads(segment(tmp_path).read_text(encoding="utf-8").splitlines()[-1])["cut_bytes"] == 12
 
 
+@pytest.mark.parametrize(("spoilt", "lines"), [(b"\x00" * 9, 1), (b'{"n":6}', 1), (b"\x00\n\x00", 2)])
+def test_a_spoilt_end_stays_as_evidence_and_the_log_goes_on_in_a_file_of_its_own(
+    tmp_path: Path, spoilt: bytes, lines: int
+) -> None:
+    newest = written(tmp_path, 4).newest
+    before = segment(tmp_path).read_bytes().splitlines(keepends=True)
+    segment(tmp_path).write_bytes(b"".join([*before[: -spoilt.count(b"\n") - 1], spoilt, b"\n"]))
+    log = written(tmp_path, 1)
+    assert firsts(tmp_path) == [1, 6]
+    first = json.loads((tmp_path / "audit-000000000006.jsonl").read_bytes().splitlines()[0])
+    assert (first["what"], first["spoilt_lines"]) == ("opened", lines)
+    assert first["before"] == json.loads(before[-lines - 1])["hash"]
+    assert log.newest is not None
+    assert f"audit-000000000001.jsonl, line {6 - lines}" in complaint(tmp_path, newest)
+    (tmp_path / "audit-000000000001.jsonl").unlink()  # when its days are over
+    assert verify(tmp_path, log.newest).records == 2
+
+
+def test_a_file_of_which_nothing_is_left_is_followed_by_one_with_numbers_of_its_own(tmp_path: Path) -> None:
+    written(tmp_path, 4)
+    segment(tmp_path).write_bytes(b"\x00\n" * 5)
+    written(tmp_path, 0)
+    assert sorted(path.name for path in tmp_path.glob("audit-*")) == [
+        "audit-000000000001.jsonl",
+        "audit-000000000006.jsonl",
+    ]
+
+
+def test_a_hash_that_is_older_than_what_is_kept_accuses_nobody(tmp_path: Path, calendar: Calendar) -> None:
+    log = written(tmp_path, 2)
+    third = str(log.newest)
+    calendar.turn(1, tmp_path)
+    log.append({"what": "test"})
+    segment_of_yesterday, _ = sorted(tmp_path.glob("audit-*.jsonl"))
+    segment_of_yesterday.unlink()
+    assert verify(tmp_path, third).first == 4
+    assert "2:0f is older than what is kept (from 4)" in complaint(tmp_path, "2:0f")
+    assert "was written anew or cut off" in complaint(tmp_path, "3:0f")
+
+
 DAY_S = 86_400
 
 
@@ -172,7 +214,7 @@ def test_a_file_holds_a_day_at_most_and_goes_whole_and_the_rest_is_still_a_chain
     verdict = verify(tmp_path, log.newest)
     assert (verdict.first, verdict.records) == (5, 6)
     calendar.turn(7, tmp_path)
-    log = AuditLog(tmp_path, texts=True, days=10)
+    log = written(tmp_path, 0, days=10)
     assert firsts(tmp_path) == [9, 11]
     assert verify(tmp_path, log.newest).records == 3
 
@@ -237,6 +279,8 @@ def test_a_box_that_hears_nothing_keeps_nothing_longer_and_neither_does_one_whos
         with closing(open_outbox(settings.Settings(state_dir=tmp_path / "state", audit=section))) as outbox:
             for _ in range(9):
                 await outbox.drop_outdated()
+                if isinstance(outbox, AuditedOutbox):
+                    wait_until(lambda: not outbox.audit.is_of_another_day, "a record of today")
                 calendar.turn(1, folder)
 
     asyncio.run(look(enabled=True))
@@ -271,6 +315,48 @@ def test_what_the_outbox_commits_delivers_and_is_told_is_in_the_log(tmp_path: Pa
     assert records[3]["seqs"] == [1, 2]
     assert (records[4]["id"], records[4]["verdict"]) == (command_id, "accepted")
     assert verify(tmp_path / "audit").missing == ()
+
+
+def test_a_log_that_cannot_be_opened_stops_nobody_and_is_begun_as_soon_as_it_can(tmp_path: Path) -> None:
+    """A full disk at the start made the box deaf."""
+    folder = tmp_path / "state/audit"
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        path = write_settings(tmp_path, broker.port, audit={"enabled": True})
+        folder.parent.mkdir()
+        folder.write_bytes(b"in the way")
+        with running(path) as box:
+            box.say(COMMAND)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
+            subscriber.wait_for(lambda m: any(x.data.get("kind") == "audit-failed" for x in m), "an alarm")
+            folder.unlink()
+            box.say(COMMAND)
+            wait_until(lambda: any(folder.glob("*")), "a record")
+            assert box.hang_up() == 0
+    assert json.loads(segment(folder).read_bytes().splitlines()[0])["what"] == "opened"
+
+
+def test_nobody_waits_for_a_log_whose_disk_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    write = audit._write  # noqa: SLF001 - the disk
+    monkeypatch.setattr(audit, "_write", lambda *a, **k: (answers.wait(), write(*a, **k)))
+    monkeypatch.setattr(audit, "MAX_WAITING", 3)
+    monkeypatch.setattr(audit, "WRITE_LIMIT_S", 0.0)
+
+    async def main() -> None:
+        with closing(
+            AuditedOutbox(tmp_path / "outbox.db", 2**20, AuditLog(tmp_path / "audit", texts=True, days=1))
+        ) as outbox:
+            for _ in range(5):
+                await outbox.append(Draft("evt/command", "command", {"intent": "Stop"}))
+            wait_until(lambda: "has not answered" in outbox.trouble, "a trouble")
+            answers.set()
+
+    asyncio.run(main())
+    assert [json.loads(line).get("seq") for line in segment(tmp_path / "audit").read_bytes().splitlines()] == [
+        None,
+        1,
+        2,
+    ]
 
 
 def test_without_texts_only_what_was_done_is_kept(tmp_path: Path) -> None:
