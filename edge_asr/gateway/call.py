@@ -29,7 +29,7 @@ from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from aiortc.rtp import RtcpRrPacket, RtpPacket
 from aiortc.sdp import candidate_from_sdp
 
-from edge_asr.gateway import dtls, wire
+from edge_asr.gateway import dtls, sctp, wire
 from edge_asr.gateway.ice import Datagrams
 from edge_asr.gateway.rounds import Rounds
 from edge_asr.gateway.session import BusyError, Event, Session
@@ -169,6 +169,8 @@ class Call:
 
     async def _negotiate(self, offer: str) -> None:
         await self._peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+        if self._peer.sctp is not None:
+            sctp.limit(self._peer.sctp, self.cut)
         await self._peer.setLocalDescription(await self._peer.createAnswer())
 
     def _take_packets_of(self, peer: RTCPeerConnection) -> RTCRtpReceiver:

@@ -1,0 +1,101 @@
+"""What a client that was let in may do to its own call: leave messages unfinished, open channel after channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiortc import AudioStreamTrack, RTCPeerConnection, RTCSessionDescription
+from aiortc.rtcsctptransport import SCTP_DATA_FIRST_FRAG, DataChunk, RTCSctpTransport
+
+from edge_asr.gateway import wire
+from edge_asr.gateway.call import Call
+from edge_asr.gateway.sctp import MAX_PIECES, WINDOW_BYTES
+from edge_asr.gateway.session import Session
+from edge_asr.gateway.tokens import Station
+from tests.broker import PATIENCE_S
+from tests.fuzz_gateway import nobody_decides
+from tests.gateway import run
+
+
+class Client:
+    """Somebody who calls, with a data channel."""
+
+    def __init__(self) -> None:
+        self.peer = RTCPeerConnection()
+        self.peer.addTransceiver(AudioStreamTrack(), "sendonly")
+        self.channel = self.peer.createDataChannel("events")
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.channel.on("message", lambda text: self.events.put_nowait(json.loads(text)))
+
+
+@contextlib.asynccontextmanager
+async def called() -> AsyncIterator[tuple[Call, Client]]:
+    """A call whose data channel is open, and who made it."""
+    session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+    call = Call(session, [], None, nobody_decides, lambda _session: None, owns_session=True)
+    client = Client()
+    peer = client.peer
+    try:
+        await peer.setLocalDescription(await peer.createOffer())
+        answer = await call.answer(peer.localDescription.sdp, controlled=False)
+        await peer.setRemoteDescription(RTCSessionDescription(answer, "answer"))
+        assert (await asyncio.wait_for(client.events.get(), PATIENCE_S))["type"] == "ready"
+        yield call, client
+    finally:
+        await call.close()
+        await peer.close()
+
+
+async def send_pieces(transport: RTCSctpTransport, count: int, length: int, step: int = 1) -> None:
+    """Pieces of a message that never ends, as a client's own SCTP would not send them."""
+    flags = SCTP_DATA_FIRST_FRAG
+    for place in range(count):
+        piece = DataChunk(flags)
+        piece.stream_id, piece.stream_seq, piece.protocol = 1, 0, 51
+        piece.tsn = (transport._local_tsn + place * step) % (1 << 32)  # noqa: SLF001
+        piece.user_data = bytes(length)
+        await transport._send_chunk(piece)  # noqa: SLF001
+        flags = 0
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "step"),
+    [
+        (WINDOW_BYTES // 1000 + 1, 1000, 1),
+        (MAX_PIECES + 1, 1, 1),
+        (MAX_PIECES + 1, 1, 2),
+    ],
+)
+def test_who_sends_a_message_without_end_is_hung_up_on(count: int, length: int, step: int) -> None:
+    async def scenario() -> None:
+        async with called() as (call, client):
+            assert client.peer.sctp
+            await send_pieces(client.peer.sctp, count, length, step)
+            await asyncio.wait_for(call.ended.wait(), PATIENCE_S)
+
+    run(scenario)
+
+
+def test_who_opens_a_second_data_channel_is_hung_up_on() -> None:
+    async def scenario() -> None:
+        async with called() as (call, client):
+            client.peer.createDataChannel("more")
+            await asyncio.wait_for(call.ended.wait(), PATIENCE_S)
+
+    run(scenario)
+
+
+def test_a_message_of_the_greatest_length_is_taken_again_and_again() -> None:
+    async def scenario() -> None:
+        async with called() as (call, client):
+            for _ in range(3):
+                client.channel.send('{"type":"ping"}'.ljust(wire.MAX_MESSAGE_BYTES))
+                assert (await asyncio.wait_for(client.events.get(), PATIENCE_S))["type"] == "pong"
+            assert not call.ended.is_set()
+
+    run(scenario)
