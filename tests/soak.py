@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
@@ -163,7 +163,8 @@ def memory_over(
     ):
         changes = ["sources=[{type: microphone}, {type: stdin}]", "commands.grammars=[factory.en]"]
         changes += [f"monitoring.port={port}", f"mqtt.host={HOST}", f"mqtt.port={broker.port}"]
-        with ready(model, card, *changes) as (process, _), spoken_to(card, Path(folder)):
+        variables = {**os.environ, **card.environment}
+        with ready(model, variables, *changes) as (process, _), spoken_to(card, Path(folder)):
             until(lambda: is_open(port), "nothing is told")
             listener = Listener(process, port)
             speech = listener.growth(long_speech(speech_s), look_every=2)
@@ -254,7 +255,9 @@ def compiled(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def ready(model: str | None, card: SoundCard, *changes: str) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def ready(
+    model: str | None, variables: Mapping[str, str], *changes: str
+) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A daemon under settings that differ so, once it is READY=1, and how many seconds that took."""
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as folder,
@@ -265,9 +268,8 @@ def ready(model: str | None, card: SoundCard, *changes: str) -> Iterator[tuple[s
         every += ["model.optimized=false"]  # else the worker makes way for a faster one while it is measured
         every += [f"model.name={model}", f"model.languages=[{OTHER}]"] if model else []
         command = [sys.executable, "-m", "edge_asr.cli", "run", *(part for each in every for part in ("--set", each))]
-        variables = {**compiled(Path(folder)), **card.environment, "NOTIFY_SOCKET": f"{folder}/notify"}
         began = time.monotonic()
-        with started(command, variables, Path(folder) / "log") as daemon:
+        with started(command, {**variables, "NOTIFY_SOCKET": f"{folder}/notify"}, Path(folder) / "log") as daemon:
             await_ready(daemon, manager, Path(folder) / "log")
             ready_s = time.monotonic() - began
             threading.Thread(target=_listen, args=[manager], daemon=True).start()
@@ -277,12 +279,15 @@ def ready(model: str | None, card: SoundCard, *changes: str) -> Iterator[tuple[s
 def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[str, float]:
     """Start to READY=1, memory and CPU of the daemon before a silent microphone."""
     changes = ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
-    with sound_card() as card, ready(model, card, "sources=[{type: microphone}]", *changes) as (daemon, ready_s):
-        ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
-        time.sleep(5)  # the microphone opens, the first probe is over
-        pids = family(daemon.pid)
-        quiet_ = idle(pids, idle_s)
-        return {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2), **memory_mb(pids), **quiet_}
+    changes += ["sources=[{type: microphone}]"]
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder, sound_card() as card:
+        variables = {**compiled(Path(folder)), **card.environment}
+        with ready(model, variables, *changes) as (daemon, ready_s):
+            ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
+            time.sleep(5)  # the microphone opens, the first probe is over
+            pids = family(daemon.pid)
+            found = {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
+            return {**found, **idle(pids, idle_s), **memory_mb(pids)}
 
 
 @contextmanager

@@ -116,6 +116,10 @@ def running(
                 process.stdin.close()
 
 
+SOON_OVER = ("-c", "from edge_asr import alarms, cli; alarms.QUIET_S = 1.0; cli.main()")
+"""A daemon whose alarms are over a second after their trouble, instead of ten."""
+
+
 def sequence(messages: list[Received]) -> list[int]:
     """Sequence numbers in the order of their first arrival."""
     return list(dict.fromkeys(m.data["seq"] for m in messages if "seq" in m.data))
@@ -284,7 +288,7 @@ def test_a_broker_that_refuses_everything_is_an_alarm_until_it_takes_messages_ag
     with (
         Broker(tmp_path, extra=f"acl_file {rules}") as broker,
         Subscriber(broker) as subscriber,
-        running(write_settings(tmp_path, broker.port)) as box,
+        running(write_settings(tmp_path, broker.port), program=SOON_OVER) as box,
     ):
         box.say(COMMAND)
         wait_until(lambda: outbox.exists() and read_statistics(outbox).refusal, "the outbox knows")
@@ -369,7 +373,7 @@ def test_where_it_is_too_noisy_no_command_passes_until_it_is_quieter(tmp_path: P
         manager.settimeout(PATIENCE_S)
         commands = {"grammars": ["factory.en"], "max_noise_dbfs": -50}
         settings = write_settings(tmp_path, broker.port, commands=commands)
-        with running(settings, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
+        with running(settings, program=SOON_OVER, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
             box.feed(hum)
             subscriber.wait_for(lambda m: any(x.data.get("kind") == "too-noisy" for x in m), "the alarm")
             while b"commands are blocked" not in manager.recv(4096):
@@ -408,7 +412,7 @@ def test_a_card_that_clips_and_one_whose_middle_is_off_are_alarms_with_remedies_
         def told(kind: str, state: str) -> list[Received]:
             return [m for m in subscriber.on("evt/alarm") if (m.data["kind"], m.data["state"]) == (kind, state)]
 
-        with running(write_settings(tmp_path, broker.port)) as box:
+        with running(write_settings(tmp_path, broker.port), program=SOON_OVER) as box:
             for kind, (harmed, remedy) in harms.items():
                 box.feed(from_float(harmed))
                 subscriber.wait_for(lambda _, k=kind: bool(told(k, "raised")), kind)  # type: ignore[misc]

@@ -16,10 +16,10 @@ TOLERANCE_MB = 24
 
 
 def test_neither_long_speech_nor_many_orders_make_any_process_grow() -> None:
-    found = memory_over(None, 100, 45)
+    found = memory_over(None, 40, 30)
     speech, orders = found["long_speech"], found["short_orders"]
     assert speech["utterances"] >= 2  # no piece is longer than 20 s
-    assert orders["utterances"] >= 100
+    assert orders["utterances"] >= 40
     for part in (speech, orders):
         assert set(part["processes"]) == {"daemon", "zygote", "recognizer", "capture-microph"}
         for each in part["processes"].values():
