@@ -231,3 +231,18 @@ def test_a_station_is_told_when_the_broker_goes_away_and_when_it_is_back(
             return [event["broker"] for event in client.of("status")]
 
     assert run(watch) == ["connected", "offline", "connected"]
+
+
+def test_a_sentence_that_its_client_has_not_ended_is_no_command(site: tuple[Box, Subscriber]) -> None:
+    running, subscriber = site
+    token = running.tokens.add("hasty", "talk")
+
+    async def talk() -> None:
+        async with running.client(token=token) as client:
+            await client.until("ready")
+            await client.say(read_file(STOP)[: 48 * 1024])  # the word is out, no pause yet
+
+    run(talk)
+    subscriber.wait_for(lambda _: any(each.data["source"] == "hasty" for each in subscriber.on("evt/rejected")), "no")
+    (said,) = [each for each in subscriber.on("evt/rejected") if each.data["source"] == "hasty"]
+    assert said.data["reason"] == "cut-off"

@@ -32,7 +32,7 @@ from aiortc.sdp import candidate_from_sdp
 from edge_asr.gateway import dtls, sctp, wire
 from edge_asr.gateway.ice import Datagrams
 from edge_asr.gateway.rounds import Rounds
-from edge_asr.gateway.session import BusyError, Event, Session
+from edge_asr.gateway.session import TAIL_S, BusyError, Event, Session
 from edge_asr.gateway.voice import Voice
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,15 @@ class Call:
                 except (ValueError, AssertionError, IndexError, KeyError, AttributeError):
                     raise OfferError(f"no candidate: {value[:100]}") from None
 
+    async def hang_up(self) -> None:
+        """End as the client asks for it: what it said is whole."""
+        if self._owns_session:
+            self.session.finish_soon()
+            await asyncio.sleep(TAIL_S)
+        await self.close()
+
     async def close(self) -> None:
-        """Hang up."""
+        """Be done with it; a talk under way is cut off."""
         if self.ended.is_set():
             return
         self.ended.set()
@@ -230,7 +237,8 @@ class Call:
     async def _until_its_end(self, track: MediaStreamTrack) -> None:
         with contextlib.suppress(MediaStreamError):
             await track.recv()
-        self.session.finish()
+        if self._owns_session:  # otherwise the talk goes on by the WebSocket
+            self.session.finish(torn=True)
 
     async def _on_packet(self, packet: RtpPacket, arrival_time_ms: int) -> None:  # noqa: ARG002 - aiortc's signature
         """Stands in for the receiver's own jitter buffer and decoder thread: three quarters of what silence cost."""

@@ -8,6 +8,7 @@ read, and the talk's buffer. It may open Opus in these two containers and nothin
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import threading
 from collections import deque
@@ -52,7 +53,7 @@ class Container:
         self._loop = asyncio.get_running_loop()
         self._bytes: deque[bytes] = deque()
         self._waiting = 0
-        self._ended = False
+        self._ended = self._torn = False
         self._changed = threading.Condition()
         self._room = asyncio.Event()
         self._thread = threading.Thread(target=self._decode, args=[kind], name=f"demux-{talk.name}", daemon=True)
@@ -73,10 +74,11 @@ class Container:
             self._room.clear()
             await self._room.wait()
 
-    def end(self) -> None:
-        """The stream is over: what is in it is still decoded, then the talk ends."""
+    def end(self, *, torn: bool = False) -> None:
+        """The stream is over, or torn off: what is in it is still decoded, then the talk ends."""
         with self._changed:
-            self._ended = True
+            if not self._ended:
+                self._ended, self._torn = True, torn
             self._changed.notify()
 
     def read(self, size: int) -> bytes:
@@ -95,17 +97,19 @@ class Container:
     def _decode(self, kind: str) -> None:
         """Body of the thread."""
         position = 0
+        torn = True
         try:
             with av.open(self, "r", format=kind, options=_OPTIONS, buffer_size=1024) as stream:
                 for samples in _decoded(stream):
                     self._deliver(position, samples)
                     position += len(samples)
+            torn = self._torn
         except (av.FFmpegError, ContainerError, ValueError, IndexError) as error:  # IndexError: there is no audio
             if self.position:
                 self._call(self._failed, f"this is no {kind} stream of Opus ({error})"[:200])
         finally:
             self._ended = True
-            self._call(self._talk.end)
+            self._call(functools.partial(self._talk.end, torn=torn))
             self._call(self._room.set)
 
     def _deliver(self, position: int, samples: NDArray[np.float32]) -> None:

@@ -163,11 +163,14 @@ class Session:
         self.tell("error", {"reason": reason, "detail": detail}, keep=False)
 
     def begin(self, start: wire.Start) -> None:
-        """Start a talk, which ends the one before; a number that is known goes on with that talk. Raises BusyError."""
+        """Start a talk, and cut one off that was not ended; a number that is known goes on with that talk.
+
+        Raises BusyError.
+        """
         if self.talk is not None and start.talk <= self.talk.number:
             self._skipping = start.talk < self.talk.number or self.talk.ended
             return
-        self.finish()
+        self.finish(torn=not self._ending)
         if self._talks.qsize() >= MAX_TALKS:
             raise BusyError("too many talks wait to be recognized; speak again in a moment")
         self._skipping, self._acked_s = False, 0.0
@@ -205,7 +208,7 @@ class Session:
             raise wire.WireError(str(error)) from None
         except ContainerError as error:  # the client cannot help it: this daemon has begun after the talk
             self.complain("lost", str(error))
-            self.finish()
+            self.finish(torn=True)
             self._skipping = True
         self._acknowledge()
         return (talk.taken - before) / talk.rate
@@ -220,6 +223,9 @@ class Session:
 
     def finish_soon(self) -> None:
         """The talk under way is over as soon as the audio has come that this message has overtaken."""
+        if self.format != "rtp":
+            self.finish()
+            return
         talk = self.talk
         self._ending = self.talking
         self._notify()
@@ -228,17 +234,20 @@ class Session:
             if self.talk is talk:
                 self.finish()
 
-        self._loop.call_later(TAIL_S if self.format == "rtp" else 0.0, finish)
+        self._loop.call_later(TAIL_S, finish)
 
-    def finish(self) -> None:
-        """The talk under way is over."""
+    def finish(self, *, torn: bool = False) -> None:
+        """The talk under way is over; ``torn``: not by its sender's own word, so that there may have been more."""
+        self._end(torn=torn)
+        self._acknowledge(ended=True)
+
+    def _end(self, *, torn: bool) -> None:
         self._ending = False
         self.drain()
         if self.container is not None:
-            self.container.end()
+            self.container.end(torn=torn)
         elif self.talk is not None:
-            self.talk.end()
-        self._acknowledge(ended=True)
+            self.talk.end(torn=torn)
         self._notify()
 
     @property
@@ -259,8 +268,11 @@ class Session:
             self.tell("ack", {"talk": self.talk.number, "position": self.position, "ended": ended}, keep=False)
 
     def close(self) -> None:
-        """End; what was said is still recognized and committed."""
-        self.finish()
+        """End; what was said is still recognized and committed, and a talk under way is cut off.
+
+        What of it was not acknowledged yet is for its client's next session.
+        """
+        self._end(torn=True)
         self._talks.put_nowait(None)
         self.over.set()
 

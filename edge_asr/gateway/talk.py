@@ -3,8 +3,9 @@
 Law: what the sender numbered twice is heard once; a jump of its numbers is lost audio, made visible as a jump of the
 frames' positions. Where the sender can wait (a WebSocket), :meth:`Talk.put` waits while :data:`BUFFER_S` are not heard
 yet; where it cannot (WebRTC), a longer buffer bridges what the recognizer is behind (:data:`OFFERED_S`), and only
-beyond it the oldest audio goes, visibly as well. Audio that comes late was captured when it was spoken: a command that
-waited in a tablet's memory has lived since then.
+beyond it the oldest audio goes, visibly as well. A talk that does not end by its sender's own word may lack its last
+words, so it ends in such a jump; one that does not begin at 0 begins with one. Audio that comes late was captured when
+it was spoken: a command that waited in a tablet's memory has lived since then.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Talk:
         self.lost_samples = 0
         """Samples at 16 kHz that the sender skipped or the buffer could not hold."""
         self.ended = False
+        self.torn = False
+        """Whether it was cut off, rather than ended by its sender."""
         self.rate = rate
         """Hz, of what is put in."""
         self._resampler = Resampler(rate, channels)
@@ -69,12 +72,15 @@ class Talk:
             self._frames.popleft()
             self.lost_samples += FRAME_SAMPLES
 
-    def end(self) -> None:
-        """Nothing more will be said."""
+    def end(self, *, torn: bool = False) -> None:
+        """Nothing more will come; ``torn``: though more may have been said."""
         if not self.ended:
             self._deliver(self._resampler.flush())
             self._frames += self._cutter.flush(boottime_ns())
-            self.ended = True
+            if torn:
+                self._cutter.skip(1)
+                self._frames.append(AudioFrame(self.name, self._cutter.end, b"", boottime_ns()))
+            self.ended, self.torn = True, torn
         self._news.set()
         self._room.set()
 
@@ -93,7 +99,7 @@ class Talk:
 
     async def close(self) -> None:
         """End early; what was put in is still delivered."""
-        self.end()
+        self.end(torn=True)
 
     def _cut(self, position: int, samples: NDArray[Any]) -> None:
         if self.ended:
@@ -102,6 +108,8 @@ class Talk:
         if known > 0:
             samples = samples[known:]
         elif known < 0:
+            if not self.taken:
+                self._frames.append(AudioFrame(self.name, self._cutter.end, b"", boottime_ns()))
             lost = max(1, round(-known * SAMPLE_RATE / self.rate))
             self.lost_samples += self._cutter.skip(lost)
             self.position = position

@@ -78,6 +78,7 @@ class Transcriptions:
         for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
             start = position * BYTES_PER_SAMPLE
             await session.take(position, memoryview(pcm)[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
+        session.finish()
         session.close()
         await session.settled(WHOLE_S)
         whole_s = len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE

@@ -122,7 +122,7 @@ class Whip:
     async def _hang_up(self, request: web.Request) -> web.Response:
         call = self._find(request)
         del self._calls[call.session.id]
-        await call.close()
+        await call.hang_up()
         return web.Response(status=200)
 
     def _find(self, request: web.Request) -> Call:
