@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -245,8 +246,10 @@ class Daemon:
         if self._gateway is not None:
             self.pipeline.understood, self.pipeline.told = self._gateway.understood, self._gateway.told
             self.pipeline.awaits_guests = True
+            SileroDetector(self._vad)  # all share one network: it is opened now, not while the first guest speaks
             background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
         give_back()  # what loading left behind
+        gc.freeze()  # what it made stays: every full collection looked at it, for 30 ms in which nobody is heard
         with self._signals():
             systemd.ready(self._status())
             await self._tell_of_model()

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_asr.audio import read_file
-from edge_asr.events import SAMPLE_RATE, AudioFrame
+from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
 from edge_asr.gateway import wire
 from edge_asr.gateway.rtp import LATE, OVERTAKEN, InOrder, later
 from edge_asr.gateway.session import Session
-from edge_asr.gateway.talk import OFFERED_S, Talk
+from edge_asr.gateway.talk import AT_ONCE, OFFERED_S, Talk
 from edge_asr.gateway.tokens import Station
 from edge_asr.gateway.voice import BEFORE_S, QUIET_S, Voice
 from tests.gateway import recording
@@ -163,6 +163,29 @@ def test_audio_that_cannot_wait_is_kept_for_a_minute_while_the_recognizer_is_beh
         assert 0 < talk.lost_samples <= 2 * SAMPLE_RATE
 
     asyncio.run(scenario())
+
+
+def test_a_backlog_is_heard_in_pieces_between_which_others_have_their_turn() -> None:
+    async def scenario() -> list[int]:
+        talk, turns, over = Talk("tablet", 1), [0], asyncio.Event()
+        talk.offer(0, np.zeros(10 * AT_ONCE * FRAME_SAMPLES, np.float32))
+        talk.end()
+
+        async def somebody_else() -> None:
+            while not over.is_set():
+                turns.append(0)
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(somebody_else())
+        async for _ in talk.frames():
+            turns[-1] += 1
+        over.set()
+        await other
+        return turns
+
+    turns = asyncio.run(scenario())
+    assert sum(turns) >= 10 * AT_ONCE
+    assert max(turns) == AT_ONCE
 
 
 def test_a_talk_has_what_was_said_right_before_its_start_and_nothing_older() -> None:
