@@ -48,7 +48,7 @@ ALSA_NODES: Final = Path("/dev/snd")
 
 _SERVERS: Final = ("PULSE_SERVER", "PIPEWIRE_REMOTE", "PIPEWIRE_RUNTIME_DIR", "XDG_RUNTIME_DIR", "ALSA_CONFIG_PATH")
 """Variables by which a program finds a sound server, or devices that are no cards."""
-_SERVER_FILES: Final = ("/run/pulse/native", "/run/pipewire", "/etc/asound.conf", "~/.asoundrc")
+_SERVER_FILES: Final = ("/run/pulse/native", "/run/pipewire", "/etc/asound.conf")
 
 
 class DeviceError(Exception):
@@ -127,13 +127,17 @@ def is_out_of_sight(wanted: str | int) -> bool:
 
     Costs a hundredth of starting PortAudio to see.
     """
-    files = (Path(each).expanduser() for each in _SERVER_FILES)
-    if any(name in os.environ for name in _SERVERS) or any(file.exists() for file in files):
+    files = [*map(Path, _SERVER_FILES), Path(os.environ.get("HOME", "/"), ".asoundrc")]
+    if any(name in os.environ for name in _SERVERS) or any(map(_is_readable, files)):
         return False
     recording = {node.name.split("D")[0] for node in ALSA_NODES.glob("pcmC*D*c")}
     card = re.search("CARD=([^,]+)", str(wanted))
     cards = alsa_cards(_cards_listing())
     return not any(card is None or cards.get(int(each.removeprefix("pcmC"))) == card[1] for each in recording)
+
+
+def _is_readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)  # unlike Path.exists, no error behind walls
 
 
 def alsa_cards(listing: str) -> dict[int, str]:
