@@ -98,3 +98,20 @@ def test_what_goes_on_from_another_session_lacks_its_beginning() -> None:
         return [utterance.torn for utterance in await utterances(talk)]
 
     assert asyncio.run(scenario()) == [True]
+
+
+def test_bytes_that_nobody_will_decode_are_not_kept() -> None:
+    async def scenario() -> tuple[int, float]:
+        session = new_session()
+        session.begin(wire.Start(type="start", talk=1, format="webm"))
+        talk, container, piece = session.talk, session.container, bytes([255]) * 65_532
+        assert talk
+        assert container
+        for number in range(16):
+            await session.take(number * len(piece), memoryview(piece))
+        async for _ in talk.frames():
+            pass  # until the demuxer has given up
+        await container.put(container.position, piece)
+        return container.waiting_bytes, await session.take(container.position, memoryview(piece))
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == (0, 0.0)

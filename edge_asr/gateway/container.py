@@ -52,7 +52,8 @@ class Container:
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._bytes: deque[bytes] = deque()
-        self._waiting = 0
+        self.waiting_bytes = 0
+        """Not read by libavformat yet."""
         self._ended = self._torn = False
         self._changed = threading.Condition()
         self._room = asyncio.Event()
@@ -60,17 +61,22 @@ class Container:
         self._thread.start()
 
     async def put(self, position: int, data: bytes) -> None:
-        """Take bytes from ``position`` on; waits while too many wait. Raises ContainerError on a gap."""
+        """Take bytes from ``position`` on; waits while too many wait. Raises ContainerError on a gap.
+
+        What comes after the end, or after a thread that has given up, nobody would ever read.
+        """
         known = self.position - position
         if known < 0:
             raise ContainerError(f"bytes {self.position} to {position} are missing; start another talk")
         fresh = data[known:]
         self.position += len(fresh)
         with self._changed:
+            if self._ended:
+                return
             self._bytes.append(fresh)
-            self._waiting += len(fresh)
+            self.waiting_bytes += len(fresh)
             self._changed.notify()
-        while self._waiting > MAX_WAITING_BYTES and self._thread.is_alive():
+        while self.waiting_bytes > MAX_WAITING_BYTES:
             self._room.clear()
             await self._room.wait()
 
@@ -90,7 +96,7 @@ class Container:
             piece = self._bytes.popleft()
             if len(piece) > size:
                 self._bytes.appendleft(piece[size:])
-            self._waiting -= len(piece[:size])
+            self.waiting_bytes -= len(piece[:size])
         self._call(self._room.set)
         return piece[:size]
 
@@ -108,7 +114,10 @@ class Container:
             if self.position:
                 self._call(self._failed, f"this is no {kind} stream of Opus ({error})"[:200])
         finally:
-            self._ended = True
+            with self._changed:
+                self._ended = True
+                self._bytes.clear()
+                self.waiting_bytes = 0
             self._call(functools.partial(self._talk.end, torn=torn))
             self._call(self._room.set)
 

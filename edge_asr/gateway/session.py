@@ -192,8 +192,8 @@ class Session:
         talk = self.talk
         if talk is None:
             raise wire.WireError("audio before the first start")
-        if self._skipping:
-            return 0.0  # resent, though it was heard to its end
+        if self._skipping or talk.ended:
+            return 0.0  # resent, though it was heard to its end; or behind the end
         self.active = self._loop.time()
         if self.format == "rtp":
             self.format = "pcm16"  # the client has given WebRTC up and goes on here
