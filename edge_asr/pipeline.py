@@ -306,6 +306,8 @@ class Pipeline:
         self._guests: dict[str, Source] = {}
         self._guest_left = asyncio.Event()
         self._closing = asyncio.Event()
+        self._heard_all = False
+        """Whether the last source has ended: nothing can be recognized after that."""
         self.distrusted: Mapping[str, str] = {}
         """Source -> why none of its commands may pass now; see ``hearing``."""
         self._desk = confirmation.ConfirmationDesk(options.commands.confirm_within_s)
@@ -414,15 +416,23 @@ class Pipeline:
             return pending[-1]
         return self._last.get(source or next(reversed(self._last), ""))
 
-    async def hear(self, guest: Source) -> None:
+    @property
+    def closing(self) -> bool:
+        """Whether what is said from now on is not heard any more."""
+        return self._closing.is_set()
+
+    async def hear(self, guest: Source) -> bool:
         """Listen to one more source until it ends and everything it said is committed; close it to end this early.
 
+        While the pipeline closes, what the guest holds already; false: it came too late for that, and was not heard.
         Raises ValueError where a source of this name is being heard, and whatever the guest's frames raise.
         """
         if guest.name in self.ears:
             raise ValueError(f"{guest.name} is being heard already")
-        if self._closing.is_set():
-            return
+        if self._heard_all:
+            return False
+        if self.closing:
+            await guest.close()
         self.ears[guest.name] = Ear(self._new_detector(), self._options.vad)
         self._guests[guest.name] = guest
         try:
@@ -433,6 +443,7 @@ class Pipeline:
             self._growing.pop(guest.name, None)
             self._foreseen.pop(guest.name, None)
             self._guest_left.set()
+        return True
 
     async def _listen_to_all(self) -> None:
         for utterance in self._spool.recovered:
@@ -443,6 +454,7 @@ class Pipeline:
         while self._guests:
             self._guest_left.clear()
             await self._guest_left.wait()
+        self._heard_all = True
         await self._turns.finish()
 
     async def _listen(self, source: Source) -> None:

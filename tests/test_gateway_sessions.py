@@ -11,7 +11,7 @@ from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import AudioFrame, Utterance
 from edge_asr.gateway import wire
-from edge_asr.gateway.session import Session
+from edge_asr.gateway.session import Event, Session
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station
 from edge_asr.speech import SpeechGate
@@ -23,6 +23,19 @@ STOP = recording("20-emergency-stop")
 
 def new_session() -> Session:
     return Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+
+
+class Told:
+    """Whoever is told of a session."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+
+    def cut(self, reason: str) -> None:
+        raise AssertionError(reason)
 
 
 async def utterances(talk: Talk | None) -> list[Utterance]:
@@ -115,3 +128,38 @@ def test_bytes_that_nobody_will_decode_are_not_kept() -> None:
         return container.waiting_bytes, await session.take(container.position, memoryview(piece))
 
     assert asyncio.run(asyncio.wait_for(scenario(), 30)) == (0, 0.0)
+
+
+def test_a_daemon_that_stops_acknowledges_nothing_more_so_that_the_next_one_is_sent_it() -> None:
+    async def scenario() -> tuple[list[Event], int]:
+        session, heard = new_session(), Told()
+        stops = asyncio.Event()
+        session.attach(heard, 0)
+        session.stopping = stops.is_set
+
+        async def hear(talk: Talk) -> bool:
+            await utterances(talk)
+            return True
+
+        running = asyncio.create_task(session.run(hear), name="session")
+        second = memoryview(bytes(32_000))
+        session.begin(wire.Start(type="start", talk=1))
+        await session.take(0, second)
+        session.finish()
+        session.begin(wire.Start(type="start", talk=2))
+        await session.take(0, second)
+        assert session.talk
+        before = len(heard.events)
+        stops.set()  # as a pipeline does it that closes
+        await session.talk.close()
+        await session.take(16_000, second)
+        session.finish()
+        await asyncio.wait_for(running, 30)
+        return heard.events, before
+
+    events, before = asyncio.run(scenario())
+    assert [(event["type"], event["talk"]) for event in events[before:]] == [
+        ("listening", 1),
+        ("ended", 1),
+        ("listening", 2),
+    ]

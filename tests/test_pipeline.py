@@ -15,6 +15,7 @@ import pytest
 from edge_asr import clock, commands, contract, model_store, pipeline, settings
 from edge_asr.audio import FrameCutter, read_file
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame, Command, Draft, Json, Message, Rejection, Utterance
+from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.inference import OnnxRecognizer, RecognizerError, SileroDetector
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import (
@@ -678,11 +679,31 @@ def test_closing_commits_what_a_guest_is_saying_and_lets_nobody_in_any_more(asse
         heard = asyncio.create_task(house.rig.pipeline.hear(tape), name="guest")
         await asyncio.wait_for(tape.ended.wait(), 30)
         await house.end()
-        await heard
-        await house.rig.pipeline.hear(Tape("late", CALL))
+        assert await heard
+        assert not await house.rig.pipeline.hear(Tape("late", CALL))
         return house.told
 
     assert texts(asyncio.run(play())) == ["emergency stop"]
+
+
+def test_a_guest_whose_turn_comes_while_the_pipeline_closes_is_heard_with_what_it_holds(assemble: Assemble) -> None:
+    async def play() -> list[Message]:
+        house = visit(assemble)
+        first, waiting = Tape("first", STOP, open_end=True), Talk("waiting", 1)
+        waiting.offer(0, from_pcm16(CALL + QUIET))
+
+        async def come() -> bool:
+            await house.rig.pipeline.hear(first)
+            return await house.rig.pipeline.hear(waiting)
+
+        coming = asyncio.create_task(come(), name="guests")
+        await asyncio.wait_for(first.ended.wait(), 30)
+        await house.end()
+        assert await coming
+        assert (waiting.ended, waiting.torn) == (True, True)
+        return house.told
+
+    assert [m.data["intent"] for m in asyncio.run(play()) if m.topic == contract.COMMAND][-1] == "CallMaintenance"
 
 
 def test_sources_take_turns_so_that_none_waits_for_all_of_anothers(

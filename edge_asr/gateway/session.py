@@ -48,7 +48,7 @@ SWEEP_S = 1.0
 REPORT_S = 0.5
 
 Event = dict[str, Json]
-Hear = Callable[[Talk], Awaitable[None]]
+Hear = Callable[[Talk], Awaitable[bool]]
 
 
 class BusyError(Exception):
@@ -78,6 +78,8 @@ class Session:
         """Called when the session becomes attentive or stops being so, and when a talk begins or ends."""
         self.drain: Callable[[], None] = lambda: None
         """Hands over what has come by WebRTC and was not decoded yet."""
+        self.stopping: Callable[[], bool] = lambda: False
+        """Whether the daemon ends: what it has not acknowledged by then is for the next one."""
         self._speaking = self._ending = self._asked = False
         self._loop = asyncio.get_running_loop()  # kept: asking for it, with every packet, is a system call
         self.opened = self.active = self._loop.time()
@@ -102,6 +104,8 @@ class Session:
         self.over = asyncio.Event()
         """Set when it ends: whoever serves its connection closes it."""
         self._settled = asyncio.Event()
+        self._unheard = False
+        """Whether the daemon's end was in the way of something that was said."""
 
     @property
     def attached(self) -> bool:
@@ -259,7 +263,7 @@ class Session:
 
     def _acknowledge(self, *, ended: bool = False) -> None:
         """Tell the client what it need not keep, twice a second."""
-        if self.talk is None:
+        if self.talk is None or self.stopping():
             return
         heard_s = self.talk.position / self.talk.rate
         if ended or self.talk.ended or heard_s - self._acked_s >= ACK_S:
@@ -277,18 +281,25 @@ class Session:
         self.over.set()
 
     async def settled(self, limit_s: float) -> None:
-        """After :meth:`close`: wait until everything that was said is committed. Raises BusyError after the limit."""
+        """After :meth:`close`: wait until everything that was said is committed.
+
+        Raises BusyError after the limit, or where the daemon's end was in the way.
+        """
         try:
             await asyncio.wait_for(self._settled.wait(), limit_s)
         except asyncio.TimeoutError:
             raise BusyError(f"not recognized within {limit_s:g} s; what was said is not lost") from None
+        if self._unheard:
+            raise BusyError("the daemon stopped before all of it was heard; send it again")
 
     async def run(self, hear: Hear) -> None:
         """Have the talks heard until the session is closed and all that was said is committed."""
         try:
             while (talk := await self._talks.get()) is not None:
                 self.tell("listening", {"talk": talk.number})
-                await hear(talk)
+                if not await hear(talk) or (self.stopping() and talk.torn):
+                    self._unheard = True
+                    return
                 self.turned(speaking=False)
                 self.active = self._loop.time()
                 self.tell("ended", {"talk": talk.number})
@@ -343,6 +354,7 @@ class Sessions:
             deserted.close()  # its client is here, and does not resume it
         session = Session(self._free_name(station), station, plain(address))
         session.kind = kind
+        session.stopping = lambda: self.pipeline.closing
         task = asyncio.create_task(self._run(session), name=f"session:{session.source}")
         self._running[session.source] = session, task
         log.info("%s: session opened by %s from %s", session.source, kind, session.address)

@@ -94,6 +94,8 @@ class Connection:
         finally:
             if session is not None:
                 session.detach(self)
+                if session.stopping():
+                    self._goodbye = WSCloseCode.SERVICE_RESTART
             await self._socket.close(code=self._goodbye)
 
     async def _greet(self, admit: Admit) -> Session | None:
