@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+from aiohttp import WSMessage, WSMsgType
 
 from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import AudioFrame, Utterance
-from edge_asr.gateway import wire
+from edge_asr.gateway import websocket, wire
 from edge_asr.gateway.session import Event, Session
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station
@@ -163,3 +165,47 @@ def test_a_daemon_that_stops_acknowledges_nothing_more_so_that_the_next_one_is_s
         ("ended", 1),
         ("listening", 2),
     ]
+
+
+class Ready:
+    """A WebSocket whose messages have all come already, so that receiving one never waits."""
+
+    def __init__(self, messages: Sequence[WSMessage]) -> None:
+        self.left = [*reversed(messages)]
+
+    async def receive(self, timeout: float) -> WSMessage:
+        assert timeout
+        return self.left.pop() if self.left else WSMessage(WSMsgType.CLOSED, None, None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        WSMessage(WSMsgType.BINARY, bytes(6), None),  # a sample that is known from the second time on
+        WSMessage(WSMsgType.TEXT, '{"type":"start","talk":1}', None),
+    ],
+    ids=["audio", "start"],
+)
+def test_messages_that_bring_nothing_leave_others_their_turns_and_have_a_pace(
+    message: WSMessage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, most = 200, 20
+
+    async def scenario() -> tuple[int, float]:
+        turns, session, loop = 0, new_session(), asyncio.get_running_loop()
+        session.begin(wire.Start(type="start", talk=1))
+        ready: Any = Ready([message] * count)
+        nobody: Any = None
+        reading = asyncio.create_task(websocket.Connection(ready, nobody, nobody, "")._read(session), name="read")  # noqa: SLF001
+        began = loop.time()
+        while not reading.done():
+            await asyncio.sleep(0)
+            turns += 1
+        await reading
+        return turns, loop.time() - began
+
+    turns, _ = asyncio.run(scenario())
+    assert turns >= count
+    monkeypatch.setattr(websocket, "AHEAD_S", most * websocket.MESSAGE_S)
+    _, lasted_s = asyncio.run(scenario())
+    assert lasted_s >= 0.9 * (count - most) * websocket.MESSAGE_S

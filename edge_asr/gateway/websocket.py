@@ -32,6 +32,9 @@ MAX_OUTGOING: Final = 512
 AHEAD_S: Final = 45.0
 """How far audio may run ahead of the clock: the 30 s kept through a cut link, and some; beyond, it is slowed down."""
 
+MESSAGE_S: Final = 0.005
+"""What a message counts for at least, even one that brings nothing: each costs the loop some work."""
+
 UNAUTHORIZED: Final = 4401
 REPLACED: Final = 4409
 """A page that was opened twice: whoever hears this must not resume, or the two would take turns for ever."""
@@ -161,20 +164,21 @@ class Connection:
     async def _read(self, session: Session) -> None:
         while True:
             message = await self._socket.receive(timeout=DEAD_S)
+            await self._keep_pace()
+            new_s = 0.0
             if message.type is WSMsgType.BINARY:
-                await self._hear(session, message.data)
+                new_s = await session.take(*wire.audio(message.data))
             elif message.type is WSMsgType.TEXT:
                 await self._obey(session, wire.read(message.data))
             else:
                 if message.data == WSCloseCode.OK:
                     session.close()  # goodbye; any other end may be a cut link
                 return
+            self._heard_s += max(MESSAGE_S, new_s)
 
-    async def _hear(self, session: Session, data: bytes) -> None:
-        ahead_s = self._heard_s - AHEAD_S - (self._loop.time() - self._began)
-        if ahead_s > 0:
-            await asyncio.sleep(ahead_s)
-        self._heard_s += await session.take(*wire.audio(data))
+    async def _keep_pace(self) -> None:
+        """Wait while too much has come, and leave others their turn: of many in one packet none waits by itself."""
+        await asyncio.sleep(max(0.0, self._heard_s - AHEAD_S - (self._loop.time() - self._began)))
 
     async def _obey(self, session: Session, order: wire.Message) -> None:
         if isinstance(order, wire.Start):
