@@ -229,6 +229,26 @@ def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
     ]
 
 
+def test_who_was_cut_off_comes_back_to_its_session_though_no_room_is_left(running: Box) -> None:
+    async def crowd() -> tuple[dict[str, Any], dict[str, Any]]:
+        token = running.tokens.add("neighbour", "talk")
+        async with running.client() as first, running.client() as second, running.client(token=token) as third:
+            session = (await first.until("ready"))["session"]
+            await second.until("ready")
+            await third.until("ready")
+            first.abort()
+            gone = lambda: any(not each["attached"] for each in running.board()["sessions"])  # noqa: E731
+            await asyncio.to_thread(wait_until, gone, "the box has noticed")
+            async with running.client(token=token) as stranger:
+                refused = await stranger.until("error")
+            async with running.client(session=session) as again:
+                return refused, await again.until("ready")
+
+    refused, ready = run(crowd)
+    assert (refused["reason"], refused["detail"]) == ("busy", "3 sessions are open from 127.0.0.1 already")
+    assert ready["resumed"] is True
+
+
 @pytest.mark.parametrize(
     ("opened_s", "silent_s", "state", "reason"),
     [

@@ -55,7 +55,8 @@ class WebSockets:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         address = request.remote or ""
-        self._sessions.check_room(address, "websocket")
+        if not self._sessions.await_somebody:  # who comes back needs no room, and says only later who that is
+            self._sessions.check_room(address, "websocket")
         socket = web.WebSocketResponse(timeout=CLOSE_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
         connection = Connection(socket, rounds.Connection(request.transport), self._sessions, address)
