@@ -898,6 +898,7 @@ def test_a_caller_whose_certificate_is_not_the_one_of_its_offer_is_not_heard(sit
         ({}, OFFER.replace("opus/48000/2", "PCMU/8000"), 406),
         ({}, OFFER.replace("sendonly", "recvonly"), 406),
         ({}, OFFER.replace("setup:actpass", "setup:active"), 422),
+        ({}, OFFER.replace("a=mid:0", "a=x\rm=audio 9 UDP/TLS/RTP/SAVPF 0\ra=mid:0"), 400),
         ({}, OFFER + OFFER.splitlines(keepends=True)[-1] * 64, 400),
     ],
 )

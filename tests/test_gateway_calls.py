@@ -7,18 +7,20 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ifaddr
 import pytest
+from aiortc.sdp import SessionDescription
 
-from edge_asr.gateway.call import _announced
+from edge_asr.gateway.call import OfferError, _announced, _with_usable_candidates, check
 from edge_asr.settings import Gateway
 from tests.behind_mapping import HOST, PORTS
 from tests.broker import free_port, wait_until
-from tests.gateway import Box, box, isolated, recording, run, transcribed
+from tests.gateway import OFFER, Box, box, isolated, recording, run, transcribed
 from tests.test_gateway import WhipClient
 
 STOP = recording("20-emergency-stop")
@@ -100,6 +102,26 @@ def test_an_announced_address_stands_in_for_our_own_and_not_for_a_relays() -> No
     own = "a=candidate:1 1 udp 2130706431 172.17.0.2 50000 typ host\r\n"
     relayed = "a=candidate:2 1 udp 16777215 10.0.0.1 49152 typ relay raddr 172.17.0.2 rport 50001\r\n"
     assert _announced(own + relayed, "10.3.7.20") == own.replace("172.17.0.2", "10.3.7.20") + relayed
+
+
+ENDS = [end for end in map(chr, range(sys.maxunicode)) if end != "\n" and len(f"a{end}b".splitlines()) > 1]
+"""Where aiortc begins another line of an SDP, beside the ends that the RFC knows."""
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_offer_whose_lines_end_in_a_way_that_no_sdp_has_is_refused(end: str) -> None:
+    check(OFFER.replace("\r\n", "\n"))
+    with pytest.raises(OfferError, match="end with CRLF or LF"):
+        check(OFFER.replace("a=mid:0", f"a=x{end}m=audio 9 UDP/TLS/RTP/SAVPF 0{end}a=mid:0"))
+
+
+@pytest.mark.parametrize("space", [" ", "  ", "\t", "\xa0"])
+def test_no_name_of_a_candidate_comes_as_far_as_aiortc_however_it_is_written(space: str) -> None:
+    named = space.join(["1", "1", "udp", "2130706431", "0b5e.local", "9", "typ", "host"])
+    offer = f"{OFFER}a=candidate:{named}\r\na=candidate:{space}{named}\r\na=end-of-candidates\r\n"
+    (media,) = SessionDescription.parse(_with_usable_candidates(offer)).media
+    assert [candidate.ip for candidate in media.ice_candidates] == ["127.0.0.1"]
+    assert not media.ice_candidates_complete
 
 
 @contextlib.contextmanager

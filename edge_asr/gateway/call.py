@@ -51,6 +51,9 @@ DEAD_S: Final = 8.5
 MAX_BUFFERED_BYTES: Final = 1_000_000
 """Events that wait for a client which does not take them; then it is cut off."""
 
+_OTHER_LINE_END: Final = re.compile("\r(?!\n)|[\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""aiortc begins a line after these, too: it would see others than we do."""
+
 
 class OfferError(Exception):
     """An offer or candidate that cannot be taken; one line."""
@@ -270,6 +273,8 @@ class Call:
 
 def check(offer: str) -> None:
     """What a WHIP offer must look like before aiortc sees it. Raises OfferError."""
+    if _OTHER_LINE_END.search(offer):
+        raise OfferError("the lines of an SDP end with CRLF or LF, and with nothing else")
     kinds = re.findall(r"^m=(\S+)", offer, re.MULTILINE)
     if not offer.startswith("v=0") or not kinds:
         raise OfferError("this is no SDP of an offer")
@@ -298,9 +303,18 @@ def _is_usable(protocol: str, address: str) -> bool:
 
 def _with_usable_candidates(offer: str) -> str:
     """The offer without the others, and then without the word that more will not come."""
-    candidate = re.compile(r"^a=candidate:\S+ \d+ (\S+) \d+ (\S+) .*\n?", re.MULTILINE)
-    kept = candidate.sub(lambda found: found[0] if _is_usable(found[1], found[2]) else "", offer)
-    return kept if kept == offer else re.sub(r"^a=end-of-candidates\s*\n", "", kept, flags=re.MULTILINE)
+    lines = offer.splitlines(keepends=True)
+    kept = [line for line in lines if not _is_useless(line)]
+    if len(kept) == len(lines):
+        return offer
+    return "".join(line for line in kept if line.strip() != "a=end-of-candidates")
+
+
+def _is_useless(line: str) -> bool:
+    """Whether this is a candidate, as aiortc reads it, and none to try."""
+    name, _, value = line.partition(":")
+    words = value.split()
+    return name == "a=candidate" and len(words) > 4 and not _is_usable(words[2], words[4])
 
 
 def _wide(answer: str) -> str:

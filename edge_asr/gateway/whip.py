@@ -58,13 +58,16 @@ class Whip:
     async def _offer(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
         offer = await _body(request, SDP, MAX_SDP_BYTES)
+        try:
+            check(offer)
+        except OfferError as error:
+            raise _refusal(error) from None
         if dtls.wants_our_side(offer):
             raise web.HTTPUnprocessableEntity(text="the DTLS client's side must be ours: a=setup:actpass or passive")
         servers = self._ice_servers()
         self._calls = {key: call for key, call in self._calls.items() if not call.ended.is_set()}
+        session, bound = self._session(request, station)
         try:
-            check(offer)
-            session, bound = self._session(request, station)
             call = Call(
                 session,
                 servers,
