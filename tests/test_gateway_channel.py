@@ -1,19 +1,21 @@
-"""What a client that was let in may do to its own call: leave messages unfinished, open channel after channel."""
+"""What a client that was let in may not do in its own call: leave messages unfinished, speak with many voices."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from aiortc import AudioStreamTrack, RTCPeerConnection, RTCSessionDescription
 from aiortc.rtcsctptransport import SCTP_DATA_FIRST_FRAG, DataChunk, RTCSctpTransport
+from aiortc.rtp import RtpPacket
 
-from edge_asr.gateway import wire
+from edge_asr.gateway import rtp, wire
 from edge_asr.gateway.call import Call
+from edge_asr.gateway.rtp import MAX_SENDERS
 from edge_asr.gateway.sctp import MAX_PIECES, WINDOW_BYTES
 from edge_asr.gateway.session import Session
 from edge_asr.gateway.tokens import Station
@@ -97,5 +99,35 @@ def test_a_message_of_the_greatest_length_is_taken_again_and_again() -> None:
                 client.channel.send('{"type":"ping"}'.ljust(wire.MAX_MESSAGE_BYTES))
                 assert (await asyncio.wait_for(client.events.get(), PATIENCE_S))["type"] == "pong"
             assert not call.ended.is_set()
+
+    run(scenario)
+
+
+async def send_packets(client: Client, count: int, payload_type: int, ssrc_of: Callable[[int], int]) -> None:
+    """Packets as a client's own sender would not send them."""
+    (sender,) = client.peer.getSenders()
+    for number in range(count):
+        packet = RtpPacket(payload_type=payload_type, sequence_number=number, ssrc=ssrc_of(number), payload=b"\xfc")
+        await sender.transport._send_rtp(packet.serialize())  # noqa: SLF001
+
+
+@pytest.mark.parametrize("payload_type", [111, 5])
+def test_who_speaks_as_ever_another_sender_is_hung_up_on_before_srtp_remembers_many(payload_type: int) -> None:
+    async def scenario() -> None:
+        async with called() as (call, client):
+            await send_packets(client, 2 * MAX_SENDERS, payload_type, lambda number: 1000 + number)
+            await asyncio.wait_for(call.ended.wait(), PATIENCE_S)
+
+    run(scenario)
+
+
+def test_who_sends_more_packets_than_it_may_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtp, "BURST_S", 0.1)
+    monkeypatch.setattr(rtp, "PACE", 0.0)
+
+    async def scenario() -> None:
+        async with called() as (call, client):
+            await send_packets(client, 50, 5, lambda _number: 1000)
+            await asyncio.wait_for(call.ended.wait(), PATIENCE_S)
 
     run(scenario)

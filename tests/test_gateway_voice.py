@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import av
 import numpy as np
+import pytest
 from aiortc.rtp import RtpPacket
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from edge_asr.audio import read_file
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
 from edge_asr.gateway import wire
-from edge_asr.gateway.rtp import LATE, OVERTAKEN, InOrder, later
+from edge_asr.gateway.call import DEAD_S
+from edge_asr.gateway.rtp import BURST_S, LATE, MAX_SENDERS, OVERTAKEN, PACE, PACKET_S, Allowance, InOrder, later
 from edge_asr.gateway.session import Session
 from edge_asr.gateway.talk import AT_ONCE, OFFERED_S, Talk
 from edge_asr.gateway.tokens import Station
@@ -59,6 +61,30 @@ def test_a_sender_that_begins_again_elsewhere_is_followed() -> None:
     assert [in_order.take(number, "new") for number in (40_000, 40_001)] == [["new"], ["new"]]
 
 
+@given(st.lists(st.floats(0.0, 60.0), min_size=1, max_size=50), st.floats(0.0025, 0.12))
+def test_who_sends_as_fast_as_one_speaks_may_do_so_for_ever_however_it_comes_together(
+    pauses: list[float], packet_s: float
+) -> None:
+    allowance = Allowance()
+    now_s = 0.0
+    for pause_s in pauses:
+        now_s += pause_s
+        packets = int(min(pause_s, DEAD_S) / packet_s)
+        assert allowance.spend(packets * (packet_s + PACKET_S), now_s)
+
+
+def test_who_sends_faster_than_one_speaks_has_a_burst_and_then_no_more() -> None:
+    allowance = Allowance()
+    until_s = next(t for t in range(1000) if not allowance.spend(PACE + 1.0, float(t)))
+    assert until_s == pytest.approx(BURST_S, abs=5)
+
+
+def test_a_call_has_so_many_senders_and_those_may_go_on() -> None:
+    allowance = Allowance()
+    assert [allowance.admits(bytes([number])) for number in range(MAX_SENDERS + 1)] == [True] * MAX_SENDERS + [False]
+    assert allowance.admits(bytes([0]))
+
+
 def test_timestamps_count_in_a_circle() -> None:
     assert later(2**32 - 480, 480) == 960
     assert later(480, 2**32 - 480) == -960
@@ -85,7 +111,7 @@ SAID = opus(read_file(recording("20-emergency-stop")))
 
 def new_voice(*, controlled: bool) -> tuple[Voice, Session]:
     session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
-    voice = Voice(session)
+    voice = Voice(session, lambda _audio_s: None)
     voice.controlled = controlled
     return voice, session
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 from aiortc import (
     RTCConfiguration,
     RTCDataChannel,
+    RTCDtlsTransport,
     RTCIceServer,
     RTCPeerConnection,
     RTCRtpReceiver,
@@ -32,6 +33,7 @@ from aiortc.sdp import candidate_from_sdp
 from edge_asr.gateway import dtls, sctp, wire
 from edge_asr.gateway.ice import Datagrams
 from edge_asr.gateway.rounds import Rounds
+from edge_asr.gateway.rtp import MAX_SENDERS, PACE, PACKET_S, Allowance
 from edge_asr.gateway.session import TAIL_S, BusyError, Event, Session
 from edge_asr.gateway.voice import Voice
 
@@ -90,7 +92,8 @@ class Call:
         self._peer.on("track", self._on_track)
         self._peer.on("datachannel", self._on_channel)
         self._peer.on("connectionstatechange", self._on_state)
-        self._voice = Voice(session)
+        self._voice = Voice(session, self._spend)
+        self._allowance = Allowance()
         self._ssrc = secrets.randbits(32)
         """Of our reports."""
         self._loop = asyncio.get_running_loop()
@@ -99,6 +102,8 @@ class Call:
         self._candidates = 0
         self._has_channel = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cut = False
+        """Whether it is about to end."""
         self.etag = ""
         """Of the ICE session."""
         self.ended = asyncio.Event()
@@ -174,13 +179,20 @@ class Call:
 
     def cut(self, reason: str) -> None:
         """Hang up soon."""
+        if self._cut:
+            return
+        self._cut = True
         log.info("%s: the call ends: %s", self.session.source, reason)
         self._start(self.close(), "close")
 
     async def _negotiate(self, offer: str) -> None:
         await self._peer.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+        transports = {self._receiver.transport}
         if self._peer.sctp is not None:
             sctp.limit(self._peer.sctp, self.cut)
+            transports.add(self._peer.sctp.transport)  # the same one, unless the offer has no BUNDLE
+        for transport in transports:
+            self._count_packets_of(transport)
         await self._peer.setLocalDescription(await self._peer.createAnswer())
 
     def _take_packets_of(self, peer: RTCPeerConnection) -> RTCRtpReceiver:
@@ -191,6 +203,33 @@ class Call:
         transceiver.setCodecPreferences(opus)
         transceiver.receiver._handle_rtp_packet = self._on_packet  # type: ignore[method-assign] # noqa: SLF001
         return transceiver.receiver
+
+    def _count_packets_of(self, transport: RTCDtlsTransport) -> None:
+        """Look at all packets, also at those that aiortc passes on to nobody: SRTP remembers who has sent them."""
+        take, take_report = transport._handle_rtp_data, transport._handle_rtcp_data  # noqa: SLF001
+
+        async def counted(data: bytes, arrival_time_ms: int) -> None:
+            if self._admits(data[8:12]):
+                await take(data, arrival_time_ms)
+
+        async def counted_report(data: bytes) -> None:
+            if self._admits(data[4:8]):
+                await take_report(data)
+
+        transport._handle_rtp_data = counted  # type: ignore[method-assign] # noqa: SLF001
+        transport._handle_rtcp_data = counted_report  # type: ignore[method-assign] # noqa: SLF001
+
+    def _admits(self, sender: bytes) -> bool:
+        """Whether a packet of this SSRC may come now; otherwise it is the last one."""
+        if not self._allowance.admits(sender):
+            self.cut(f"it has more than {MAX_SENDERS} senders")
+        else:
+            self._spend(PACKET_S)
+        return not self._cut
+
+    def _spend(self, audio_s: float) -> None:
+        if not self._allowance.spend(audio_s, self._loop.time()):
+            self.cut(f"it sends more than {PACE:g} times as fast as one speaks")
 
     def _on_track(self, track: MediaStreamTrack) -> None:
         self._start(self._until_its_end(track), "audio")

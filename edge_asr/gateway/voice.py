@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import av
@@ -36,7 +37,9 @@ QUIET_S: Final = 0.5
 class Voice:
     """One sender's packets go in; where no message says when a talk begins, all that comes is one talk."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, spend: Callable[[float], None]) -> None:
+        self._spend = spend
+        """Told how many seconds were decoded."""
         self.controlled = False
         """Whether messages begin and end the talks."""
         self._session = session
@@ -147,6 +150,7 @@ class Voice:
             (frame,) = self._decoder.decode(av.Packet(packet.payload))
         except (av.FFmpegError, ValueError):
             return 0, np.zeros(0, np.float32)
+        self._spend(frame.samples / OPUS_RATE)
         missing = 0 if self._due is None else max(0, later(self._due, packet.timestamp))
         self._due = packet.timestamp + frame.samples
         return missing, np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples)
