@@ -21,7 +21,7 @@ from edge_asr.gateway.session import Session
 from edge_asr.gateway.tokens import Station
 from tests.broker import PATIENCE_S
 from tests.fuzz_gateway import nobody_decides
-from tests.gateway import run
+from tests.gateway import OFFER, run
 
 
 class Client:
@@ -88,6 +88,29 @@ def test_who_opens_a_second_data_channel_is_hung_up_on() -> None:
         async with called() as (call, client):
             client.peer.createDataChannel("more")
             await asyncio.wait_for(call.ended.wait(), PATIENCE_S)
+
+    run(scenario)
+
+
+def test_a_session_whose_call_has_no_channel_is_not_one_that_its_client_has_left() -> None:
+    async def scenario() -> None:
+        session = Session("tablet", Station("tablet", "talk", "", ""), "127.0.0.1")
+        call = Call(session, [], None, nobody_decides, lambda _session: None, owns_session=True)
+        await call.answer(OFFER, controlled=False)
+        session.tell("listening", {"talk": 1})  # to nobody
+        assert session.attached
+        await call.close()
+        assert not session.attached
+
+    run(scenario)
+
+
+def test_what_a_session_tells_to_a_call_with_a_channel_comes_on_it() -> None:
+    async def scenario() -> None:
+        async with called() as (call, client):
+            call.session.tell("listening", {"talk": 1})
+            assert (await asyncio.wait_for(client.events.get(), PATIENCE_S))["type"] == "listening"
+            assert not call.ended.is_set()
 
     run(scenario)
 

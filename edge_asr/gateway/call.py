@@ -123,6 +123,8 @@ class Call:
             raise BusyError("no UDP port is free for a call, or this machine has no address but 127.0.0.1")
         found = re.search(r"^a=ice-ufrag:(\S+)", answer, re.MULTILINE)
         self.etag = found[1] if found else ""
+        if self._owns_session:
+            self.session.attach(self, 0)  # also without a channel, by which to tell it anything
         self._start(self._watch(), "watch")
         self.session.watchers.add(self._rest)
         return _announced(_wide(answer), self._announce)

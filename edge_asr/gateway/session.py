@@ -114,7 +114,7 @@ class Session:
 
     def attach(self, outlet: Outlet, have: int) -> None:
         """Send events this way from now on, those after number ``have`` at once; whoever did so before is cut off."""
-        if self._outlet is not None:
+        if self._outlet is not None and self._outlet is not outlet:
             self._outlet.cut("another connection has taken over")
         self._outlet = outlet
         for number, event in self._events:
