@@ -27,6 +27,7 @@ import yaml
 import edge_asr
 from edge_asr import clock, contract, hotwords, inference, requests, settings
 from edge_asr.confirmation import ConfirmationError
+from edge_asr.engine import Vocabulary
 from edge_asr.events import Json
 from edge_asr.grammar import GrammarError
 from edge_asr.hotwords import HotwordError
@@ -71,6 +72,8 @@ class Box(Protocol):
 
     options: Settings
     """As the settings file has them, without standing orders."""
+    vocabulary: Vocabulary
+    """The words and grammars in use."""
     outbox: Outbox
     standing: StandingOrders
     pipeline: Pipeline
@@ -288,8 +291,8 @@ class Attendant:
                 detail = f"{len(found)} of {len(phrases)} phrases cannot be used"
                 raise RequestError("unusable", detail, "mend or remove them", found[:_LISTED])
             await self._box.refit(lambda: standing.keep_hotwords(phrases))
-        in_use = await asyncio.to_thread(hotwords.load, standing.over(options).hotwords)
-        return {"hotwords": len(in_use), "hotwords_sha256": hotwords.digest(in_use)}
+        in_use = self._box.vocabulary
+        return {"hotwords": len(in_use.hotwords), "hotwords_sha256": in_use.hotwords_sha256}
 
     async def _grammar(self, request: Request) -> Result:
         body = _expect(request, requests.Grammar)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hashlib
 import importlib.util
 import logging
 import signal
@@ -22,7 +21,6 @@ from edge_asr import (
     clock,
     contract,
     grammar,
-    hotwords,
     installation,
     logs,
     model_store,
@@ -35,7 +33,7 @@ from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox, AuditLog, FormerlyAuditedOutbox
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
-from edge_asr.engine import Engine, grammar_paths
+from edge_asr.engine import Engine
 from edge_asr.events import Category, Json, Message
 from edge_asr.gateway.box import Box, Broker
 from edge_asr.health import give_back
@@ -64,8 +62,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_REFUSALS = (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError, WorkerError)
-"""What may be wrong with settings that are to be taken over."""
+_REFUSALS = (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError, WorkerError, OSError)
+"""What may be wrong with settings that are to be taken over, or with the disk that they are on."""
 
 OPTIMIZE_AFTER_S = 60.0
 """The first minute belongs to the start; what makes a graph then takes CPU time that nobody else wants."""
@@ -195,6 +193,9 @@ class Daemon:
         except BaseException:
             self._zygote.close()
             raise
+        self._stands = self.standing.names(options)
+        self.vocabulary = self.worker.vocabulary
+        """The words and grammars that ``options`` stand for."""
         self._vad = model_store.locate_vad()
         self._fitting = asyncio.Lock()
         self._before = earlier(options.outbox_path)
@@ -413,7 +414,7 @@ class Daemon:
         """Hear with the model, words and grammars of settings, standing orders over them."""
         effective = self.standing.over(options)
         await asyncio.to_thread(self.worker.reload, effective)
-        self.options, self._effective = options, effective
+        self.options, self._effective, self.vocabulary = options, effective, self.worker.vocabulary
         self.show()
 
     async def _optimize(self) -> None:
@@ -427,7 +428,7 @@ class Daemon:
             if record.variant != "own":
                 async with self._fitting:
                     await self._fit(self.options)
-        except (settings.SettingsError, ModelError, HotwordError, grammar.GrammarError) as error:
+        except _REFUSALS as error:
             log.warning("hearing goes on with the model's own graph: %s", error)
         else:
             log.info("%s is optimized for this CPU: %.2f of the CPU time", record.model, record.cpu_ratio)
@@ -456,6 +457,7 @@ class Daemon:
 
     def show(self) -> None:
         """Publish status and meta, for something has changed."""
+        self._stands = self.standing.names(self.options)
         self.publisher.publish_retained(contract.STATUS, self.status())
         self.publisher.publish_retained(contract.META, contract.meta_data(self.meta()))
 
@@ -466,12 +468,10 @@ class Daemon:
         return contract.status_data("degraded" if trouble else "online", reason, muted=muted)
 
     def meta(self) -> Meta:
-        """What the device is made of."""
+        """What the device is made of, by what was loaded: the files may have been edited since."""
         facts = self.worker.facts
         manifest = facts.files.manifest
-        effective = self._effective
-        paths = dict(zip(self.options.commands.grammars, grammar_paths(effective.commands).values(), strict=True))
-        listed = hotwords.load(effective.hotwords)
+        loaded = zip(self.options.commands.grammars, self._effective.commands.grammars, strict=True)
         return Meta(
             version=edge_asr.__version__,
             model=f"{manifest.name} {manifest.version}",
@@ -480,11 +480,11 @@ class Daemon:
             engine=self.options.model.engine,
             provider=facts.provider,
             provider_wanted=self.options.model.provider,
-            grammars={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()},
+            grammars={name: self.vocabulary.grammars_sha256[source] for name, source in loaded},
             sources=[source.name for source in self.options.sources],
-            hotwords=len(listed),
-            hotwords_sha256=hotwords.digest(listed),
-            standing=self.standing.names(self.options),
+            hotwords=len(self.vocabulary.hotwords),
+            hotwords_sha256=self.vocabulary.hotwords_sha256,
+            standing=self._stands,
             broker=self.publisher.broker or None,
         )
 

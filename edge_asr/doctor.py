@@ -19,11 +19,12 @@ from pydantic import BaseModel
 from edge_asr import clock, inference, installation, model_store, prepared, service, trial
 from edge_asr.audio import measure
 from edge_asr.devices import DeviceError, record
-from edge_asr.engine import Engine, build_hotwords, build_interpreter
+from edge_asr.engine import Engine, build_hotwords, build_interpreter, read_grammars
 from edge_asr.events import Command, Rejection
 from edge_asr.grammar import GrammarError
 from edge_asr.hearing import DEAD_BELOW_DBFS, MAX_OFFSET
 from edge_asr.hotwords import HotwordError
+from edge_asr.hotwords import load as load_hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.link import Destination, destinations
 from edge_asr.model_store import ModelError
@@ -163,7 +164,7 @@ def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognize
 
 def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:
     try:
-        hotwords = build_hotwords(options.hotwords, recognizer)
+        hotwords = build_hotwords(load_hotwords(options.hotwords), recognizer)
     except HotwordError as error:
         return Finding("hotwords", "failed", str(error).splitlines()[0], "mend it")
     if hotwords is None:
@@ -176,7 +177,7 @@ def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
 
 def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:
     try:
-        interpreter = build_interpreter(options.commands, recognizer)
+        interpreter = build_interpreter(options.commands, read_grammars(options.commands), recognizer)
     except GrammarError as error:
         return Finding("grammars", "failed", str(error).splitlines()[0], "mend it; `edge-asr grammar test` shows more")
     if interpreter is None:

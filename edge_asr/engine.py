@@ -5,16 +5,18 @@ An :class:`Engine` works in the process that built it; the daemon keeps one in a
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from edge_asr import clock, commands, grammar, hotwords, inference, installation, model_store, prepared, settings, trial
+from edge_asr import clock, grammar, hotwords, inference, installation, model_store, prepared, settings, trial
 from edge_asr.audio import FrameCutter
 from edge_asr.commands import Interpreter
 from edge_asr.events import Utterance
-from edge_asr.hotwords import Hotwords
+from edge_asr.hotwords import Hotword, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Ear, Understanding, understand
@@ -36,6 +38,35 @@ def grammar_paths(options: settings.Commands) -> dict[str, Path]:
     return found
 
 
+def read_grammars(options: settings.Commands) -> dict[str, bytes]:
+    """Name -> content for every grammar of the settings. Raises GrammarError."""
+    return {name: grammar.content_of(path) for name, path in grammar_paths(options).items()}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The site's words and grammars as they were when they were read: their files may be broken or gone since."""
+
+    hotwords: tuple[Hotword, ...]
+    grammars: Mapping[str, bytes]
+    """Content by the name in the settings."""
+
+    @classmethod
+    def read(cls, options: Settings) -> Vocabulary:
+        """From the files of the settings. Raises HotwordError, GrammarError."""
+        return cls(hotwords.load(options.hotwords), read_grammars(options.commands))
+
+    @cached_property
+    def hotwords_sha256(self) -> str:
+        """By which two lists can be told apart."""
+        return hotwords.digest(self.hotwords)
+
+    @cached_property
+    def grammars_sha256(self) -> Mapping[str, str]:
+        """Of each file by the name in the settings."""
+        return {name: hashlib.sha256(content).hexdigest() for name, content in self.grammars.items()}
+
+
 @dataclass(frozen=True)
 class Engine:
     """The ears and the understanding that the settings ask for."""
@@ -47,9 +78,12 @@ class Engine:
     new_detector: Callable[[], SileroDetector]
 
     @classmethod
-    def build(cls, options: Settings) -> Engine:
-        """Check and load models, hotwords and grammars. Raises ModelError, HotwordError, GrammarError."""
-        grammar_paths(options.commands)  # a wrong name is told at once, not after a model was loaded
+    def build(cls, options: Settings, vocabulary: Vocabulary | None = None) -> Engine:
+        """Check and load models, hotwords and grammars; the last two from their files unless they were read before.
+
+        Raises ModelError, HotwordError, GrammarError.
+        """
+        listed = vocabulary or Vocabulary.read(options)  # a wrong name is told at once, not after a model was loaded
         provider = inference.reachable(options.model)
         files = model_store.locate(installation.chosen(options), options.models_directory, provider)
         if not files.model.is_relative_to(model_store.bundled("models")):
@@ -59,8 +93,8 @@ class Engine:
         vad = model_store.locate_vad()
         graph = prepared.find(files, options.models_directory, options.model)
         recognizer = inference.open_recognizer(files, options.model, graph)
-        words = build_hotwords(options.hotwords, recognizer)
-        interpreter = build_interpreter(options.commands, recognizer)
+        words = build_hotwords(listed.hotwords, recognizer)
+        interpreter = build_interpreter(options.commands, listed.grammars, recognizer)
         return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))
 
     @property
@@ -72,10 +106,11 @@ class Engine:
         """Recognize an utterance; a final one is interpreted too. Blocking."""
         return understand(utterance, self.recognizer, self.hotwords, self.interpreter if final else None)
 
-    def under(self, options: Settings) -> Engine:
-        """The same ears with the hotwords and grammars of other settings. Raises HotwordError, GrammarError."""
-        words = build_hotwords(options.hotwords, self.recognizer)
-        return replace(self, hotwords=words, interpreter=build_interpreter(options.commands, self.recognizer))
+    def under(self, options: Settings, vocabulary: Vocabulary) -> Engine:
+        """The same ears with the hotwords and grammars of other settings. Raises GrammarError."""
+        words = build_hotwords(vocabulary.hotwords, self.recognizer)
+        interpreter = build_interpreter(options.commands, vocabulary.grammars, self.recognizer)
+        return replace(self, hotwords=words, interpreter=interpreter)
 
     def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
         """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
@@ -89,39 +124,41 @@ class Engine:
             yield self.understand(utterance, final=True)
 
 
-def prepare_engine(options: Settings) -> tuple[Engine, str]:
+def prepare_engine(options: Settings, vocabulary: Vocabulary | None = None) -> tuple[Engine, str]:
     """The engine, and what went wrong where a newly activated model had to make way.
 
     It has heard its golden recording rightly, else ModelError; other errors as of Engine.build.
     """
     store = installation.Store(options.models_directory)
     if options.model.name is not None or store.proven:
-        return _proven_engine(options), ""
+        return _proven_engine(options, vocabulary), ""
     candidate = store.active
     reason = f"the daemon ended {installation.TRIALS} times with it"
     if store.begin() is None:
         try:
-            engine = _proven_engine(options)
+            engine = _proven_engine(options, vocabulary)
         except ModelError as error:
             reason = str(error)
             store.roll_back()
         else:
             store.prove()
             return engine, ""
-    return _proven_engine(options), f"{candidate} is not used, {store.active} is again: {reason}"
+    return _proven_engine(options, vocabulary), f"{candidate} is not used, {store.active} is again: {reason}"
 
 
-def _proven_engine(options: Settings) -> Engine:
-    engine = Engine.build(options)
+def _proven_engine(options: Settings, vocabulary: Vocabulary | None) -> Engine:
+    engine = Engine.build(options, vocabulary)
     trial.hear_golden(engine.recognizer, engine.files)
     return engine
 
 
-def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | SherpaRecognizer) -> Interpreter | None:
+def build_interpreter(
+    options: settings.Commands, grammars: Mapping[str, bytes], recognizer: OnnxRecognizer | SherpaRecognizer
+) -> Interpreter | None:
     """The site's grammars under the model's tokens; None without grammars. Raises GrammarError."""
-    if not options.grammars:
+    if not grammars:
         return None
-    graph = commands.load_graph(list(grammar_paths(options).values()))
+    graph = grammar.compile_graph({name: grammar.parse(content, name) for name, content in grammars.items()})
     interpreter = Interpreter(graph, recognizer.table, options, recognizer.languages)
     if interpreter.unspellable:
         words = ", ".join(interpreter.unspellable)
@@ -129,9 +166,8 @@ def build_interpreter(options: settings.Commands, recognizer: OnnxRecognizer | S
     return interpreter
 
 
-def build_hotwords(options: settings.Hotwords, recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
-    """The site's words under the model's tokens; None without any. Raises HotwordError."""
-    listed = hotwords.load(options)
+def build_hotwords(listed: Sequence[Hotword], recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
+    """The site's words under the model's tokens; None without any."""
     if not listed:
         return None
     words = Hotwords(listed, recognizer.table)

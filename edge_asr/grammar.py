@@ -155,10 +155,23 @@ class Grammar(_Part):
 
 def load(path: Path) -> Grammar:
     """Read and check one grammar file. Raises GrammarError."""
+    return parse(content_of(path), str(path))
+
+
+def content_of(path: Path) -> bytes:
+    """A grammar file's content, unchecked. Raises GrammarError."""
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise GrammarError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise GrammarError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse(content: bytes, path: str) -> Grammar:
+    """Check what was read from a grammar file. Raises GrammarError."""
+    try:
+        tree = parse_yaml(content.decode())
+    except UnicodeDecodeError:
+        raise GrammarError(f"{path}: cannot be read (not UTF-8 text)") from None
     except ValueError as error:
         raise GrammarError(f"{path}: {error}; mend the YAML there") from None
     if isinstance(tree, dict) and isinstance(tree.get("slots"), dict):
@@ -171,7 +184,7 @@ def load(path: Path) -> Grammar:
         raise GrammarError("\n".join(f"{path}: {explain(problem, Grammar)}" for problem in problems(error))) from None
 
 
-def _slot_problems(path: Path, slots: Mapping[str, object]) -> Iterator[str]:
+def _slot_problems(path: str, slots: Mapping[str, object]) -> Iterator[str]:
     """Said before pydantic tries every kind of slot in turn and reports three times as much."""
     kinds: dict[str, type[_Part]] = {"values": Enumeration, "range": NumberRange, "digits": Digits}
     for name, body in slots.items():

@@ -4,6 +4,7 @@ Law:
 
 - An utterance stays here until its understanding is back. A worker that dies of it, or hangs, is replaced by one that
   gets it once more; the second time it becomes a rejection that says why.
+- One that takes another's place gets the words and grammars that were in use, not what has become of their files.
 - Workers are forked from a ``zygote``, so a new one is ready as soon as its model is loaded (docs/operations.md).
 - What a worker says is trusted as much as itself: it runs as the same user behind the same walls, hence pickle.
 """
@@ -23,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Final
 
 from edge_asr import installation, prepared, trial
-from edge_asr.engine import Engine, prepare_engine
+from edge_asr.engine import Engine, Vocabulary, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
 from edge_asr.health import bytes_read, cpu_s, give_back, is_stopped, resident_bytes, stands_still
@@ -109,7 +110,17 @@ class Facts:
     """CPU time that it took to get so far."""
     trouble: str
     """Why a newly activated model had to make way; empty: it had not."""
+    vocabulary: Vocabulary
     resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker is to hear with."""
+
+    options: Settings
+    vocabulary: Vocabulary | None = None
+    """None: as the files have it; then the answer holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +153,7 @@ class Worker:
         self.on_change: Callable[[], None] = lambda: None
         """Called, from any thread, when that has changed."""
         try:
-            self._process = self._begin(options)
+            self._process = self._begin(Plan(options))
         except BaseException:
             self._leave_zygote()
             raise
@@ -151,6 +162,11 @@ class Worker:
     def facts(self) -> Facts:
         """What the worker of this moment said of itself."""
         return self._process.facts
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The words and grammars in use, whatever has become of their files."""
+        return self._process.vocabulary
 
     @property
     def name(self) -> str:
@@ -200,7 +216,7 @@ class Worker:
         chosen = installation.chosen(options)
         graph = prepared.record_of(self.facts.files, options.models_directory)
         if options.model != self._options.model or chosen != self._chosen or graph != self.facts.graph:
-            fresh = self._begin(options)
+            fresh = self._begin(Plan(options))
             with self._turn:
                 old, self._process = self._process, fresh
             old.end()
@@ -212,12 +228,10 @@ class Worker:
     def _retune(self, options: Settings) -> None:
         with self._turn:
             try:
-                refusal, _ = self._process.retune(options)
+                self._process.retune(Plan(options))
             except _EndedError as error:
                 self._replace(str(error))
                 raise WorkerError(f"over the new settings the recognizer {error}") from None
-        if isinstance(refusal, _REFUSALS):
-            raise refusal
 
     def prove(self) -> None:
         """Listen to the golden recording; one that hears something else is replaced. Raises WorkerError.
@@ -263,7 +277,8 @@ class Worker:
         old = self._process
         old.end()
         try:
-            self._process = self._begin(self._options, STEP_BASE_S + LOAD_FACTOR * old.load_cpu_s)
+            plan = Plan(self._options, old.vocabulary)
+            self._process = self._begin(plan, STEP_BASE_S + LOAD_FACTOR * old.load_cpu_s)
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
         self.replacing = ""
@@ -272,7 +287,7 @@ class Worker:
         if same_ears and self.facts.golden != old.facts.golden:
             raise WorkerError(f"a new recognizer hears {self.facts.golden!r} in the golden recording")
 
-    def _begin(self, options: Settings, work_s: float = math.inf) -> _Process:
+    def _begin(self, plan: Plan, work_s: float = math.inf) -> _Process:
         """A worker that has loaded its model, in so much CPU time where it is known what that takes.
 
         A new model that ends it makes way in the end (``installation``).
@@ -281,7 +296,7 @@ class Worker:
         for _ in range(LOAD_ATTEMPTS):
             process = _Process(self._zygote)
             try:
-                facts, _ = process.ask(options, LOAD_LIMIT_S, work_s)
+                facts, _ = process.ask(plan, LOAD_LIMIT_S, work_s)
             except _EndedError as error:
                 trouble = str(error)
                 log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
@@ -290,7 +305,7 @@ class Worker:
                 process.end()
                 raise facts
             assert isinstance(facts, Facts)  # noqa: S101 - what `serve` answers first
-            process.facts, process.load_cpu_s = facts, facts.load_cpu_s
+            process.facts, process.load_cpu_s, process.vocabulary = facts, facts.load_cpu_s, facts.vocabulary
             self.trouble = facts.trouble
             if not facts.golden:
                 log.warning("%s hears nothing in the golden recording; is it the right model?", facts.files.name)
@@ -307,6 +322,8 @@ class _Process:
     """CPU time that hearing the golden recording took when it was last proven."""
     load_cpu_s: float
     """CPU time that another one would need to get where this one is."""
+    vocabulary: Vocabulary
+    """The words and grammars that it hears with."""
 
     def __init__(self, zygote: Zygote) -> None:
         """Raises WorkerError."""
@@ -336,12 +353,25 @@ class _Process:
         self.newest_golden_cpu_s = answer.cpu_s
         return answer.text
 
-    def retune(self, options: Settings) -> tuple[object, int]:
-        """As :meth:`ask`; hotwords and commands may take longer to build than those that were loaded."""
-        before_s = cpu_s(self.pid)
-        answer = self.ask(options, LOAD_LIMIT_S, RETUNE_LIMIT_S)
-        self.load_cpu_s = self.facts.load_cpu_s + cpu_s(self.pid) - before_s
-        return answer
+    def retune(self, plan: Plan) -> None:
+        """Hear with other hotwords and commands, which may take longer to build than those that were loaded.
+
+        Raises HotwordError, GrammarError (then nothing has changed), _EndedError, WorkerError.
+        """
+        before_s = self._spent_s()
+        answer, _ = self.ask(plan, LOAD_LIMIT_S, RETUNE_LIMIT_S)
+        if isinstance(answer, _REFUSALS):
+            raise answer
+        assert isinstance(answer, Vocabulary)  # noqa: S101 - what `serve` answers to this
+        self.load_cpu_s = self.facts.load_cpu_s + self._spent_s() - before_s
+        self.vocabulary = answer
+
+    def _spent_s(self) -> float:
+        """CPU time so far. Raises _EndedError, WorkerError."""
+        try:
+            return cpu_s(self.pid)
+        except OSError:  # dead, and reaped with another's end
+            raise _EndedError(f"ended by {self.end()}") from None
 
     def ask(self, request: object, limit_s: float, work_s: float = math.inf) -> tuple[object, int]:
         """One question, one answer and the memory in use after it.
@@ -425,14 +455,15 @@ def serve(line: socket.socket) -> None:
 
 
 def _answered(
-    engine: Engine | None, request: Settings | tuple[Utterance, bool] | str, step: Callable[[], None]
+    engine: Engine | None, request: Plan | tuple[Utterance, bool] | str, step: Callable[[], None]
 ) -> tuple[Engine, object]:
     """The engine to go on with, and the answer. Raises ModelError, HotwordError, GrammarError."""
     if engine is None:
-        assert isinstance(request, Settings)  # noqa: S101 - a worker's first request
-        engine, trouble = prepare_engine(request)
+        assert isinstance(request, Plan)  # noqa: S101 - a worker's first request
+        options, vocabulary = request.options, request.vocabulary or Vocabulary.read(request.options)
+        engine, trouble = prepare_engine(options, vocabulary)
         engine.recognizer.step = step
-        graph = prepared.record_of(engine.files, request.models_directory)
+        graph = prepared.record_of(engine.files, options.models_directory)
         golden = _hear_golden(engine)
         facts = Facts(
             files=engine.files,
@@ -443,11 +474,13 @@ def _answered(
             golden_cpu_s=golden.cpu_s,
             load_cpu_s=time.process_time(),
             trouble=trouble,
+            vocabulary=vocabulary,
             resident_bytes=resident_bytes("self"),
         )
         return engine, facts
-    if isinstance(request, Settings):
-        return engine.under(request), None
+    if isinstance(request, Plan):
+        vocabulary = request.vocabulary or Vocabulary.read(request.options)
+        return engine.under(request.options, vocabulary), vocabulary
     if isinstance(request, str):
         return engine, _hear_golden(engine)
     utterance, final = request

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from edge_asr import evaluation, grammar, settings
 from edge_asr.audio import read_file, signal_to_noise_db, to_float
-from edge_asr.engine import Engine, build_interpreter, grammar_paths
+from edge_asr.engine import Engine, build_interpreter, grammar_paths, read_grammars
 from edge_asr.events import Transcript
 from edge_asr.health import resident_bytes
 from edge_asr.inference import SherpaRecognizer
@@ -97,7 +97,8 @@ def heard(task: Task) -> dict[str, Any]:
     assert task.python is not None
     with whisper(task.python, engine.recognizer.table) as theirs:
         recognizer = cast(SherpaRecognizer, theirs)  # it answers as that one does
-        engine = replace(engine, recognizer=recognizer, interpreter=build_interpreter(options.commands, recognizer))
+        interpreter = build_interpreter(options.commands, read_grammars(options.commands), recognizer)
+        engine = replace(engine, recognizer=recognizer, interpreter=interpreter)
         found = _measured(task, engine, options.vad, lambda: theirs.cpu_s)
         return {"name": task.name, **found, "memory_mb": theirs.resident_mb}
 

@@ -226,10 +226,23 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
+def zygote_of(box: Box) -> int:
+    """Process id of what forks the others."""
+    (found,) = children(box.process.pid)
+    return found
+
+
+def recognizer_of(box: Box) -> int:
+    """Process id of the worker."""
+    named = {Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip(): pid for pid in children(zygote_of(box))}
+    return named["recognizer"]
+
+
 def capture_of(box: Box) -> int:
     """Process id of what listens to the microphone."""
-    (zygote,) = children(box.process.pid)
-    (found,) = (each for each in children(zygote) if Path(f"/proc/{each}/comm").read_text().startswith("capture-"))
+    (found,) = (
+        each for each in children(zygote_of(box)) if Path(f"/proc/{each}/comm").read_text().startswith("capture-")
+    )
     return found
 
 
@@ -506,6 +519,37 @@ def test_sighup_takes_over_new_grammars_and_refuses_broken_ones(tmp_path: Path) 
             box.wait_for_log("a restart is needed for: device")
             box.say(COMMAND)
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "now a command")
+            assert box.hang_up() == 0
+
+
+def test_words_and_grammars_that_are_edited_broken_or_deleted_change_nothing_until_a_reload_that_is_sound(
+    tmp_path: Path,
+) -> None:
+    words, commanded, port = tmp_path / "words.txt", tmp_path / "site.yaml", free_port()
+    words.write_text("RCCB\n", encoding="utf-8")
+    commanded.write_bytes((model_store.bundled("grammars") / "factory.en.yaml").read_bytes())
+    vocabulary = {"commands": {"grammars": [str(commanded)]}, "hotwords": {"file": str(words)}}
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        settings = write_settings(tmp_path, broker.port, monitoring={"port": port}, **vocabulary)
+
+        def metas() -> list[Any]:
+            return [
+                (m.data["hotwords_sha256"], m.data["grammars"]) for m in subscriber.on("meta") if m.data.get("broker")
+            ]
+
+        with running(settings) as box:
+            subscriber.wait_for(lambda _: len(metas()) > 0, "what it is made of")
+            words.write_text("RCCB : many\n", encoding="utf-8")
+            commanded.unlink()
+            with urlopen(f"http://{HOST}:{port}/metrics") as answer:
+                assert answer.status == 200
+            box.process.send_signal(signal.SIGHUP)
+            box.wait_for_log("reload refused, nothing has changed")
+            os.kill(recognizer_of(box), signal.SIGKILL)
+            broker.restart()
+            box.say(COMMAND)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "the command")
+            assert metas()[-1] == metas()[0]
             assert box.hang_up() == 0
 
 

@@ -15,7 +15,16 @@ from edge_asr import model_store
 from edge_asr.watchdog import EXIT_HUNG
 from tests.broker import PATIENCE_S, Broker, Subscriber, free_port, wait_until
 from tests.soundcard import sound_card
-from tests.test_daemon import COMMAND, Box, capture_of, captures, children, running, write_settings
+from tests.test_daemon import (
+    COMMAND,
+    Box,
+    capture_of,
+    captures,
+    recognizer_of,
+    running,
+    write_settings,
+    zygote_of,
+)
 from tests.test_monitoring import get
 from tests.test_worker import spin
 
@@ -26,18 +35,6 @@ watchdog.GOLDEN_INTERVAL_S = 0.5
 cli.main()
 """
 """A daemon that waits for seconds where the product waits for up to five minutes."""
-
-
-def zygote_of(box: Box) -> int:
-    """Process id of what forks the others."""
-    (found,) = children(box.process.pid)
-    return found
-
-
-def recognizer_of(box: Box) -> int:
-    """Process id of the worker."""
-    named = {Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip(): pid for pid in children(zygote_of(box))}
-    return named["recognizer"]
 
 
 def test_what_is_stopped_or_dies_while_nobody_speaks_is_noticed_before_anybody_does(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_asr import model_store, settings
 from edge_asr.audio import read_file
-from edge_asr.engine import Engine
+from edge_asr.engine import Engine, Vocabulary
 from edge_asr.events import Command, Rejection
 from edge_asr.grammar import CommandGraph, Grammar, GrammarError, compile_graph
 from edge_asr.numbers import Language
@@ -216,7 +216,7 @@ def heard_at(site: Path, recording: str, names: str) -> Command | Rejection:
     site.write_text(SITE.replace("NAMES", names), encoding="utf-8")
     options = settings.Settings.model_validate({"commands": {"grammars": [str(site)]}})
     pcm = read_file(model_store.bundled("recordings") / f"{recording}.flac")
-    [heard] = sherpa().under(options).hear(pcm, options.vad)
+    [heard] = sherpa().under(options, Vocabulary.read(options)).hear(pcm, options.vad)
     assert heard.decision is not None
     return heard.decision
 

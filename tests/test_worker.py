@@ -42,6 +42,7 @@ from edge_asr.audio import read_file
 from edge_asr.events import Command, Rejection, Utterance, new_id
 from edge_asr.model_store import ModelError
 from edge_asr.worker import Worker, WorkerError
+from edge_asr.zygote import ZygoteError
 from tests.soundcard import until
 
 OPTIONS = settings.Settings(commands=settings.Commands(grammars=("factory.en",)))
@@ -293,14 +294,18 @@ def test_a_worker_that_has_grown_is_replaced_between_two_utterances(
     assert walled.pid != before
 
 
-WORDS = "RCCB\n"
-
-
 @pytest.fixture
-def with_words(tmp_path: Path) -> settings.Settings:
-    """Settings whose words lie in a file: made a pipe, it holds up whoever loads them, as a dead card would."""
-    (tmp_path / "words.txt").write_text(WORDS, encoding="utf-8")
-    return settings.Settings(hotwords=settings.Hotwords(file=tmp_path / "words.txt"))
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that whoever loads a model reads: made a pipe, it holds them up, as a dead card would."""
+    file = tmp_path / "on-the-card"
+    file.touch()
+
+    def read_and_prepare(options: settings.Settings, vocabulary: engine.Vocabulary) -> tuple[engine.Engine, str]:
+        file.read_bytes()
+        return engine.prepare_engine(options, vocabulary)
+
+    monkeypatch.setattr(worker, "prepare_engine", read_and_prepare)
+    return file
 
 
 def make_pipe(path: Path) -> Path:
@@ -310,19 +315,19 @@ def make_pipe(path: Path) -> Path:
 
 
 def test_one_that_hangs_while_it_loads_is_ended_in_time_and_says_so_meanwhile(
-    with_words: settings.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker, "LIMIT_S", 2.0)
-    with closing(Worker(with_words)) as walled:
-        make_pipe(tmp_path / "words.txt")
+    with closing(Worker(OPTIONS)) as walled:
+        make_pipe(card)
         said_meanwhile = []
 
         def mend() -> None:
             ended = "while loading the model the recognizer hung for more than 2 s"
             until(lambda: ended in caplog.text, "no end", deadline_s=60)
             said_meanwhile.append(walled.replacing)
-            (tmp_path / "new.txt").write_text(WORDS, encoding="utf-8")
-            (tmp_path / "new.txt").replace(tmp_path / "words.txt")
+            (tmp_path / "new").touch()
+            (tmp_path / "new").replace(card)
 
         mender = threading.Thread(target=mend)
         mender.start()
@@ -333,17 +338,15 @@ def test_one_that_hangs_while_it_loads_is_ended_in_time_and_says_so_meanwhile(
         assert walled.replacing == ""
 
 
-def test_one_that_loads_from_a_slow_card_is_waited_for(
-    with_words: settings.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_loads_from_a_slow_card_is_waited_for(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LIMIT_S", 1.2)
-    with closing(Worker(with_words)) as walled:
-        pipe = make_pipe(tmp_path / "words.txt")
+    with closing(Worker(OPTIONS)) as walled:
+        pipe = make_pipe(card)
 
         def drip() -> None:
-            with pipe.open("w", encoding="utf-8") as card:
+            with pipe.open("w", encoding="utf-8") as slow:
                 for _ in range(6):
-                    print(file=card, flush=True)
+                    print(file=slow, flush=True)
                     time.sleep(0.3)
 
         dripper = threading.Thread(target=drip)
@@ -355,18 +358,17 @@ def test_one_that_loads_from_a_slow_card_is_waited_for(
 
 
 def test_one_that_computes_without_an_end_while_it_loads_is_ended_by_what_loading_took_before(
-    with_words: settings.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def load_unless_spoilt(options: settings.Hotwords) -> tuple[hotwords.Hotword, ...]:
+    def prepare_unless_spoilt(options: settings.Settings, vocabulary: engine.Vocabulary) -> tuple[engine.Engine, str]:
         while (tmp_path / "spoilt").exists():
             pass
-        return load(options)
+        return engine.prepare_engine(options, vocabulary)
 
-    load = hotwords.load
-    monkeypatch.setattr(hotwords, "load", load_unless_spoilt)
+    monkeypatch.setattr(worker, "prepare_engine", prepare_unless_spoilt)
     monkeypatch.setattr(worker, "STEP_BASE_S", 0.2)
     monkeypatch.setattr(worker, "LOAD_FACTOR", 3.0)
-    with closing(Worker(with_words)) as walled:
+    with closing(Worker(OPTIONS)) as walled:
         (tmp_path / "spoilt").touch()
 
         def mend() -> None:
@@ -382,7 +384,7 @@ def test_one_that_computes_without_an_end_while_it_loads_is_ended_by_what_loadin
 
 
 def test_words_over_which_it_computes_without_an_end_are_refused_in_time_and_the_old_ones_stay(
-    with_words: settings.Settings, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load_unless_endless(options: settings.Hotwords) -> tuple[hotwords.Hotword, ...]:
         while any(each.phrase == "endless" for each in options.phrases):
@@ -392,12 +394,41 @@ def test_words_over_which_it_computes_without_an_end_are_refused_in_time_and_the
     load = hotwords.load
     monkeypatch.setattr(hotwords, "load", load_unless_endless)
     monkeypatch.setattr(worker, "RETUNE_LIMIT_S", 0.3)
-    with closing(Worker(with_words)) as walled:
-        endless = with_words.model_copy(update={"hotwords": settings.Hotwords.model_validate({"phrases": ["endless"]})})
+    with closing(Worker(OPTIONS)) as walled:
+        endless = OPTIONS.model_copy(update={"hotwords": settings.Hotwords.model_validate({"phrases": ["endless"]})})
         with pytest.raises(WorkerError, match=r"over the new settings the recognizer computed without an end for more"):
             walled.reload(endless)
         assert walled.understand(STOP, final=True).transcript is not None
         assert walled.replaced == 1
+
+
+def test_words_and_grammars_that_were_broken_or_lost_since_they_were_read_cost_a_crash_nothing(tmp_path: Path) -> None:
+    words, commanded = tmp_path / "words.txt", tmp_path / "site.yaml"
+    words.write_text("RCCB\n", encoding="utf-8")
+    shutil.copy(model_store.bundled("grammars") / "factory.en.yaml", commanded)
+    options = settings.Settings(
+        hotwords=settings.Hotwords(file=words), commands=settings.Commands(grammars=(str(commanded),))
+    )
+    with closing(Worker(options)) as walled:
+        before = walled.vocabulary
+        words.write_text("RCCB : many\n", encoding="utf-8")
+        with pytest.raises(hotwords.HotwordError, match=r"words.txt: line 1"):
+            walled.reload(options)
+        commanded.unlink()
+        os.kill(walled.pid, signal.SIGKILL)
+        assert isinstance(walled.understand(STOP, final=True).decision, Command)
+        assert walled.vocabulary == before
+        assert [each.written for each in before.hotwords] == ["RCCB"]
+
+
+def test_new_words_for_a_recognizer_that_died_and_was_reaped_are_refused_and_another_is_there(walled: Worker) -> None:
+    os.kill(walled.pid, signal.SIGKILL)
+    until(lambda: has_ended(walled.pid), "it lives")
+    with pytest.raises(ZygoteError):
+        walled._zygote.end(0)  # noqa: SLF001 - with any order it reaps what is dead
+    with pytest.raises(WorkerError, match="over the new settings the recognizer ended by SIGKILL"):
+        walled.reload(OPTIONS)
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
 
 
 def test_the_golden_recording_is_heard_alike_by_every_worker(walled: Worker) -> None:
