@@ -127,13 +127,19 @@ class Outbox:
         return (time.monotonic_ns() - self._since_ns) / clock.NS_PER_S if self._owed else 0.0
 
     @property
-    def at_work(self) -> bool:
-        """Whether the writer thread computes or waits for the disk: it stands in the kernel, where nothing ends it."""
+    def is_stuck(self) -> bool:
+        """Whether the writer thread is dead, held by a debugger or asleep over a lock of this process.
+
+        What else it may wait for comes to an end, or no restart ends it: a disk, a file system in user space, or
+        another process's lock on the file, for which SQLite sleeps and looks again.
+        """
+        if not self._thread.is_alive():
+            return True
         try:
-            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_text(encoding="ascii", errors="replace")
-        except OSError:  # it is dead
+            waits_in = Path(f"/proc/self/task/{self._thread.native_id}/wchan").read_text(encoding="ascii")
+        except OSError:  # a kernel that does not tell; no memory, no descriptor
             return False
-        return stat.rpartition(")")[2].split()[0] in {"R", "D"}
+        return waits_in.startswith(("futex", "ptrace_stop"))
 
     @property
     def mending(self) -> bool:

@@ -5,7 +5,8 @@ Law: WATCHDOG=1 is sent only while
 - the event loop turns (it is the loop that sends it),
 - no microphone is stuck in a driver out of which the kernel cannot end its process (``sources`` replaces all others),
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
-  that waits in the kernel. One that sleeps is deadlocked. A commit that is refused, on a full disk, is no hang,
+  that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
+  is no hang,
 - the recognizer hears the golden recording as it did at first. ``worker`` replaces one that hangs or dies when it is
   asked; one that is stopped or dead while nobody speaks is noticed here, so that the next one who speaks finds another.
 
@@ -42,8 +43,8 @@ DISK_LIMIT_S: Final = 30.0
 MEND_LIMIT_S: Final = 90.0
 """How long carrying a damaged file over may take; as TimeoutStartSec=, where that would be done again."""
 
-ASLEEP_LOOKS: Final = 2
-"""So often in a row the outbox's thread is seen asleep before it is deadlocked: once it may be about to answer."""
+LOCKED_LOOKS: Final = 2
+"""So often in a row the outbox's thread is seen at a lock before it is deadlocked: once it may be about to answer."""
 
 COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
@@ -65,8 +66,8 @@ class Watchdog:
         self._microphones = microphones
         self._outbox = outbox
         self._worker = worker
-        self._asleep = 0
-        """Looks in a row that saw the outbox's thread asleep over what it owes."""
+        self._locked = 0
+        """Looks in a row that saw the outbox's thread at a lock over what it owes."""
         self.trouble = ""
         """What is waited for; empty: nothing."""
 
@@ -80,7 +81,7 @@ class Watchdog:
             if microphone.hang:
                 return f"{microphone.name}: {microphone.hang}"
         stuck_s = self._outbox.unanswered_s
-        if self._asleep >= ASLEEP_LOOKS:
+        if self._locked >= LOCKED_LOOKS:
             return f"the outbox has not answered for {stuck_s:.0f} s, and not because of its disk"
         if stuck_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
             return f"the disk of the outbox has not answered for {stuck_s:.0f} s"
@@ -91,13 +92,13 @@ class Watchdog:
         if self._outbox.unanswered_s <= COMMIT_LIMIT_S:
             if self.trouble:
                 log.info("the disk of the outbox answers again")
-            self.trouble, self._asleep = "", 0
+            self.trouble, self._locked = "", 0
             return
         if not self.trouble:
             self.trouble = f"the disk of the outbox has not answered for {COMMIT_LIMIT_S:g} s; waiting for it"
             log.warning(self.trouble)
             systemd.status(self.trouble)
-        self._asleep = 0 if self._outbox.at_work else self._asleep + 1
+        self._locked = self._locked + 1 if self._outbox.is_stuck else 0
 
     async def _look(self) -> None:
         pause_s = min(systemd.watchdog_interval_s() or LOOK_S, LOOK_S)

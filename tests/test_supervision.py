@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -358,7 +359,7 @@ def test_a_slow_disk_is_told_and_waited_for_and_only_one_that_never_answers_is_a
     async def scenario() -> None:
         with standing_still(monkeypatch, tmp_path, deadlocked=False) as (kept, dog, let_go):
             probing = asyncio.create_task(kept.prove())
-            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and kept.at_work, "the disk")
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and not kept.is_stuck, "the disk")
             for _ in range(5):
                 dog.look_at_outbox()
             assert dog.trouble == "the disk of the outbox has not answered for 0.2 s; waiting for it"
@@ -378,13 +379,36 @@ def test_a_slow_disk_is_told_and_waited_for_and_only_one_that_never_answers_is_a
     ]
 
 
+def test_another_process_that_holds_the_outboxs_file_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(watchdog, "COMMIT_LIMIT_S", 0.2)
+
+    async def scenario() -> None:
+        path = tmp_path / "outbox.db"
+        with contextlib.closing(Outbox(path, 2**20)) as kept, contextlib.closing(sqlite3.connect(path)) as backup:
+            dog = Watchdog([], kept, Worker.__new__(Worker))
+            backup.execute("BEGIN IMMEDIATE")
+            probing = asyncio.create_task(kept.prove())
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.5, "the lock")
+            for _ in range(20):
+                dog.look_at_outbox()
+            assert (bool(dog.trouble), dog.hang()) == (True, "")
+            backup.rollback()
+            await probing
+            dog.look_at_outbox()
+            assert (dog.trouble, dog.hang()) == ("", "")
+
+    asyncio.run(scenario())
+
+
 def test_an_outbox_whose_thread_sleeps_over_its_work_is_a_hang_at_the_second_look(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def scenario() -> None:
         with standing_still(monkeypatch, tmp_path, deadlocked=True) as (kept, dog, let_go):
             probing = asyncio.create_task(kept.prove())
-            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and not kept.at_work, "sleep")
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2 and kept.is_stuck, "the lock")
             dog.look_at_outbox()
             assert dog.hang() == ""
             dog.look_at_outbox()
