@@ -36,6 +36,9 @@ RETRY_S: Final = 1.0
 BLIND_S: Final = 30.0
 """Between two attempts while the kernel has no such card; for who knows every driver."""
 
+_LOOK_S: Final = 1.0
+"""Between two looks at how long it has said nothing."""
+
 _POLL_S: Final = 0.032
 """Between two looks at the device while somebody speaks: what a look costs is added to every answer."""
 
@@ -147,8 +150,10 @@ class CaptureProcess:
         self._take = take
         self._line: socket.socket | None = None
         self._speaking = True
-        self._answered_s = 0.0
-        """When it last said something, in the event loop's time: a box that is suspended hangs nowhere."""
+        self._silent_s = 0.0
+        """For how long it has said nothing while somebody looked: a box that is suspended or frozen hangs nowhere."""
+        self._looked_s = 0.0
+        """Up to when, in the event loop's time."""
         self.nonsense = ""
         """What it said that cannot be, for which it is to be ended."""
         self._over = asyncio.Event()
@@ -208,7 +213,7 @@ class CaptureProcess:
             except (ValueError, TypeError) as error:
                 self.nonsense = f"capture tells nonsense: {error}"
             else:
-                self._answered_s = loop.time()
+                self._silent_s, self._looked_s = 0.0, loop.time()
                 return
         loop.remove_reader(self._line)
         self.stop()
@@ -216,11 +221,14 @@ class CaptureProcess:
     async def _until_over(self) -> str:
         """Return when it is dead or to be ended, or with what hangs."""
         loop = asyncio.get_running_loop()
-        self._answered_s = loop.time()
-        while (left_s := self._answered_s + LIMIT_S - loop.time()) > 0:
+        self._silent_s, self._looked_s = 0.0, loop.time()
+        while self._silent_s < LIMIT_S:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._over.wait(), left_s)
+                await asyncio.wait_for(self._over.wait(), min(until_next(_LOOK_S), LIMIT_S - self._silent_s))
                 return ""
+            now_s = loop.time()
+            self._silent_s += min(now_s - self._looked_s, 2 * _LOOK_S)  # more: both of us were frozen or starved
+            self._looked_s = now_s
         return f"the sound driver has not answered for {LIMIT_S:g} s"
 
 

@@ -491,6 +491,23 @@ def test_a_hang_of_the_sound_driver_ends_in_time(
     assert card.environment  # held until here
 
 
+def test_time_in_which_everything_was_frozen_counts_against_no_sound_driver(card: SoundCard) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        time_of = loop.time
+        async with listening() as (source, frames):
+            for hours in range(1, 4):
+                seen = len(frames)
+                await eventually(lambda n=seen: len(frames) > n + 10, "no frames")  # type: ignore[misc]
+                setattr(loop, "time", lambda h=hours: time_of() + 3600 * h)  # noqa: B010 - for the type checker
+            seen = len(frames)
+            await eventually(lambda: len(frames) > seen + 10, "no frames after it")
+            assert source.replaced == 0
+
+    asyncio.run(main())
+    assert card.environment  # held until here
+
+
 def test_a_driver_that_hangs_again_and_again_is_told_once(
     card: SoundCard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
