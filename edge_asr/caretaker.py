@@ -10,11 +10,13 @@ Law: nothing here waits for an outbox that does not answer, for then people ask.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from edge_asr import clock, contract, hearing, metrics, thermal
 from edge_asr.alarms import AlarmBoard, Condition, log_line, losses
@@ -38,6 +40,8 @@ from edge_asr.worker import Worker
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 HEALTH_INTERVAL_S = 30.0
 
 CERTIFICATE_DAYS = 30
@@ -45,6 +49,9 @@ CERTIFICATE_DAYS = 30
 
 OUTBOX_LIMIT_S = 2.0
 """A tired card may take so long for a commit; then the outbox is left out of the answer."""
+
+BOARD_LIMIT_S = 5.0
+"""Some boards take a second for all their sensors; one that hangs is left out until it answers."""
 
 MAX_UNTOLD = 100
 """Alarms that wait for the outbox; one more is in the journal only."""
@@ -79,8 +86,9 @@ class Caretaker:
         self._before = before
         self._meter = ProcessMeter()
         self._alarms = AlarmBoard()
-        self._thermals = thermal.read()
+        self._thermals = thermal.NOTHING
         self._certificate_days: float | None = None
+        self._looking: concurrent.futures.Future[tuple[thermal.Thermals, float | None]] | None = None
         self._judges: dict[str, HearingJudge] = {}
         self._untold: asyncio.Queue[Draft] = asyncio.Queue(MAX_UNTOLD)
         self.metrics = Metrics()
@@ -120,8 +128,7 @@ class Caretaker:
     async def _report_health(self) -> None:
         """Publish how the box does, and raise an alarm whenever a message was given up."""
         while True:
-            self._thermals = await asyncio.to_thread(thermal.read)  # some boards answer slowly
-            self._certificate_days = await asyncio.to_thread(_certificate_days, self._box.options)
+            await self._look_at_board()
             statistics = await self._ask_outbox(tidy=True)
             if statistics is not None:
                 self._tell(losses(self._before, statistics, self._box.options.outbox_path))
@@ -131,6 +138,19 @@ class Caretaker:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.health_is_due.wait(), HEALTH_INTERVAL_S)
             self.health_is_due.clear()
+
+    async def _look_at_board(self) -> None:
+        """A sensor or a disk that hangs holds up this one look, one thread, and neither health nor the daemon's end."""
+        if self._looking is None:
+            self._looking = _in_a_thread(lambda: (thermal.read(), _certificate_days(self._box.options)))
+            await asyncio.wait([asyncio.wrap_future(self._looking)], timeout=BOARD_LIMIT_S)
+            if not self._looking.done():
+                self._thermals = thermal.NOTHING
+                log.warning(
+                    "the board's sensors have not answered for %g s; health goes on without them", BOARD_LIMIT_S
+                )
+        if self._looking.done():
+            (self._thermals, self._certificate_days), self._looking = self._looking.result(), None
 
     async def _ask_outbox(self, *, tidy: bool = False) -> Statistics | None:
         """What the outbox says of itself, ``tidy``: without what is outdated; None: it does not answer."""
@@ -280,6 +300,20 @@ class Caretaker:
             detail = f"the model runs on {in_use} instead of {wanted}"
             remedy = "install a matching wheel; see docs/jetson.md"
             yield Condition("provider-fallback", None, "warning", detail, remedy)
+
+
+def _in_a_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
+    """Done by a thread that nobody waits for at the end, unlike the event loop's own."""
+    found: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def do() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            found.set_exception(error)
+
+    threading.Thread(target=do, name="board", daemon=True).start()
+    return found
 
 
 def _certificate_days(options: Settings) -> float | None:

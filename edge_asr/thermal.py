@@ -43,6 +43,10 @@ class Thermals:
         return max(self.temperatures_c.values(), default=None)
 
 
+NOTHING: Final = Thermals({}, None, ())
+"""Of a board that does not tell."""
+
+
 def read(sysfs: Path = SYSFS) -> Thermals:
     """Look at every zone and cooling device there is."""
     temperatures: dict[str, float] = {}

@@ -110,7 +110,7 @@ def test_a_message_that_a_broker_refuses_for_good_is_an_alarm(tmp_path: Path) ->
 HASTY = """
 from edge_asr import alarms, capture, caretaker, cli, hearing
 alarms.QUIET_S = 1.0
-caretaker.HEALTH_INTERVAL_S = 1.0
+caretaker.HEALTH_INTERVAL_S = caretaker.BOARD_LIMIT_S = 1.0
 hearing._LOSS_WINDOW_NS = 4 * 10**9
 capture.RateMeter.PIECE_NS = 10**9
 capture.RateMeter.PIECES = 3
@@ -214,3 +214,29 @@ def test_a_board_that_is_hot_and_throttled_is_two_alarms_until_it_has_cooled_dow
         tree(board, {f"{ZONE}0/temp": "61000", f"{COOLER}1/cur_state": "0"})
         for kind in ("board-hot", "board-throttled"):
             the_alarm(subscriber, kind, "over")
+
+
+def test_a_sensor_that_hangs_is_told_and_left_out_until_it_answers_and_holds_up_nothing(
+    tmp_path: Path, broker: Broker
+) -> None:
+    skip_where_containers_are_forbidden()
+    board = tree(tmp_path / "sys", {f"{ZONE}0/type": "cpu-thermal"})
+    sensor = board / f"{ZONE}0/temp"
+    os.mkfifo(sensor)  # whoever reads it waits for whoever writes
+    path = write_settings(tmp_path, broker.port)
+    with (
+        Subscriber(broker, f"{DEVICE}/health") as subscriber,
+        running(path, program=("-c", HASTY), prefix=(*BEHIND, str(board / "class/thermal"))) as box,
+    ):
+
+        def temperatures() -> list[float | None]:
+            return [message.data["temperature_c"] for message in subscriber.messages]
+
+        box.wait_for_log("the board's sensors have not answered for 1 s; health goes on without them")
+        subscriber.wait_for(lambda _: len(temperatures()) > 1, "health goes on")
+        assert set(temperatures()) == {None}
+        sensor.write_text("61000\n", encoding="ascii")
+        subscriber.wait_for(lambda _: 61.0 in temperatures(), "the temperature")
+        wait_until(lambda: box.log.count("sensors have not answered") == 2, "it hangs again")
+        box.process.terminate()
+        assert box.process.wait(PATIENCE_S) == 0
