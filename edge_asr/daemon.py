@@ -225,7 +225,7 @@ class Daemon:
         )
         self.pipeline.muted = self.standing.muted
         self.pipeline.turned = self._turn
-        self.watchdog = Watchdog([*self.microphones.values()], self.outbox, self.worker)
+        self.watchdog = Watchdog(self._zygote, self.outbox, self.worker)
         self.show()
         background = [
             asyncio.create_task(self.publisher.run(), name="publish"),

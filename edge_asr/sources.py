@@ -148,8 +148,6 @@ class Microphone:
         """Measured sample rate over the nominal one, less one; None: not known yet."""
         self.replaced = 0
         """Capture processes that died or hung."""
-        self.hang = ""
-        """Why no other process can take the place of one that hangs; only a new start of the daemon helps."""
         self._settings = settings
         self._zygote = zygote
         self._cutter = FrameCutter(settings.name)
@@ -242,11 +240,11 @@ class Microphone:
     async def _do_without(self, error: ZygoteError) -> None:
         if self._closing.is_set():
             return
-        if self._zygote.is_dead:
-            self.hang = f"{self.trouble or 'no process can capture'}: {error}"
+        trouble = f"no process can capture: {error}"
+        if self._zygote.is_dead:  # the watchdog sees to it
+            self._lose(trouble)
             await self._closing.wait()
             return
-        trouble = f"no process can capture: {error}"
         if trouble not in self._told:
             self._told.add(trouble)
             log.error("%s: %s; trying again every %g s", self.name, trouble, RETRY_S)

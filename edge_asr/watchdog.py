@@ -3,7 +3,8 @@
 Law: WATCHDOG=1 is sent only while
 
 - the event loop turns (it is the loop that sends it),
-- no microphone is stuck in a driver out of which the kernel cannot end its process (``sources`` replaces all others),
+- the zygote answers whoever wants a process or the end of one. What hangs is replaced by ``sources`` and ``worker``; a
+  process that hangs in the kernel is outlived, for a restart would not end it either,
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
   is no hang,
@@ -21,13 +22,12 @@ import contextlib
 import faulthandler
 import logging
 import os
-from collections.abc import Sequence
 from typing import Final
 
 from edge_asr import clock, systemd
 from edge_asr.outbox import Outbox, OutboxError
-from edge_asr.sources import Microphone
 from edge_asr.worker import Worker
+from edge_asr.zygote import Zygote
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ EXIT_HUNG: Final = 70
 class Watchdog:
     """Looks at the parts of a running daemon."""
 
-    def __init__(self, microphones: Sequence[Microphone], outbox: Outbox, worker: Worker) -> None:
-        self._microphones = microphones
+    def __init__(self, zygote: Zygote, outbox: Outbox, worker: Worker) -> None:
+        self._zygote = zygote
         self._outbox = outbox
         self._worker = worker
         self._locked = 0
@@ -77,9 +77,8 @@ class Watchdog:
 
     def hang(self) -> str:
         """What hangs, as the beginning of a sentence; empty: nothing."""
-        for microphone in self._microphones:
-            if microphone.hang:
-                return f"{microphone.name}: {microphone.hang}"
+        if self._zygote.fault:
+            return f"no process can be had or ended: {self._zygote.fault}"
         stuck_s = self._outbox.unanswered_s
         if self._locked >= LOCKED_LOOKS:
             return f"the outbox has not answered for {stuck_s:.0f} s, and not because of its disk"

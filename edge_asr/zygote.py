@@ -54,6 +54,9 @@ class ZygoteError(Exception):
 class Zygote:
     """The other end of :func:`_breed`; any thread may call. To be made before the process has threads or models."""
 
+    fault = ""
+    """Why it can be asked no more; empty: it can, or was closed."""
+
     def __init__(self, private: range = range(0)) -> None:
         """``private``: descriptors that neither it nor what it forks may keep open."""
         self._turn = threading.Lock()
@@ -120,12 +123,17 @@ class Zygote:
                 socket.send_fds(self._control, [order], descriptors)
                 answer = self._control.recv(_ORDER_BYTES)
             except OSError as error:
-                self._control.close()  # a late answer would be taken for the next order's
-                raise ZygoteError(f"the zygote does not answer ({error})") from None
+                self._give_up(
+                    f"the zygote does not answer ({error})"
+                )  # a late answer would be taken for the next order's
             if not answer:
-                self._control.close()
-                raise ZygoteError("the zygote is dead")
+                self._give_up("the zygote is dead")
         return int(struct.unpack("i", answer)[0])
+
+    def _give_up(self, fault: str) -> NoReturn:
+        self.fault = fault
+        self._control.close()
+        raise ZygoteError(fault) from None
 
 
 def _breed(control: socket.socket) -> NoReturn:

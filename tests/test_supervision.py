@@ -26,6 +26,7 @@ from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
 from edge_asr.watchdog import Watchdog
 from edge_asr.worker import Worker
+from edge_asr.zygote import Zygote
 from tests.broker import wait_until
 
 RECORDINGS = model_store.bundled("recordings")
@@ -348,7 +349,7 @@ def standing_still(
             fifo.write_bytes(b"")
 
     with contextlib.closing(Outbox(folder / "outbox.db", 2**20)) as kept:
-        yield kept, Watchdog([], kept, Worker.__new__(Worker)), let_go
+        yield kept, Watchdog(Zygote.__new__(Zygote), kept, Worker.__new__(Worker)), let_go
 
 
 def test_a_slow_disk_is_told_and_waited_for_and_only_one_that_never_answers_is_a_hang(
@@ -387,7 +388,7 @@ def test_another_process_that_holds_the_outboxs_file_is_waited_for(
     async def scenario() -> None:
         path = tmp_path / "outbox.db"
         with contextlib.closing(Outbox(path, 2**20)) as kept, contextlib.closing(sqlite3.connect(path)) as backup:
-            dog = Watchdog([], kept, Worker.__new__(Worker))
+            dog = Watchdog(Zygote.__new__(Zygote), kept, Worker.__new__(Worker))
             backup.execute("BEGIN IMMEDIATE")
             probing = asyncio.create_task(kept.prove())
             await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.5, "the lock")
