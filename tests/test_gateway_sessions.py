@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import AudioFrame, Utterance
 from edge_asr.gateway import websocket, wire
-from edge_asr.gateway.session import Event, Session
+from edge_asr.gateway.session import Event, Session, Sessions
 from edge_asr.gateway.talk import Talk, from_pcm16
-from edge_asr.gateway.tokens import Station
+from edge_asr.gateway.tokens import Station, Tokens
 from edge_asr.speech import SpeechGate
 from tests.gateway import recording
 from tests.test_gateway import encoded
@@ -209,3 +211,28 @@ def test_messages_that_bring_nothing_leave_others_their_turns_and_have_a_pace(
     monkeypatch.setattr(websocket, "AHEAD_S", most * websocket.MESSAGE_S)
     _, lasted_s = asyncio.run(scenario())
     assert lasted_s >= 0.9 * (count - most) * websocket.MESSAGE_S
+
+
+def test_a_session_that_fails_leaves_no_demuxer_behind(tmp_path: Path) -> None:
+    class Failing:
+        """A pipeline that cannot hear."""
+
+        is_late = is_busy = closing = False
+        ears: tuple[str, ...] = ()
+
+        async def hear(self, _: Talk) -> bool:
+            raise OSError("no detector")
+
+    async def scenario() -> None:
+        pipeline: Any = Failing()
+        sessions = Sessions(settings.Gateway(), Tokens(tmp_path / "tokens.json"), pipeline)
+        session = sessions.open(Station("broken", "talk", "", ""), "127.0.0.1", "websocket")
+        session.begin(wire.Start(type="start", talk=1, format="webm"))
+        await session.over.wait()
+        await asyncio.sleep(0)  # whoever waited for it comes first
+
+    asyncio.run(scenario())
+    for each in threading.enumerate():
+        if each.name == "demux-broken":
+            each.join(30)
+            assert not each.is_alive()

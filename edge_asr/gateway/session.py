@@ -478,7 +478,7 @@ class Sessions:
             log.exception("%s: the session failed", session.source)
             session.complain("failed", "the session failed; the log knows more")
         finally:
-            session.over.set()
+            session.close()  # its talk as well, or a demuxer would wait for ever
             del self._running[session.source]
             log.info("%s: session closed", session.source)
 
