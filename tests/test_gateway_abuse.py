@@ -514,6 +514,36 @@ def test_who_makes_too_many_requests_by_one_token_or_from_one_address_or_network
         assert answer.status == 200
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/ws", 200), ("POST", "/ws", 408), ("GET", "/x", 408)])
+def test_only_a_websocket_has_more_time_than_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str, status: int
+) -> None:
+    monkeypatch.setattr(rules_room, "REQUEST_S", 0.01)
+    rules = Rules(Gateway(), Tokens(tmp_path / "tokens.json"), lambda _: None)
+
+    async def slow(_: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.1 if status == 200 else 30)
+        return web.Response()
+
+    headers = {"Host": "localhost", "Upgrade": "WebSocket"}
+    served = rules.guard(make_mocked_request(method, path, headers=headers).clone(remote="10.0.0.1"), slow)
+    assert asyncio.run(served).status == status
+
+
+@pytest.mark.parametrize(
+    ("path", "upgrade", "status"), [("/vosk", "", 400), ("/vosk", "h2c", 400), ("/", "h2c", 200), ("/", "", 200)]
+)
+def test_a_request_that_is_no_handshake_is_answered_as_what_it_is(
+    running: Box, path: str, upgrade: str, status: int
+) -> None:
+    async def ask() -> int:
+        async with running.http() as http:
+            headers = {"Authorization": f"Bearer {running.token}", **({"Upgrade": upgrade} if upgrade else {})}
+            return (await http.get(running.url + path, headers=headers)).status
+
+    assert run(ask) == status
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [

@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from edge_asr.gateway.rules import Handler
+from edge_asr.gateway.rules import Handler, wants_socket
 
 _TYPES: Final = {
     ".html": "text/html",
@@ -44,7 +44,7 @@ class Pages:
         )
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
-        if request.path == "/" and hdrs.UPGRADE in request.headers:
+        if request.path == "/" and wants_socket(request):
             return await self._at_root(request)
         body, content_type, tag = self._files[request.path]
         headers = {hdrs.ETAG: tag, hdrs.CACHE_CONTROL: "no-cache"}

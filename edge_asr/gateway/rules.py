@@ -33,6 +33,8 @@ REQUESTS_PER_S: Final = 20.0
 BURST: Final = 200.0
 """Requests that an address, or a token from wherever, may make at once; the page is a dozen."""
 
+_SOCKETS: Final = frozenset({"/", "/ws", "/vosk"})
+
 MAX_ADDRESSES: Final = 10_000
 
 _SECURITY: Final = {
@@ -48,6 +50,12 @@ _SECURITY: Final = {
 }
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def wants_socket(request: web.Request) -> bool:
+    """Whether a request is the handshake of a WebSocket, at an address that has one."""
+    asked = request.headers.get(hdrs.UPGRADE, "").lower() == "websocket"
+    return asked and request.method == hdrs.METH_GET and request.path in _SOCKETS
 
 
 class HasteError(BusyError):
@@ -93,13 +101,12 @@ class Rules:
         problem = self._foreign(request)
         if problem:
             return _refusal(403, problem)
-        upgrades = request.headers.get(hdrs.UPGRADE, "").lower() == "websocket"
         try:
             for who, share in counted(request.remote or "").items():
                 _keep_pace(self._addresses, who, f"from {who}", share)
             if request.method == hdrs.METH_OPTIONS and request.match_info.http_exception is not None:
                 return _preflight(request.match_info.http_exception)
-            return await asyncio.wait_for(handler(request), None if upgrades else REQUEST_S)
+            return await asyncio.wait_for(handler(request), None if wants_socket(request) else REQUEST_S)
         except BusyError as error:
             return _refusal(429 if isinstance(error, HasteError) else 503, str(error), RETRY_AFTER_S)
         except asyncio.TimeoutError:

@@ -48,12 +48,13 @@ class Vosk:
             await conversation.carry(socket)
         except (wire.WireError, BusyError) as error:
             await socket.send_str(json.dumps({"error": str(error)}))
-        except (TimeoutError, ConnectionError):
+        except (asyncio.TimeoutError, ConnectionError):
             pass
         finally:
             session.detach(conversation)
             session.close()
-            await socket.close()
+            if socket.prepared:
+                await socket.close()
         return socket
 
 
