@@ -38,10 +38,10 @@ class Sysbox:
     """The machine's / as the host sees it; /run and /tmp are visible from inside only."""
     pid_1: int
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, limit_s: float = 60) -> str:
         """Standard output of a command run inside; its exit code must be 0 unless ``check`` is off."""
         done = subprocess.run(
-            self.inside(*command), check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+            self.inside(*command), check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=limit_s
         )
         if check and done.returncode != 0:
             pytest.fail(f"{' '.join(command)} exited {done.returncode}:\n{done.stdout}{done.stderr}{self.journal()}")
