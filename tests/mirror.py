@@ -19,6 +19,8 @@ class Mirror:
     """Bytes of each answer after which the connection ends."""
     knows_ranges: bool = True
     error: int | None = None
+    half_is_seen: threading.Event | None = None
+    """What each answer waits for in its middle."""
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -51,7 +53,12 @@ def mirror(**files: bytes) -> Iterator[Mirror]:
             rest = content[first:]
             self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
-            self.wfile.write(rest[: served.break_off_after])
+            rest = rest[: served.break_off_after]
+            if served.half_is_seen is not None:
+                self.wfile.write(rest[: len(rest) // 2])
+                served.half_is_seen.wait()
+                rest = rest[len(rest) // 2 :]
+            self.wfile.write(rest)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import re
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +285,37 @@ def test_one_word_may_be_misheard_in_the_bundled_recording_and_none_in_a_models_
     assert not trial.hears_right("start conveyor tree", "start conveyor three", exactly=True)
 
 
-def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def on_a_terminal(*arguments: str) -> Iterator[Callable[[str], None]]:
+    """Type something on a pseudo-terminal; yields what waits until a pattern has been shown there. It must succeed."""
+    leader, follower = os.openpty()
+    variables = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "no_proxy": "*"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_asr.cli", *arguments],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=variables,
+    )
+    os.close(follower)
+    shown = ""
+
+    def wait_for(pattern: str) -> None:
+        nonlocal shown
+        while not re.search(pattern, shown):
+            assert select.select([leader], [], [], 30)[0], f"{pattern} is not shown: {shown!r}"
+            shown += os.read(leader, 65_536).decode(errors="replace")
+
+    try:
+        yield wait_for
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+
+
+def test_pull_shows_how_far_it_is_and_imports_what_it_has_checked(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     given = copy(tmp_path, "remote")
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
@@ -288,12 +323,15 @@ def test_pull_fetches_checks_and_imports_and_nothing_else_opens_a_connection(tmp
     content = buffer.getvalue()
     state = ("--set", f"state_dir={tmp_path}/state")
     with mirror(**{"remote_tar.gz": content}) as served:
-        served.break_off_after = len(content) // 2 + 1
+        served.half_is_seen = threading.Event()
+        total_mb, half_mb = f"{len(content) / 1e6:.1f}", f"{len(content) / 2e6:.1f}"
         pull = ("pull", "remote.tar.gz", "--mirror", served.url, "--sha256", hashlib.sha256(content).hexdigest())
-        done = typed("models", *pull, *state, no_proxy="*")
-        assert done.returncode == 0, done.stderr
-        assert "remote 2.0.0: imported" in done.stdout
-        assert len(served.requests) == 2
+        with on_a_terminal("models", *pull, *state) as wait_for:
+            wait_for(rf"remote\.tar\.gz .*━+.*{half_mb}/{total_mb} MB")
+            served.half_is_seen.set()
+            wait_for(rf"━{{40}}.*{total_mb}/{total_mb} MB")
+            wait_for(r"remote 2\.0\.0: imported")
+        served.half_is_seen = None
         wrong = typed("models", *pull[:-1], "0" * 64, *state, no_proxy="*")
         assert (wrong.returncode, len(wrong.stderr.strip().splitlines()[-1:])) == (69, 1)
     listed = {
@@ -359,6 +397,21 @@ def test_a_running_daemon_changes_models_without_losing_an_utterance(tmp_path: P
                 assert subscriber.on("evt/transcript")[-1].data["model"] == name
         assert store.active == EMBEDDED
         assert subscriber.on("meta")[-1].data["model"].startswith(EMBEDDED)
+
+
+def test_a_model_over_which_every_recognizer_dies_makes_way_and_the_box_goes_on(tmp_path: Path) -> None:
+    with Broker(tmp_path) as broker, Subscriber(broker) as subscriber:
+        path = write_settings(tmp_path, broker.port, model={"engine": "sherpa-onnx"})
+        store = Store(tmp_path / "state" / "models")
+        store.add(killing(tmp_path))
+        store.activate("killing")  # as if its trial had gone well
+        with running(path) as box:
+            box.say(COMMAND)
+            subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "a command")
+        (alarm,) = subscriber.on("evt/alarm")
+    assert alarm.data["kind"] == "model-rolled-back"
+    assert alarm.data["detail"].startswith(f"killing is not used, {EMBEDDED} is again: ")
+    assert store.active == EMBEDDED
 
 
 def test_a_model_spoilt_after_its_activation_raises_an_alarm_and_the_daemon_goes_on(tmp_path: Path) -> None:
