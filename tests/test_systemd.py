@@ -910,7 +910,7 @@ NAMED = {
     "hotwords: {file: /etc/edge-asr/secret}": "/etc/edge-asr/secret cannot be read by the service's user",
     "hotwords: {file: /etc/edge-asr/folder/words}": "/etc/edge-asr/folder/words cannot be read by the service's user",
     "hotwords: {file: /etc/edge-asr/for-audio}": "",
-    "hotwords: {file: /root/words}": "/root/words cannot be read by the service's user",
+    "hotwords: {file: /root/.words}": "/root/.words cannot be read by the service's user",
     "commands: {grammars: [/etc/edge-asr/secret]}": "/etc/edge-asr/secret cannot be read by the service's user",
     "hotwords: {file: /etc/edge-asr/words}": "",
 }
@@ -931,7 +931,7 @@ def test_the_doctor_judges_for_the_services_user_what_root_may_of_course_read(bo
     (box.root / "etc/edge-asr/folder").chmod(0o700)
     box.write("/etc/edge-asr/for-audio", "", 0o640)
     box.run("chown", "root:audio", "/etc/edge-asr/for-audio")
-    box.write("/root/words", "")
+    box.write("/root/.words", "")
     box.run("mkdir", "-p", "/srv")
     more = ["outbox: {path: /srv/outbox.db}", "hotwords: {file: /var/lib/edge-asr/gateway/words}"]
     box.write("/var/lib/private/edge-asr/gateway/words", "")
