@@ -869,6 +869,7 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     assert "not installed" in box.run("sh", "-c", f"{program} service status 2>&1 || echo exit $?")
     drop_in = UNIT.parent / "edge-asr.service.d/sound-server.conf.example"
     mine = f"{drop_in.read_text(encoding='utf-8')}# what I have added\n"
+    box.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
     box.write("/etc/systemd/system/edge-asr.service.d/sound-server.conf", mine)
     box.run("sh", "-c", f"umask 077 && {program} service install --with sound-server")
     assert box.show("edge-asr", "ActiveState") == "active"
