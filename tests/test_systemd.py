@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from edge_asr import capture, devices, systemd, watchdog, worker
+from edge_asr import capture, devices, systemd, watchdog, worker, zygote
 from edge_asr.settings import Vad
 from tests.broker import Pki
 from tests.payloads import check
@@ -759,8 +759,29 @@ def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
         worker.LIMIT_S + worker.LOOK_S,
         watchdog.STILL_LOOKS * watchdog.LOOK_S,  # while nobody speaks
         worker.step_limit_s(Vad().max_utterance_s, pace=0.07) + worker.LOOK_S,  # 237 MB, its own graph
+        worker.step_limit_s(2.0, pace=0.3) + worker.LOOK_S,  # the golden recording on a slow board
     ):
         assert noticed_s < int(watchdog_s)
+
+
+def test_the_hangs_that_take_longer_than_the_watchdogs_time_are_documented_with_their_limits() -> None:
+    text = (CHECKOUT / "docs/operations.md").read_text(encoding="utf-8").partition("These take longer:")[2]
+    rows = [line for line in text.partition("A microphone that is unplugged")[0].splitlines() if line.startswith("| ")]
+    fast_s, slow_s = (worker.step_limit_s(Vad().max_utterance_s, pace) for pace in (0.07, 0.3))
+    golden_s = worker.step_limit_s(2.0, pace=0.3)
+    for row, limits_s in zip(
+        rows[1:],
+        (
+            (fast_s, slow_s, golden_s),
+            (worker.CLOCK_LIMIT_S, worker.CLOCK_FACTOR * slow_s),
+            (worker.STEP_BASE_S, worker.LOAD_LIMIT_S),
+            (worker.RETUNE_LIMIT_S, worker.LOAD_LIMIT_S),
+            (watchdog.DISK_LIMIT_S, watchdog.MEND_LIMIT_S),
+            (zygote.LIMIT_S,),
+        ),
+        strict=True,
+    ):
+        assert [limit_s for limit_s in limits_s if f" {limit_s:g} s" not in row] == []
 
 
 def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and_obeys_the_order(order: Sysbox) -> None:
