@@ -9,12 +9,12 @@ is not a break of the chain and is told by :func:`verify`; half a line at the en
 Nobody waits for the log, and nothing stops because it cannot be written: that is an alarm.
 
 A file is named by its first record and holds one day at most, also of a box that hears nothing, because files are
-deleted whole: what was said stays a day longer than it may, and not for as long as it takes to fill a file.
+deleted whole (``file_retention``): what was said stays a day longer than it may, and not for as long as it takes to
+fill a file. The hash of a file's last record is in the first of the next, so the rest still is a chain.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime as dt
 import hashlib
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 GENESIS: Final = "0" * 64
 """What the first record of all calls its predecessor."""
+
+FILES: Final = "audit-*.jsonl"
 
 SEGMENT_RECORDS: Final = 10_000
 """In one file at most."""
@@ -86,10 +88,9 @@ class Verdict:
 class AuditLog:
     """Appends records; used by one thread at a time. Opened by the first, for a log that cannot be must stop no box."""
 
-    def __init__(self, folder: Path, *, texts: bool, days: float) -> None:
+    def __init__(self, folder: Path, *, texts: bool) -> None:
         self._folder = folder
         self._texts = texts
-        self._days = days
         self._lock = threading.Lock()
         self._newest: tuple[int, str] | None = None
         self._file = 0
@@ -130,7 +131,6 @@ class AuditLog:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             end = _end(self._folder)
             self._file, self._day = _begun(self._folder)
-            _forget(_segments(self._folder)[:-1], self._days)
         except OSError as error:
             raise _refused(self._folder, error) from None
         if end.spoilt_lines:
@@ -154,7 +154,6 @@ class AuditLog:
             self._newest = number, digest
             if begins:
                 self._file, self._day = number, _today()
-                _forget(_segments(self._folder)[:-1], self._days)
         except OSError as error:
             raise _refused(path, error) from None
         return self._newest
@@ -246,25 +245,6 @@ class AuditedOutbox(Outbox):
         if reason != self._refused:
             log.error("no audit record: %s", reason)
         self._refused = reason
-
-
-class FormerlyAuditedOutbox(Outbox):
-    """An outbox whose audit log was switched off: what is left of the log goes when its days are over."""
-
-    def __init__(
-        self, path: Path, max_bytes: int, folder: Path, days: float, *, limits: Mapping[events.Category, Limits]
-    ) -> None:
-        super().__init__(path, max_bytes, limits=limits)
-        self._folder = folder
-        self._days = days
-
-    async def drop_outdated(self) -> int:
-        """As Outbox.drop_outdated; of what is left of the log, too."""
-        try:
-            await asyncio.to_thread(lambda: _forget(_segments(self._folder), self._days))
-        except OSError as error:
-            log.warning("%s: what is left of the audit log cannot be deleted (%s)", self._folder, error.strerror)
-        return await super().drop_outdated()
 
 
 def verify(folder: Path, known: str | None = None) -> Verdict:
@@ -382,16 +362,8 @@ def _write(path: Path, line: bytes, *, durable: bool) -> None:
             raise
 
 
-def _forget(files: Iterable[Path], days: float) -> None:
-    """Delete what is too old; the hash of the last record of a file is in the first of the next."""
-    limit_s = clock.wall_ns() / clock.NS_PER_S - days * 86_400
-    for path in files:
-        if path.stat().st_mtime < limit_s:
-            path.unlink()
-
-
 def _segments(folder: Path) -> list[Path]:
-    return sorted(folder.glob("audit-*.jsonl"))
+    return sorted(folder.glob(FILES))
 
 
 def _number_of(path: Path) -> int:

@@ -56,7 +56,7 @@ def recordings_label(folder: Path, port: int) -> None:
 def recordings_clear(options: Settings, **_: object) -> None:
     """Delete every recording on this box."""
     folder = service.seen_by_administrator(options).recordings_directory
-    click.echo(f"{recorder.tidy(folder, 0, 0)} recordings deleted")
+    click.echo(f"{recorder.tidy(folder, 0)} recordings deleted")
 
 
 @click.group(cls=ExamplesLast)

@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import edge_asr
 from edge_asr import (
@@ -30,11 +30,13 @@ from edge_asr import (
 )
 from edge_asr.alarms import earlier, log_line, missing_receipts
 from edge_asr.attendant import Attendant
-from edge_asr.audit import AuditedOutbox, AuditLog, FormerlyAuditedOutbox
+from edge_asr.audit import FILES as AUDIT_FILES
+from edge_asr.audit import AuditedOutbox, AuditLog
 from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine
 from edge_asr.events import Category, Json, Message
+from edge_asr.file_retention import FileRetention, Tidier
 from edge_asr.gateway.box import Box, Broker
 from edge_asr.health import give_back
 from edge_asr.home_assistant import discovery
@@ -129,6 +131,10 @@ def plan(options: Settings) -> Iterator[str]:
         yield f"let talk    through the gateway on {options.gateway.host}:{options.gateway.port}"
 
 
+_SEALED: Final = "*.sealed"
+"""Of ``recorder``, a room that is not entered for nothing."""
+
+
 def open_tracer(options: Settings) -> Tracer | None:
     """The tracer that the settings ask for. Raises SettingsError."""
     if options.tracing.endpoint is None:
@@ -145,12 +151,18 @@ def open_outbox(options: Settings) -> Outbox:
     """The outbox; with an audit log where the settings ask for one. Raises OutboxError."""
     place, limits = (options.outbox_path, options.outbox.max_bytes), limits_of(options)
     if not options.audit.enabled:
-        if not options.audit_directory.exists():
-            return Outbox(*place, limits=limits)
-        return FormerlyAuditedOutbox(*place, options.audit_directory, options.audit.days, limits=limits)
+        return Outbox(*place, limits=limits)
     texts = options.audit.texts and options.privacy.publish == "everything"
-    audit = AuditLog(options.audit_directory, texts=texts, days=options.audit.days)
-    return AuditedOutbox(*place, audit, limits=limits)
+    return AuditedOutbox(*place, AuditLog(options.audit_directory, texts=texts), limits=limits)
+
+
+def kept_files(options: Settings) -> list[FileRetention]:
+    """What was said and is no message; its days are kept to also where nothing more is kept."""
+    audit_log = options.audit
+    return [
+        FileRetention(options.recordings_directory, _SEALED, options.recorder.days),
+        FileRetention(options.audit_directory, AUDIT_FILES, audit_log.days, spare_newest=audit_log.enabled),
+    ]
 
 
 def limits_of(options: Settings) -> dict[Category, Limits]:
@@ -168,11 +180,8 @@ def limits_of(options: Settings) -> dict[Category, Limits]:
 
 
 def open_recorder(options: Settings) -> Recorder | None:
-    """What keeps doubtful utterances, and their days where they are kept no more; None where neither is.
-
-    Raises SettingsError.
-    """
-    if options.recorder.public_key is None and not any(options.recordings_directory.glob("*")):
+    """What keeps doubtful utterances; None where nothing does. Raises SettingsError."""
+    if options.recorder.public_key is None:
         return None
     from edge_asr.recorder import Recorder  # noqa: PLC0415 - 9 MB of cryptography that is off by default
 
@@ -249,6 +258,7 @@ class Daemon:
             self.pipeline.awaits_guests = True
             SileroDetector(self._vad)  # all share one network: it is opened now, not while the first guest speaks
             background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
+        tidier = Tidier(kept_files(options))
         give_back()  # what loading left behind
         gc.freeze()  # what it made stays: every full collection looked at it, for 30 ms in which nobody is heard
         with self._signals():
@@ -262,6 +272,7 @@ class Daemon:
                 self.worker.close()
                 self._zygote.close()
                 self.outbox.close()
+                tidier.close()
                 if self._recorder is not None:
                     self._recorder.close()
                 if self._tracer is not None:

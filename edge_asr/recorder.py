@@ -1,9 +1,9 @@
 """Keeps doubtful utterances for people to label, so that a box hears better next year: sealed, few, and not for long.
 
 Law: nothing is kept unless the site has set a public key. Each recording is sealed to that key (HPKE, RFC 9180: X25519,
-HKDF-SHA256, AES-256-GCM) before it reaches the disk, and the box cannot open what it has kept. Quota and age are kept
-to at the start, at every recording and once a day, without a key too. A recorder in trouble never disturbs the hearing:
-what it cannot keep is counted and gone.
+HKDF-SHA256, AES-256-GCM) before it reaches the disk, and the box cannot open what it has kept. The quota is kept to at
+every recording, the days by ``file_retention``. A recorder in trouble never disturbs the hearing: what it cannot keep
+is counted and gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import queue
 import threading
-import time
 import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,10 +36,6 @@ log = logging.getLogger(__name__)
 SUFFIX: Final = ".sealed"
 WAITING: Final = 8
 """Utterances on their way to the disk; 20 s each is 5 MB."""
-
-_DAY_S: Final = 86_400.0
-TIDY_INTERVAL_S: Final = _DAY_S
-"""So often at least it is looked for what is too old: where nobody says anything doubtful, too."""
 
 _SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _INFO: Final = b"edge-asr recording 1"
@@ -75,7 +70,7 @@ def is_doubtful(heard: Understanding, below: float) -> bool:
 
 
 class Recorder:
-    """Seals and writes in a thread of its own; without a key it only deletes what has become too old."""
+    """Seals and writes in a thread of its own; without a key it keeps nothing."""
 
     def __init__(self, options: RecorderSettings, folder: Path) -> None:
         """Raises SettingsError where the key cannot be used."""
@@ -103,15 +98,7 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
-        self._attempt(self._tidy)
-        while True:
-            try:
-                recording = self._jobs.get(timeout=TIDY_INTERVAL_S)
-            except queue.Empty:
-                self._attempt(self._tidy)
-                continue
-            if recording is None:
-                return
+        while (recording := self._jobs.get()) is not None:
             self._attempt(partial(self._keep, recording))
 
     def _attempt(self, work: Callable[[], None]) -> None:
@@ -130,27 +117,21 @@ class Recorder:
         unfinished = self._folder / f".{name}"
         unfinished.write_bytes(sealed)
         unfinished.rename(self._folder / name)
-        self._tidy()
+        tidy(self._folder, self._options.max_bytes)
         self.kept += 1
 
-    def _tidy(self) -> None:
-        tidy(self._folder, self._options.max_bytes, self._options.days)
 
-
-def tidy(folder: Path, max_bytes: int, days: float, now: Callable[[], float] = time.time) -> int:
-    """Delete what is too old, then the oldest beyond the quota; how many. Names sort by time (UUIDv7)."""
-    kept = sorted(folder.glob(f"*{SUFFIX}"))
-    stats = {path: path.stat() for path in kept}
-    limit = now() - days * _DAY_S
-    old = [path for path in kept if stats[path].st_mtime < limit]
-    left = [path for path in kept if path not in old]
-    size = sum(stats[path].st_size for path in left)
-    while left and size > max_bytes:
-        size -= stats[left[0]].st_size
-        old.append(left.pop(0))
-    for path in old:
+def tidy(folder: Path, max_bytes: int) -> int:
+    """Delete the oldest beyond the quota; how many. Names sort by time (UUIDv7)."""
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    over = sum(sizes.values()) - max_bytes
+    gone = 0
+    for path, size in sizes.items():
+        if over <= 0:
+            break
         path.unlink(missing_ok=True)
-    return len(old)
+        over, gone = over - size, gone + 1
+    return gone
 
 
 def opened(folder: Path, private_key: Path) -> Iterator[Recording]:

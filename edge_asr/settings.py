@@ -397,7 +397,7 @@ class Recorder(_Section):
     max_bytes: Annotated[int, Field(ge=1_000_000)] = 512 * 1024 * 1024
     """When it is reached the oldest go first."""
     days: Annotated[float, Field(gt=0, le=3650)] = 30.0
-    """Older recordings are deleted, without a key too: at the start, at every recording and once a day."""
+    """Older recordings are deleted, without a key too; what counts is the time for which the box ran."""
 
 
 class Privacy(_Section):
@@ -417,7 +417,8 @@ class Audit(_Section):
     texts: bool = True
     """With the words that were heard; they are never there where privacy.publish is commands."""
     days: Annotated[float, Field(gt=0, le=36_500)] = 365.0
-    """Older files of the log, one for each day, are deleted; also those of a log that was switched off."""
+    """Older files of the log, one for each day, are deleted; also those of a log that was switched off. What counts is
+    the time for which the box ran."""
 
 
 class Monitoring(_Section):

@@ -32,6 +32,7 @@ ORDER = (
         "outbox_file",
         "ledger",
         "retention",
+        "file_retention",
         "reserve",
         "outbox",
         "audit",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import resource
 import threading
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from edge_asr import audit, clock, settings
 from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
-from edge_asr.daemon import open_outbox
+from edge_asr.daemon import kept_files, open_outbox
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
 from edge_asr.settings import SettingsError, load
@@ -30,7 +29,7 @@ TALK = RECORDINGS / "04-talk-about-the-game.flac"
 
 
 def written(folder: Path, count: int = 5, **options: object) -> AuditLog:
-    log = AuditLog(folder, **{"texts": True, "days": 365.0, **options})  # type: ignore[arg-type]
+    log = AuditLog(folder, **{"texts": True, **options})  # type: ignore[arg-type]
     log.attend()
     for number in range(count):
         log.append({"what": "test", "value": number})
@@ -158,7 +157,7 @@ def test_a_file_of_which_nothing_is_left_is_followed_by_one_with_numbers_of_its_
 def test_a_hash_that_is_older_than_what_is_kept_accuses_nobody(tmp_path: Path, calendar: Calendar) -> None:
     log = written(tmp_path, 2)
     third = str(log.newest)
-    calendar.turn(1, tmp_path)
+    calendar.turn(1)
     log.append({"what": "test"})
     segment_of_yesterday, _ = sorted(tmp_path.glob("audit-*.jsonl"))
     segment_of_yesterday.unlink()
@@ -175,15 +174,10 @@ class Calendar:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1_800_000_000
-        self._written: set[Path] = set()
         monkeypatch.setattr(clock, "wall_ns", lambda: self.now_s * clock.NS_PER_S)
 
-    def turn(self, days: float, folder: Path) -> None:
-        """Let days go by; what was written today gets the calendar's time instead of the kernel's."""
-        today = set(folder.glob("*")) - self._written
-        for path in today:
-            os.utime(path, (self.now_s, self.now_s))
-        self._written |= today
+    def turn(self, days: float) -> None:
+        """Let days go by."""
         self.now_s += int(days * DAY_S)
 
 
@@ -200,23 +194,20 @@ def firsts(folder: Path) -> list[int]:
     return numbers
 
 
-def test_a_file_holds_a_day_at_most_and_goes_whole_and_the_rest_is_still_a_chain(
+def test_a_file_holds_a_day_at_most_and_without_the_oldest_the_rest_is_still_a_chain(
     tmp_path: Path, calendar: Calendar
 ) -> None:
-    log = written(tmp_path, 3, days=10)  # and one: opened
+    log = written(tmp_path, 3)  # and one: opened
     for _ in range(3):
-        calendar.turn(4, tmp_path)
+        calendar.turn(4)
         assert log.is_of_another_day
         log.append({"what": "test"})
         log.append({"what": "test"})
         assert not log.is_of_another_day
-    assert firsts(tmp_path) == [5, 7, 9]
+    assert firsts(tmp_path) == [1, 5, 7, 9]
+    min(tmp_path.glob("audit-*")).unlink()
     verdict = verify(tmp_path, log.newest)
     assert (verdict.first, verdict.records) == (5, 6)
-    calendar.turn(7, tmp_path)
-    log = written(tmp_path, 0, days=10)
-    assert firsts(tmp_path) == [9, 11]
-    assert verify(tmp_path, log.newest).records == 3
 
 
 def test_a_start_on_the_same_day_goes_on_in_the_same_file_and_a_clock_put_back_begins_another(
@@ -246,7 +237,7 @@ def test_a_file_of_an_older_version_which_holds_many_days_is_gone_on_with(
     with monkeypatch.context() as older:
         older.setattr(audit, "_today", lambda: 0)
         log = written(tmp_path, 2)
-        calendar.turn(4, tmp_path)
+        calendar.turn(4)
         log.append({"what": "test"})
     assert firsts(tmp_path) == [1]
     log = written(tmp_path, 1)
@@ -270,22 +261,25 @@ def test_what_does_not_fit_on_the_disk_leaves_no_half_record(tmp_path: Path) -> 
 
 
 def test_a_box_that_hears_nothing_keeps_nothing_longer_and_neither_does_one_whose_log_was_switched_off(
-    tmp_path: Path, calendar: Calendar
+    tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "state/audit"
+    monkeypatch.setattr(clock, "boottime_ns", lambda: calendar.now_s * clock.NS_PER_S)
 
     async def look(*, enabled: bool) -> None:
-        section = settings.Audit(enabled=enabled, days=7)
-        with closing(open_outbox(settings.Settings(state_dir=tmp_path / "state", audit=section))) as outbox:
+        options = settings.Settings(state_dir=tmp_path / "state", audit=settings.Audit(enabled=enabled, days=6.5))
+        with closing(open_outbox(options)) as outbox:
             for _ in range(9):
                 await outbox.drop_outdated()
                 if isinstance(outbox, AuditedOutbox):
                     wait_until(lambda: not outbox.audit.is_of_another_day, "a record of today")
-                calendar.turn(1, folder)
+                for kept in kept_files(options):
+                    kept.drop_outdated()
+                calendar.turn(1)
 
     asyncio.run(look(enabled=True))
-    assert firsts(folder) == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert [json.loads(path.read_bytes())["what"] for path in sorted(folder.iterdir())] == ["day"] * 8
+    assert firsts(folder) == [3, 4, 5, 6, 7, 8, 9]
+    assert [json.loads(path.read_bytes())["what"] for path in sorted(folder.glob("audit-*"))] == ["day"] * 7
     asyncio.run(look(enabled=False))
     assert firsts(folder) == []
 
@@ -298,7 +292,7 @@ def test_what_the_outbox_commits_delivers_and_is_told_is_in_the_log(tmp_path: Pa
     ]
 
     async def main() -> str:
-        log = AuditLog(tmp_path / "audit", texts=True, days=1)
+        log = AuditLog(tmp_path / "audit", texts=True)
         with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, log)) as outbox:
             messages = await outbox.append(*drafts)
             await outbox.acknowledge(message.seq for message in messages)
@@ -343,9 +337,7 @@ def test_nobody_waits_for_a_log_whose_disk_does_not_answer(tmp_path: Path, monke
     monkeypatch.setattr(audit, "WRITE_LIMIT_S", 0.0)
 
     async def main() -> None:
-        with closing(
-            AuditedOutbox(tmp_path / "outbox.db", 2**20, AuditLog(tmp_path / "audit", texts=True, days=1))
-        ) as outbox:
+        with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, AuditLog(tmp_path / "audit", texts=True))) as outbox:
             for _ in range(5):
                 await outbox.append(Draft("evt/command", "command", {"intent": "Stop"}))
             wait_until(lambda: "has not answered" in outbox.trouble, "a trouble")
@@ -361,7 +353,7 @@ def test_nobody_waits_for_a_log_whose_disk_does_not_answer(tmp_path: Path, monke
 
 def test_without_texts_only_what_was_done_is_kept(tmp_path: Path) -> None:
     async def main() -> None:
-        log = AuditLog(tmp_path / "audit", texts=False, days=1)
+        log = AuditLog(tmp_path / "audit", texts=False)
         with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, log)) as outbox:
             await outbox.append(
                 Draft("evt/command", "command", {"text": "secret", "words": "secret", "intent": "Stop"})

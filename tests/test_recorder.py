@@ -6,12 +6,10 @@ import importlib
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -22,17 +20,17 @@ import pytest
 import soundfile
 from playwright.sync_api import sync_playwright
 
-from edge_asr import evaluation, recorder
+from edge_asr import clock, evaluation, recorder
 from edge_asr.audio import read_file
-from edge_asr.daemon import open_recorder
+from edge_asr.daemon import kept_files, open_recorder
 from edge_asr.events import Command, Rejection, RejectionReason, Transcript, Utterance
 from edge_asr.labelling import LabelServer
 from edge_asr.pipeline import Understanding
-from edge_asr.recorder import Recorder, RecorderError, is_doubtful, opened, tidy
+from edge_asr.recorder import Recorder, RecorderError, is_doubtful, opened
 from edge_asr.settings import Recorder as Options
 from edge_asr.settings import SettingsError
 from edge_asr.settings import load as read_settings
-from tests.broker import PATIENCE_S, Broker, Subscriber, free_port, wait_until
+from tests.broker import PATIENCE_S, Broker, Subscriber, free_port
 from tests.gateway import CHROMIUM
 from tests.sysbox import CHECKOUT
 from tests.test_cli import typed
@@ -155,44 +153,20 @@ def test_the_oldest_go_when_the_quota_is_reached(tmp_path: Path, keys: tuple[Pat
     assert sorted(path.stem for path in (tmp_path / "r").iterdir()) == [u.utterance.id for u in utterances[-3:]]
 
 
-def aged(path: Path, days: float) -> Path:
-    """A recording of so many days ago."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"x")
-    os.utime(path, (time.time() - days * 86_400,) * 2)
-    return path
-
-
-def test_what_is_too_old_goes(tmp_path: Path) -> None:
-    for name, age_days in (("a", 31), ("b", 29), ("c", 0)):
-        aged(tmp_path / f"{name}{recorder.SUFFIX}", age_days)
-    assert tidy(tmp_path, 1_000_000, 30) == 1
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["b", "c"]
-
-
-def test_what_is_too_old_goes_where_nobody_speaks(
-    tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_what_is_too_old_goes_where_nothing_is_recorded_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "TIDY_INTERVAL_S", 0.01)
-    old, young = aged(tmp_path / "a.sealed", 31), aged(tmp_path / "b.sealed", 29)
-    made = Recorder(Options(public_key=keys[1]), tmp_path)
-    wait_until(lambda: not old.exists(), "the start to delete what is too old")
-    aged(young, 31)
-    wait_until(lambda: not young.exists(), "the next day to delete what has become too old")
-    made.close()
-    assert made.failed == 0
-
-
-def test_what_is_too_old_goes_where_nothing_is_recorded_any_more(tmp_path: Path) -> None:
     options = read_settings(write_settings(tmp_path, free_port()))
     assert open_recorder(options) is None
-    old = aged(options.recordings_directory / "a.sealed", 31)
-    young = aged(options.recordings_directory / "b.sealed", 29)
-    made = open_recorder(options)
-    assert made is not None
-    made.offer(heard(command(0.1)))
-    made.close()
-    assert (old.exists(), young.exists(), made.kept) == (False, True, 0)
+    recording = options.recordings_directory / f"a{recorder.SUFFIX}"
+    recording.parent.mkdir(parents=True)
+    recording.write_bytes(b"x")
+    now_ns = clock.boottime_ns()
+    for days, there in ((0, True), (29, True), (31, False)):
+        monkeypatch.setattr(clock, "boottime_ns", lambda days=days: now_ns + days * 86_400 * clock.NS_PER_S)
+        for kept in kept_files(options):
+            kept.drop_outdated()
+        assert recording.exists() is there
 
 
 def test_a_disk_that_takes_nothing_is_counted_and_said_once(
