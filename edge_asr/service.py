@@ -1,7 +1,8 @@
 """Decides what makes a systemd service of this installation: the unit, the drop-ins that fit the machine, the settings.
 
 Law: what an administrator has written stays. Settings are copied only where there are none, a drop-in is only added,
-and state (the outbox, imported models) is deleted only when that is asked for. Nothing here runs in the daemon.
+and only one that is still as it was added is taken away; state (the outbox, imported models) is deleted only when that
+is asked for. What is written is whole after a power cut. Nothing here runs in the daemon.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def install(wanted: Sequence[str]) -> list[Path]:
     for name in sorted({*wanted, *_fitting()}):
         path = UNITS / f"{UNIT}.d" / f"{name}.conf"
         if not path.exists():
-            files[path] = (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
+            files[path] = _drop_in(name)
     if not SETTINGS.exists():
         files[SETTINGS] = (
             "# Defaults; every key is in examples/settings.yaml. `edge-asr check --settings` looks through it.\n{}\n"
@@ -133,7 +134,7 @@ def install(wanted: Sequence[str]) -> list[Path]:
     os.umask(0o022)  # an administrator's own may be stricter, and the service is another user
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        _write(path, text)
     systemctl("daemon-reload")
     systemctl("enable", "--quiet", UNIT)
     systemctl("restart", UNIT)
@@ -141,18 +142,53 @@ def install(wanted: Sequence[str]) -> list[Path]:
 
 
 def uninstall(*, purge: bool) -> list[Path]:
-    """Stop and remove what :func:`install` wrote; with ``purge`` settings and state too. Raises ServiceError."""
-    _refuse_packaged()
+    """Stop and remove what :func:`install` wrote; with ``purge`` settings and state too. Raises ServiceError.
+
+    Where the Debian package came later its unit was in the shadow of ours; that one, its drop-ins and the state stay.
+    """
+    packaged = PACKAGED.exists()
+    if packaged and (purge or not (UNITS / UNIT).exists()):
+        _refuse_packaged()
     with contextlib.suppress(ServiceError):  # it may be half there
         systemctl("disable", "--quiet", "--now", UNIT)
-    gone = [path for path in (UNITS / UNIT, UNITS / f"{UNIT}.d", *(STATE if purge else ())) if path.exists()]
+    unchanged = [] if packaged else _unchanged_drop_ins()
+    gone = [path for path in (UNITS / UNIT, *unchanged, *(STATE if purge else ())) if path.exists()]
     for path in gone:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    with contextlib.suppress(OSError):  # an administrator's are in it, or it is not there
+        (UNITS / f"{UNIT}.d").rmdir()
     systemctl("daemon-reload")
+    if packaged:
+        systemctl("enable", "--quiet", "--now", UNIT)
     return gone
+
+
+def _unchanged_drop_ins() -> list[Path]:
+    """Those that are as :func:`install` writes them."""
+    places = {name: UNITS / f"{UNIT}.d" / f"{name}.conf" for name in drop_ins()}
+    return [path for name, path in places.items() if path.is_file() and path.read_bytes() == _drop_in(name).encode()]
+
+
+def _drop_in(name: str) -> str:
+    return (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, for after a power cut too."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def status() -> dict[str, str]:

@@ -904,11 +904,38 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     looked = box.run(program, "check", "--settings", "/etc/edge-asr/settings.yaml", check=False)
     assert "state directory: /var/lib/edge-asr, " in looked
     assert "/var/lib/edge-asr/outbox.db" in box.run(program, "outbox", "status")
+    drop_ins = "/etc/systemd/system/edge-asr.service.d"
+    box.write(f"{drop_ins}/override.conf", "[Service]\nNice=1\n")  # as `systemctl edit edge-asr` does
+    box.write(f"{drop_ins}/chrony.conf", (UNIT.parent / "edge-asr.service.d/chrony.conf.example").read_text("utf-8"))
     box.run(program, "service", "uninstall")
     assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
     assert box.show("edge-asr", "LoadState") == "not-found"
+    assert box.run("ls", drop_ins).split() == ["override.conf", "sound-server.conf"]
+    assert box.run("cat", f"{drop_ins}/sound-server.conf") == mine
+    box.run("rm", "-r", drop_ins)
     box.run(program, "service", "uninstall", "--purge")
     assert not box.run("sh", "-c", "ls -d /etc/edge-asr /var/lib/private/edge-asr 2>/dev/null || true").strip()
+
+
+def test_a_unit_of_ours_that_hides_the_debian_packages_can_be_taken_away_and_the_packages_cannot(box: Sysbox) -> None:
+    program, ours = "/opt/edge-asr/.venv/bin/edge-asr", "/etc/systemd/system/edge-asr.service"
+    stands_in = "[Service]\nExecStart=sleep infinity\n[Install]\nWantedBy=multi-user.target\n"
+    box.run("cp", "-r", "/lib/systemd/system", "/opt/units")  # /usr cannot be written here
+    box.write("/opt/units/edge-asr.service", stands_in)
+    box.run("mount", "--bind", "/opt/units", "/lib/systemd/system")
+    try:
+        box.run("rm", "-rf", f"{ours}.d")
+        box.start("edge-asr.service", stands_in)
+        assert box.show("edge-asr", "FragmentPath") == ours
+        assert "apt" in box.run("sh", "-c", f"{program} service uninstall --purge 2>&1 || true")
+        assert box.run(program, "service", "uninstall") == f"removed {ours}\n"
+        assert box.show("edge-asr", "FragmentPath").endswith("/lib/systemd/system/edge-asr.service")
+        assert box.show("edge-asr", "ActiveState") == "active"
+        assert "apt" in box.run("sh", "-c", f"{program} service uninstall 2>&1 || true")
+        box.run("systemctl", "disable", "--now", "edge-asr")
+    finally:
+        box.run("umount", "/lib/systemd/system")
+        box.run("systemctl", "daemon-reload")
 
 
 LOOK = """
