@@ -55,7 +55,7 @@ async function begin() {
   wanted = true;
   if (talking) return;
   try {
-    await microphone.open(onPiece);
+    await microphone.open(onPiece, onUnplugged);
   } catch (error) {
     wanted = false;
     if (!(error instanceof MicrophoneError)) throw error;
@@ -65,7 +65,7 @@ async function begin() {
   clearNotice();
   link.connect();
   call();
-  if (!wanted) return; // let go while the browser asked for permission
+  if (!wanted || talking) return; // let go while the browser asked for permission, or pressed twice
   if (options.way === "opus" && Microphone.records) {
     recording = microphone.record((bytes) => link.put(bytes, bytes.length, PIECE_MS / 1000));
     link.start(recording.format, RATE, 0);
@@ -115,6 +115,13 @@ function putPcm(pcm) {
 function onPiece(pcm, peak) {
   by("meter").firstElementChild.style.transform = `scaleX(${Math.max(0, 1 + Math.log10(peak + 1e-4) / 3)})`;
   if (talking && !recording) putPcm(pcm);
+}
+
+/** What is being said comes no further, while silence would be taken for it. */
+function onUnplugged() {
+  if (!talking) return; // the next press asks for another one
+  finish();
+  notice("no-microphone");
 }
 
 const button = by("talk");

@@ -8,34 +8,32 @@ export class MicrophoneError extends Error {}
 
 export class Microphone {
   #recent = [];
+  #opening = null;
 
-  /** Raises MicrophoneError whose message is a key of texts.js. */
-  async open(onPiece) {
-    if (this.stream?.active) return;
-    if (!window.isSecureContext || !navigator.mediaDevices) throw new MicrophoneError("need-https");
+  /** Whoever calls meanwhile waits for the same opening. Raises MicrophoneError whose message is a key of texts.js. */
+  async open(onPiece, onEnded) {
+    if (!this.stream?.active) {
+      await (this.#opening ??= this.#open(onPiece, onEnded).finally(() => (this.#opening = null)));
+    }
+    await this.context.resume(); // a locked screen or a phone call suspends it
+  }
+
+  async #open(onPiece, onEnded) {
+    await this.close(); // of one that was unplugged
+    const stream = await allowed();
+    let context;
     try {
-      this.stream = await navigator.mediaDevices.getUserMedia({
-        audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: true },
+      context = await listening(stream, ({ data }) => {
+        this.#recent.push(data.pcm);
+        while (this.#recent.length > BEFORE_MS / 40) this.#recent.shift();
+        onPiece(data.pcm, data.peak);
       });
-    } catch (error) {
-      const known = { NotAllowedError: "denied", NotFoundError: "no-microphone", NotReadableError: "busy-microphone" };
-      throw new MicrophoneError(known[error.name] ?? "no-microphone");
-    }
-    try {
-      this.context = new AudioContext({ latencyHint: "interactive", sampleRate: 48000 });
-      this.context.createMediaStreamSource(this.stream).disconnect();
     } catch {
-      this.context = new AudioContext({ latencyHint: "interactive" }); // Firefox resamples no microphone
+      stream.getTracks().forEach((track) => track.stop());
+      throw new MicrophoneError("gateway-off"); // which has the worklet
     }
-    await this.context.audioWorklet.addModule("worklet.js");
-    const capture = new AudioWorkletNode(this.context, "capture", { numberOfOutputs: 0 });
-    this.context.createMediaStreamSource(this.stream).connect(capture);
-    capture.port.onmessage = ({ data }) => {
-      this.#recent.push(data.pcm);
-      while (this.#recent.length > BEFORE_MS / 40) this.#recent.shift();
-      onPiece(data.pcm, data.peak);
-    };
-    await this.context.resume();
+    stream.getAudioTracks()[0].addEventListener("ended", onEnded);
+    Object.assign(this, { stream, context });
   }
 
   get rate() {
@@ -74,4 +72,36 @@ export class Microphone {
     this.stream = this.context = undefined;
     this.#recent = [];
   }
+}
+
+async function allowed() {
+  if (!window.isSecureContext || !navigator.mediaDevices) throw new MicrophoneError("need-https");
+  try {
+    return await navigator.mediaDevices.getUserMedia({
+      audio: { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: true },
+    });
+  } catch (error) {
+    const known = { NotAllowedError: "denied", NotFoundError: "no-microphone", NotReadableError: "busy-microphone" };
+    throw new MicrophoneError(known[error.name] ?? "no-microphone");
+  }
+}
+
+async function listening(stream, onMessage) {
+  let context;
+  try {
+    context = new AudioContext({ latencyHint: "interactive", sampleRate: 48000 });
+    context.createMediaStreamSource(stream).disconnect();
+  } catch {
+    context = new AudioContext({ latencyHint: "interactive" }); // Firefox resamples no microphone
+  }
+  try {
+    await context.audioWorklet.addModule("worklet.js");
+  } catch (error) {
+    context.close();
+    throw error;
+  }
+  const capture = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });
+  context.createMediaStreamSource(stream).connect(capture);
+  capture.port.onmessage = onMessage;
+  return context;
 }

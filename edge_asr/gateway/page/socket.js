@@ -19,7 +19,8 @@ export class Socket extends EventTarget {
     this.session = sessionStorage.getItem("session"); // a reloaded page goes on with its session
     this.have = 0;
     this.failures = 0;
-    addEventListener("online", () => this.connect());
+    this.gone = new AbortController();
+    addEventListener("online", () => this.connect(), { signal: this.gone.signal });
   }
 
   /** Connect, or do nothing where a connection is there or under way. */
@@ -42,7 +43,9 @@ export class Socket extends EventTarget {
     this.pulse = setInterval(() => this.#beat(), PING_MS);
   }
 
+  /** For good: another one takes its place. */
   disconnect() {
+    this.gone.abort();
     const socket = this.socket;
     this.socket = null;
     clearTimeout(this.retry);

@@ -11,12 +11,17 @@ export class Voice extends EventTarget {
 
   /** Call, unless a call is there or under way; failing is no error, for there is another way. */
   async connect(stream, token, session) {
-    if (this.peer && this.session === session) return;
+    const [track] = stream.getAudioTracks();
+    if (this.peer && this.session === session) {
+      const [sender] = this.peer.getSenders();
+      if (sender.track !== track) await sender.replaceTrack(track); // of a headset that was plugged in again
+      return;
+    }
     await this.close();
     const call = ++this.#call;
     this.session = session;
     const peer = (this.peer = new RTCPeerConnection());
-    peer.addTransceiver(stream.getAudioTracks()[0], { direction: "sendonly", streams: [stream] });
+    peer.addTransceiver(track, { direction: "sendonly", streams: [stream] });
     peer.onconnectionstatechange = () => {
       if (peer !== this.peer) return;
       this.dispatchEvent(new Event("state"));
