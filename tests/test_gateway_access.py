@@ -258,10 +258,15 @@ def test_a_gateway_that_cannot_be_opened_safely_is_one_line(tmp_path: Path, sect
     assert not any(complaint in each or "Traceback" in each for each in before)
 
 
-def test_the_page_has_every_word_in_both_languages_and_one_for_every_rejection() -> None:
-    page = importlib.resources.files("edge_asr.gateway") / "page/texts.js"
-    english, chinese = page.read_text(encoding="utf-8").split("  zh: {")
+def test_the_page_has_every_word_in_both_languages_and_one_for_every_rejection_and_error() -> None:
+    page = importlib.resources.files("edge_asr.gateway") / "page"
+    english, chinese = (page / "texts.js").read_text(encoding="utf-8").split("  zh: {")
     keys = re.findall(r'"([\w-]+)":', english)
     assert sorted(keys) == sorted(re.findall(r'"([\w-]+)":', chinese))
     assert len(keys) == len(set(keys))
     assert {f"reason-{reason}" for reason in get_args(RejectionReason)} <= set(keys)
+    documented = (Path(__file__).parents[1] / "docs/gateway.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| `error` \| .*`reason`: (.*) \|$", documented, re.MULTILINE)
+    assert {f"error-{reason}" for reason in re.findall(r"`(\w+)`", row)} <= set(keys)
+    for file in page.iterdir():  # what a screen reader says
+        assert not re.search(r'aria-label="', file.read_text(encoding="utf-8"))
