@@ -32,6 +32,8 @@ TRIALS: Final = 3
 """Starts that a new model may cost: a native library may end the process, and systemd then starts us again."""
 
 _STATE: Final = "active.json"
+_STAGING: Final = ".staging-"
+_REMOVED: Final = ".removed-"
 SPARE_BYTES: Final = 64 * 1024 * 1024
 """Left free on the disk by a download and an import: the outbox needs to go on."""
 
@@ -78,7 +80,8 @@ class Store:
 
     def add(self, path: Path, signed_by: Path | None = None) -> Manifest:
         """Import a folder or an archive (tar, tar.gz, tar.bz2, zip); raises ModelError and leaves nothing behind."""
-        with self.changing(), self._staging() as staging:
+        # Unpacking may take minutes, in which the daemon must be able to count its start: that lock is another.
+        with self._locked(".import.lock"), self._hidden_folder(_STAGING) as staging:
             room_bytes = max(0, shutil.disk_usage(self.folder).free - SPARE_BYTES)
             try:
                 if path.is_dir():
@@ -91,8 +94,9 @@ class Store:
             except ModelError as error:  # it speaks of a folder that is about to vanish
                 raise ModelError(str(error).replace(str(staging), str(path))) from None
             _sync(staging)
-            staging.rename(self.folder / manifest.name)
-            _sync(self.folder)
+            with self.changing():
+                staging.rename(self.folder / manifest.name)
+                _sync(self.folder)
         return manifest
 
     def _checked(self, path: Path, staging: Path, signed_by: Path | None) -> Manifest:
@@ -139,7 +143,7 @@ class Store:
                 raise ModelError(f"{name}: is in use; activate another or type `edge-asr models rollback` first")
             if name == choice.previous:
                 self._choose(choice.model_copy(update={"previous": None}))
-            with self._staging() as hidden:
+            with self._hidden_folder(_REMOVED) as hidden:
                 (self.folder / name).rename(hidden / name)  # gone at once, even if deleting is interrupted
 
     def begin(self) -> str | None:
@@ -183,10 +187,15 @@ class Store:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """One change at a time; what the file system refuses becomes one line."""
+        """One change at a time, and each is brief; what the file system refuses becomes one line."""
+        with self._locked(".lock"):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("a") as lock:
+            with (self.folder / name).open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 try:
                     yield
@@ -197,16 +206,16 @@ class Store:
             raise ModelError(f"{place}: {error.strerror}; check permissions and free space") from None
 
     @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """A hidden folder; whatever is still in it afterwards is deleted, that of a killed import too."""
-        for left in self.folder.glob(".staging-*"):
+    def _hidden_folder(self, prefix: str) -> Iterator[Path]:
+        """For whoever has the lock; whatever is still in it afterwards is deleted, that of one who was killed too."""
+        for left in self.folder.glob(f"{prefix}*"):
             shutil.rmtree(left)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.folder))
-        staging.chmod(0o755)  # the service's user is another one
+        hidden = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
+        hidden.chmod(0o755)  # the service's user is another one
         try:
-            yield staging
+            yield hidden
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_signature(folder: Path, signed_by: Path | None) -> None:
@@ -238,7 +247,8 @@ def _hand_over(folder: Path) -> None:
     """What root does here belongs to the service's user: the daemon must be able to say which model works."""
     if os.geteuid() == 0:
         owner = folder.parent.stat()
-        for entry in (folder, *folder.rglob("*")):
+        lasting = [entry for entry in folder.iterdir() if not entry.name.startswith((_STAGING, _REMOVED))]
+        for entry in (folder, *lasting, *(within for each in lasting for within in each.rglob("*"))):
             os.chown(entry, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 

@@ -17,6 +17,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edge_asr.engine import prepare_engine
 from edge_asr.installation import TRIALS, Store
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, bundled_manifests, sha256_of
 from edge_asr.settings import Settings
-from tests.broker import Broker, Subscriber, free_port
+from tests.broker import PATIENCE_S, Broker, Subscriber, free_port
 from tests.mirror import mirror
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, running, write_settings
@@ -134,7 +135,7 @@ def test_an_import_that_was_killed_is_cleared_away_by_the_next(store: Store, tmp
     (store.folder / ".staging-killed").mkdir(parents=True)
     (store.folder / ".staging-killed" / MODEL).write_bytes(b"half")
     store.add(copy(tmp_path, "next"))
-    assert {entry.name for entry in store.folder.iterdir()} == {".lock", "next"}
+    assert {entry.name for entry in store.folder.iterdir()} == {".lock", ".import.lock", "next"}
 
 
 def keys(folder: Path, name: str) -> tuple[Path, Path]:
@@ -246,6 +247,36 @@ def test_a_model_with_which_the_daemon_dies_makes_way_after_three_starts(store: 
     engine, trouble = prepare_engine(options_for(store))
     assert engine.recognizer.name == store.active == EMBEDDED
     assert "the daemon ended 3 times with it" in trouble
+
+
+def test_a_start_does_not_wait_for_an_import_that_unpacks_and_nothing_is_taken_from_under_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon waited for the lock, was called hung, and gave up after four starts."""
+    for name in ("old", "fresh"):
+        store.add(copy(tmp_path, name))
+    store.activate("fresh")
+    unpacks, go_on = threading.Event(), threading.Event()
+    check = installation.check_signature
+
+    def wait(folder: Path, signed_by: Path | None) -> None:
+        unpacks.set()
+        assert go_on.wait(PATIENCE_S)
+        check(folder, signed_by)
+
+    monkeypatch.setattr(installation, "check_signature", wait)
+    large = copy(tmp_path, "large")
+    with ThreadPoolExecutor() as others:
+        imported = others.submit(store.add, large)
+        assert unpacks.wait(PATIENCE_S)
+        try:
+            assert others.submit(store.begin).result(PATIENCE_S) is None
+            others.submit(store.remove, "old").result(PATIENCE_S)
+        finally:
+            go_on.set()
+        assert imported.result().name == "large"
+    assert {manifest.name for manifest in store.manifests()} == {"fresh", "large"}
+    assert {entry.name for entry in store.folder.iterdir() if entry.is_dir()} == {"fresh", "large"}
 
 
 def test_a_model_that_hears_something_else_is_not_activated(tmp_path: Path) -> None:
