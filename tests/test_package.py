@@ -119,6 +119,29 @@ def test_the_arm64_package_installs_where_only_its_dependencies_are_and_hears_wh
     assert "1 and 1 utterances, 0 different" in done.stdout
 
 
+def one_that_fails(folder: Path) -> Path:
+    """A later release that cannot be unpacked, as on a full disk."""
+    control = folder / "fails/DEBIAN"
+    control.mkdir(parents=True)
+    fields = {
+        "Package": "edge-asr",
+        "Version": f"{NEXT}2",
+        "Architecture": "all",
+        "Maintainer": "x",
+        "Description": "x",
+    }
+    (control / "control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()), encoding="ascii")
+    (control / "preinst").write_text("#!/bin/sh\nexit 1\n", encoding="ascii")
+    (control / "preinst").chmod(0o755)
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", control.parent, folder / "fails.deb"], check=True)
+    return folder / "fails.deb"
+
+
+def byte_code(box: Sysbox) -> int:
+    """How many modules have some."""
+    return len(box.run("find", "/opt/edge-asr", "-name", "*.pyc").splitlines())
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sysbox]:
     folder = tmp_path_factory.mktemp("package")
@@ -128,6 +151,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sysbox]:
         box = stack.enter_context(booted(folder / "machine", bare=True))
         shutil.copy(package, box.root / "opt/edge-asr.deb")
         shutil.move(next_version(package, folder), box.root / "opt/next.deb")
+        shutil.move(one_that_fails(folder), box.root / "opt/fails.deb")
         box.run("rm", "-f", "/usr/sbin/policy-rc.d")  # the host's: it lets no package start anything
         box.write("/etc/mosquitto.conf", MOSQUITTO)
         (box.root / "var/lib/mosquitto").mkdir()
@@ -186,6 +210,18 @@ def test_installed_it_runs_upgraded_and_taken_back_it_keeps_settings_and_outbox_
     assert machine.run("edge-asr", "--version") == f"edge-asr, version {edge_asr.__version__}\n"
     example = (CHECKOUT / "examples/settings.yaml").read_text(encoding="utf-8")
     assert machine.run("cat", "/etc/edge-asr/settings.yaml") == example
+
+    compiled, running = byte_code(machine), machine.show("edge-asr", "MainPID")
+    assert "new edge-asr package pre-installation script" in machine.run(
+        "sh", "-c", "dpkg --install /opt/fails.deb 2>&1 || true"
+    )
+    assert compiled > 1000
+    assert (byte_code(machine), machine.show("edge-asr", "MainPID")) == (compiled, running)
+    machine.run("/var/lib/dpkg/info/edge-asr.prerm", "remove")
+    assert machine.show("edge-asr", "ActiveState") == "inactive"
+    machine.run("/var/lib/dpkg/info/edge-asr.postinst", "abort-remove")  # as dpkg does where a removal cannot go on
+    assert machine.show("edge-asr", "ActiveState") == "active"
+    assert byte_code(machine) == compiled
 
     machine.write("/etc/edge-asr/settings.yaml", SETTINGS)
     speak("stop line two", machine.root / "etc/edge-asr/order.wav")
