@@ -54,6 +54,9 @@ _SERVER_FILES: Final = ("/run/pulse/native", "/run/pipewire", "/etc/asound.conf"
 class DeviceError(Exception):
     """A device is not there, or delivers nothing; the message names it and the remedy."""
 
+    taken_by: int | None = None
+    """The process that listens to it already, where the card serves one only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -90,7 +93,11 @@ def record(device: str | int = "default", seconds: float = 1.0, channel: int = 1
 
 
 def _pieces(device: str | int, channel: int, samples: int) -> Generator[bytes, None, None]:
-    with contextlib.closing(Stream(device, channel, None)) as stream:
+    try:
+        opened = Stream(device, channel, None)
+    except DeviceError as error:
+        raise _with_listener(error, device) from None
+    with contextlib.closing(opened) as stream:
         resampler, pcm = Resampler(stream.rate), b""
         while True:
             pcm += resampler.feed(stream.read())
@@ -98,6 +105,17 @@ def _pieces(device: str | int, channel: int, samples: int) -> Generator[bytes, N
                 piece, pcm = pcm[: samples * BYTES_PER_SAMPLE], pcm[samples * BYTES_PER_SAMPLE :]
                 yield piece
             time.sleep(_POLL_S)
+
+
+def _with_listener(error: DeviceError, device: str | int) -> DeviceError:
+    """The same error, or that somebody else has the device."""
+    pid = listener(device)
+    if pid is None:
+        return error
+    name = _text_of(Path(f"/proc/{pid}/comm")).strip() or "?"
+    taken = DeviceError(f"{device!r} is in use by process {pid} ({name}); stop that for as long as you listen")
+    taken.taken_by = pid
+    return taken
 
 
 def choose_device(wanted: str | int, devices: Sequence[Device]) -> Device:
@@ -138,6 +156,17 @@ def is_out_of_sight(wanted: str | int) -> bool:
 
 def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK)  # unlike Path.exists, no error behind walls
+
+
+def listener(wanted: str | int) -> int | None:
+    """The process to which the kernel has given a card of the settings; of any card where they name none.
+
+    PortAudio does not list a card that is taken, or says that it is unavailable.
+    """
+    named = re.search(r"CARD=(\w+)(?:,DEV=(\d+))?", str(wanted))
+    card, number = (named[1], named[2] or "*") if named else ("card*", "*")
+    states = (_text_of(path) for path in ALSA_CARDS.parent.glob(f"{card}/pcm{number}c/sub*/status"))
+    return next((int(owner) for state in states for owner in re.findall(r"owner_pid\s*: (\d+)", state)), None)
 
 
 def alsa_cards(listing: str) -> dict[int, str]:
@@ -231,9 +260,14 @@ def _forget() -> None:
 
 
 def _cards_listing() -> str:
+    return _text_of(ALSA_CARDS)
+
+
+def _text_of(path: Path) -> str:
+    """What the kernel says there; nothing where there is no sound card at all, or no such process any more."""
     try:
-        return ALSA_CARDS.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # no sound card at all
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ""
 
 

@@ -193,7 +193,10 @@ def _microphone(source: MicrophoneSource, max_noise_dbfs: float) -> Finding:
     try:
         level = measure(record(source.device, 1.0, source.channel))
     except DeviceError as error:
-        return Finding(subject, "failed", str(error), "is the user in the group audio?")
+        if error.taken_by is not None and service.runs(error.taken_by):
+            return Finding(subject, "ok", "in use by the service, whose health and alarms tell how it hears")
+        remedy = "is the user in the group audio?" if error.taken_by is None else "one program at a time can have it"
+        return Finding(subject, "failed", str(error), remedy)
     found = f"{level.level_dbfs:.0f} dBFS"
     if level.level_dbfs <= DEAD_BELOW_DBFS:
         return Finding(

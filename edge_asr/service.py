@@ -216,6 +216,14 @@ def is_elsewhere(state: Path) -> bool:
     return os.path.lexists(STATE_DIRECTORY) and state.absolute() != STATE_DIRECTORY
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is the service's, as the kernel groups them."""
+    try:
+        return any(UNIT in line.split("/") for line in Path(f"/proc/{pid}/cgroup").read_text("ascii").splitlines())
+    except OSError:
+        return False
+
+
 def systemctl(*arguments: str) -> str:
     """What systemctl prints. Raises ServiceError with what it complains of."""
     if not Path("/run/systemd/system").is_dir():

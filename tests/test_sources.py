@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_asr import capture, devices, sources
+from edge_asr import capture, devices, doctor, service, sources
 from edge_asr.audio import (
     NS_PER_SAMPLE,
     SILENCE_DBFS,
@@ -869,6 +869,34 @@ def test_the_kernel_tells_whether_a_microphone_can_be_there_at_all_unless_a_soun
     assert is_out_of_sight(wanted) != is_there
     monkeypatch.setenv("PULSE_SERVER", "unix:/nowhere")
     assert not is_out_of_sight(wanted)
+
+
+@pytest.mark.parametrize("device", ["hw:CARD=Array,DEV=0", "plughw:CARD=Array", "default"])
+def test_a_card_that_another_process_has_is_said_to_be_in_use_and_by_the_service_it_is_well(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PortAudio does not list it, or calls it unavailable; the kernel knows who has it."""
+    status = tmp_path / "card1/pcm0c/sub0/status"
+    status.parent.mkdir(parents=True)
+    (tmp_path / "Array").symlink_to("card1")
+    monkeypatch.setattr(devices, "ALSA_CARDS", tmp_path / "cards")
+    monkeypatch.setenv("PULSE_SERVER", "unix:/nowhere")
+    source = MicrophoneSource(type="microphone", device=device)
+
+    def found() -> tuple[str, str, str]:
+        finding = doctor._microphone(source, 0.0)  # noqa: SLF001 - beside it everything else is looked at
+        return finding.state, finding.found, finding.remedy
+
+    status.write_text("closed\n", encoding="ascii")
+    assert found()[2] == "is the user in the group audio?"
+    status.write_text(f"state: RUNNING\nowner_pid   : {os.getpid()}\ntrigger_time: 1.5\n", encoding="ascii")
+    state, said, _ = found()
+    assert state == "failed"
+    assert f"is in use by process {os.getpid()} (" in said
+    with pytest.raises(DeviceError, match="is in use by process"):
+        next(levels(device))
+    monkeypatch.setattr(service, "runs", lambda pid: pid == os.getpid())
+    assert found()[:2] == ("ok", "in use by the service, whose health and alarms tell how it hears")
 
 
 def test_portaudio_is_not_started_for_a_card_that_the_kernel_does_not_have(

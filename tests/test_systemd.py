@@ -901,6 +901,8 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     assert shown["DropInPaths"].endswith("edge-asr.service.d/sound-server.conf")
     assert box.run("cat", "/etc/systemd/system/edge-asr.service.d/sound-server.conf") == mine
     assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
+    runs = f"from edge_asr import service; print(*map(service.runs, (1, {main_pid(box)})))"
+    assert box.run(PYTHON, "-c", runs) == "False True\n"
     looked = box.run(program, "check", "--settings", "/etc/edge-asr/settings.yaml", check=False)
     assert "state directory: /var/lib/edge-asr, " in looked
     assert "/var/lib/edge-asr/outbox.db" in box.run(program, "outbox", "status")
