@@ -236,6 +236,30 @@ class Daemon:
         self.pipeline.turned = self._turn
         self.watchdog = Watchdog(self._zygote, self.outbox, self.worker)
         self.show()
+        background = self._background()
+        tidier = Tidier(kept_files(options))
+        give_back()  # what loading left behind
+        gc.freeze()  # what it made stays: every full collection looked at it, for 30 ms in which nobody is heard
+        with self._signals():
+            systemd.ready(self._status())
+            await self._tell_of_model()
+            names = [source.name for source in chosen] + ["the gateway's guests"] * (self._gateway is not None)
+            log.info("listening to %s", ", ".join(names))
+            try:
+                await with_company(self._hear(), *background)
+            finally:
+                self.worker.close()
+                self._zygote.close()
+                self.outbox.close()
+                tidier.close()
+                if self._recorder is not None:
+                    self._recorder.close()
+                if self._tracer is not None:
+                    await asyncio.to_thread(self._tracer.close)
+
+    def _background(self) -> list[asyncio.Task[None]]:
+        """Everything that goes on beside hearing."""
+        options = self.options
         background = [
             asyncio.create_task(self.publisher.run(), name="publish"),
             asyncio.create_task(self._caretaker.run(), name="care"),
@@ -258,25 +282,7 @@ class Daemon:
             self.pipeline.awaits_guests = True
             SileroDetector(self._vad)  # all share one network: it is opened now, not while the first guest speaks
             background.append(asyncio.create_task(self._gateway.run(self._box()), name="gateway"))
-        tidier = Tidier(kept_files(options))
-        give_back()  # what loading left behind
-        gc.freeze()  # what it made stays: every full collection looked at it, for 30 ms in which nobody is heard
-        with self._signals():
-            systemd.ready(self._status())
-            await self._tell_of_model()
-            names = [source.name for source in chosen] + ["the gateway's guests"] * (self._gateway is not None)
-            log.info("listening to %s", ", ".join(names))
-            try:
-                await with_company(self._hear(), *background)
-            finally:
-                self.worker.close()
-                self._zygote.close()
-                self.outbox.close()
-                tidier.close()
-                if self._recorder is not None:
-                    self._recorder.close()
-                if self._tracer is not None:
-                    await asyncio.to_thread(self._tracer.close)
+        return background
 
     def _turn(self, source: str, speaking: bool) -> None:  # noqa: FBT001 - as the pipeline calls it
         if source in self.microphones:
