@@ -13,7 +13,7 @@ from aiohttp import WSMessage, WSMsgType
 
 from edge_asr import settings
 from edge_asr.audio import read_file
-from edge_asr.events import AudioFrame, Utterance
+from edge_asr.events import SAMPLE_RATE, AudioFrame, Utterance
 from edge_asr.gateway import websocket, wire
 from edge_asr.gateway.session import Event, Session, Sessions
 from edge_asr.gateway.talk import Talk, from_pcm16
@@ -236,3 +236,24 @@ def test_a_session_that_fails_leaves_no_demuxer_behind(tmp_path: Path) -> None:
         if each.name == "demux-broken":
             each.join(30)
             assert not each.is_alive()
+
+
+def test_what_a_demuxer_has_made_in_the_meantime_counts_against_the_pace() -> None:
+    data = memoryview(encoded(STOP, "webm"))
+    last = len(data) - 1
+
+    async def scenario() -> tuple[float, float]:
+        session = new_session()
+        session.begin(wire.Start(type="start", talk=1, format="webm"))
+        talk = session.talk
+        assert talk
+        counted_s = await session.take(0, data[:last])
+        async for frame in talk.frames():
+            if frame.end > SAMPLE_RATE:
+                break
+        counted_s += await session.take(last, data[last:])
+        return counted_s, talk.taken / talk.rate
+
+    counted_s, taken_s = asyncio.run(scenario())
+    assert taken_s > 1
+    assert counted_s == pytest.approx(taken_s)

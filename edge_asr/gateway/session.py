@@ -91,6 +91,8 @@ class Session:
         """Decodes it, where it comes as a file does."""
         self._skipping = False
         self._acked_s = 0.0
+        self._counted = 0
+        """Samples of this talk that :meth:`take` has returned."""
         self.place = "", 0.0
         """The utterance that was understood last, and how many seconds into its talk it began."""
         self.meter: SourceMeter | None = None
@@ -177,7 +179,7 @@ class Session:
         self.finish(torn=not self._ending)
         if self._talks.qsize() >= MAX_TALKS:
             raise BusyError("too many talks wait to be recognized; speak again in a moment")
-        self._skipping, self._acked_s = False, 0.0
+        self._skipping, self._acked_s, self._counted = False, 0.0, 0
         self.format = start.format
         rate = start.rate if start.format == "pcm16" else OPUS_RATE
         age_ns = round(start.age_ms * 1e-3 * clock.NS_PER_S)
@@ -191,7 +193,7 @@ class Session:
     async def take(self, position: int, data: memoryview) -> float:
         """Audio of the talk under way, as its format has it; waits while it is not heard fast enough.
 
-        Returns the seconds of it that were new. Raises WireError.
+        Returns the seconds that were new since it was asked last: a demuxer has them when it likes. Raises WireError.
         """
         talk = self.talk
         if talk is None:
@@ -201,8 +203,8 @@ class Session:
         self.active = self._loop.time()
         if self.format == "rtp":
             self.format = "pcm16"  # the client has given WebRTC up and goes on here
+            self._counted = talk.taken
             self._notify()
-        before = talk.taken
         try:
             if self.container is not None:
                 await self.container.put(position, bytes(data))
@@ -215,7 +217,8 @@ class Session:
             self.finish(torn=True)
             self._skipping = True
         self._acknowledge()
-        return (talk.taken - before) / talk.rate
+        new, self._counted = talk.taken - self._counted, talk.taken
+        return new / talk.rate
 
     def offer(self, samples: NDArray[Any], lost: int = 0) -> None:
         """Audio of the talk under way that came by WebRTC: mono, 48 kHz, so many were lost before it; nobody waits."""
