@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from aiohttp import WSMessage, WSMsgType
 from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Utterance
-from edge_asr.gateway import websocket, wire
+from edge_asr.gateway import rounds, websocket, wire
 from edge_asr.gateway.session import Event, Session, Sessions
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
@@ -257,3 +258,63 @@ def test_what_a_demuxer_has_made_in_the_meantime_counts_against_the_pace() -> No
     counted_s, taken_s = asyncio.run(scenario())
     assert taken_s > 1
     assert counted_s == pytest.approx(taken_s)
+
+
+class Deaf:
+    """A WebSocket whose client reads nothing, so that sending never ends, and says nothing either."""
+
+    async def receive(self, timeout: float | None = None) -> WSMessage:
+        await asyncio.Event().wait()
+        raise AssertionError(timeout)
+
+    async def send_str(self, _: str) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self, code: int) -> None:
+        await asyncio.Event().wait()
+        raise AssertionError(code)
+
+
+async def deaf() -> tuple[websocket.Connection, socket.socket]:
+    """A connection to such a client, and the client's end of it."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)  # noqa: FBT003
+    transport, _ = await asyncio.get_running_loop().connect_accepted_socket(asyncio.Protocol, ours)
+    silent: Any = Deaf()
+    nobody: Any = None
+    return websocket.Connection(silent, rounds.Connection(transport), nobody, ""), theirs
+
+
+async def closed(theirs: socket.socket) -> bool:
+    with theirs:
+        return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(theirs, 1), 30) == b""
+
+
+def test_who_says_no_hello_and_reads_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "HELLO_S", 0.05)
+    monkeypatch.setattr(websocket, "CLOSE_S", 0.01)
+
+    async def scenario() -> bool:
+        connection, theirs = await deaf()
+        await connection.serve(lambda _: None)
+        return await closed(theirs)
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_session_that_is_over_leaves_a_client_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "CLOSE_S", 0.01)
+
+    async def scenario() -> None:
+        connection, theirs = await deaf()
+        session = new_session()
+        session.attach(connection, 0)
+        session.tell("status", {})
+        with theirs:
+            carrying = asyncio.create_task(connection._carry(session), name="carry")  # noqa: SLF001
+            await asyncio.sleep(0)
+            session.close()
+            await carrying
+            connection._intake.abort()  # noqa: SLF001
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

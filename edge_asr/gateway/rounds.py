@@ -68,6 +68,7 @@ class Connection:
     """A TCP connection, which the kernel does not report as readable while it rests and little has come."""
 
     def __init__(self, transport: asyncio.BaseTransport | None) -> None:
+        self._transport = transport
         found = transport.get_extra_info("socket") if transport is not None else None
         self._socket: socket.socket | None = found
         self._rounds: Rounds | None = None
@@ -82,6 +83,11 @@ class Connection:
         if rounds is not None:
             rounds.include(self)
         self._settle()
+
+    def abort(self) -> None:
+        """Close it at once, whatever was still to be sent."""
+        if isinstance(self._transport, asyncio.WriteTransport):
+            self._transport.abort()
 
     def look(self) -> None:
         """Have it reported as readable, in the loop's next turn: what comes after that has time again."""

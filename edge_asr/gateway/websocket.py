@@ -86,7 +86,7 @@ class Connection:
         """Carry the session until either side goes."""
         session = None
         try:
-            session = await self._greet(admit)
+            session = await asyncio.wait_for(self._greet(admit), HELLO_S)
             if session is not None:
                 await self._carry(session)
         except wire.WireError as error:
@@ -100,11 +100,18 @@ class Connection:
                 session.detach(self)
                 if session.stopping():
                     self._goodbye = WSCloseCode.SERVICE_RESTART
-            await self._socket.close(code=self._goodbye)
+            await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        """Say goodbye; to who does not read, without waiting for it."""
+        try:
+            await asyncio.wait_for(self._socket.close(code=self._goodbye), 2 * CLOSE_S)
+        except asyncio.TimeoutError:
+            self._intake.abort()
 
     async def _greet(self, admit: Admit) -> Session | None:
         """The session that the first message opens or resumes."""
-        message = await self._socket.receive(timeout=HELLO_S)
+        message = await self._socket.receive()
         if message.type is not WSMsgType.TEXT:
             raise wire.WireError("the first message must be a hello in JSON")
         hello = wire.read(message.data)
@@ -209,7 +216,7 @@ class Connection:
         """Say goodbye when the session is over, after what was still to be told."""
         await session.over.wait()
         self._outgoing.put_nowait(None)
-        await asyncio.Event().wait()
+        await asyncio.sleep(CLOSE_S)  # who does not read in this time is not told
 
     def send(self, event: Event) -> None:
         """Have an event sent soon; a client that does not read is cut off."""
@@ -229,6 +236,10 @@ class Connection:
 
     async def _refuse(self, code: int, reason: str, detail: str) -> None:
         event = {"type": "error", "reason": reason, "detail": detail}
-        with contextlib.suppress(ConnectionError):
+
+        async def tell() -> None:
             await self._socket.send_str(json.dumps(event, ensure_ascii=False))
             await self._socket.close(code=code, message=detail.encode()[:120])
+
+        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(tell(), 2 * CLOSE_S)
