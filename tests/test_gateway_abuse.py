@@ -35,7 +35,8 @@ from edge_asr.gateway import rules as rules_room
 from edge_asr.gateway.addresses import NETWORK_SHARE
 from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Handler, Pace, Rules
-from edge_asr.gateway.session import Session, _ending
+from edge_asr.gateway.session import Session
+from edge_asr.gateway.sessions import _why_over
 from edge_asr.gateway.tokens import Station, Tokens
 from edge_asr.gateway.transcriptions import FIELD_BYTES, MAX_FIELDS_BYTES, _Collected
 from edge_asr.gateway.websocket import UNAUTHORIZED
@@ -271,7 +272,7 @@ def test_a_session_ends_by_age_by_silence_or_when_nobody_comes_back(
             session.attach(_Collected(), 0)
         if state == "talking":
             session.begin(wire.Start(type="start", talk=1))
-        return _ending(session, Gateway(max_session_s=1000, idle_s=100, resume_s=30), now)[0]
+        return _why_over(session, Gateway(max_session_s=1000, idle_s=100, resume_s=30), now)[0]
 
     assert asyncio.run(scenario()) == reason
 

@@ -16,7 +16,8 @@ from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Utterance
 from edge_asr.gateway import rounds, websocket, wire
-from edge_asr.gateway.session import Event, Session, Sessions
+from edge_asr.gateway.session import Event, Session
+from edge_asr.gateway.sessions import Sessions
 from edge_asr.gateway.talk import Talk, from_pcm16
 from edge_asr.gateway.tokens import Station, Tokens
 from edge_asr.speech import SpeechGate

@@ -20,7 +20,8 @@ from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Command, Draft, Message, Rejection, Utterance
 from edge_asr.gateway import wire
-from edge_asr.gateway.session import UPLOAD, BusyError, Sessions
+from edge_asr.gateway.session import BusyError
+from edge_asr.gateway.sessions import UPLOAD, Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
@@ -278,7 +279,7 @@ def test_while_a_question_is_open_its_session_is_read_at_once_and_when_it_is_ans
 def test_no_station_speaks_under_the_name_of_another_station_or_of_a_microphone(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("edge_asr.gateway.session.SWEEP_S", 0.01)
+    monkeypatch.setattr("edge_asr.gateway.sessions.SWEEP_S", 0.01)
     tokens = Tokens(tmp_path / "tokens.json")
 
     async def scenario() -> tuple[list[str], list[str]]:

@@ -16,7 +16,8 @@ from edge_asr.contract import MicrophoneHealth
 from edge_asr.events import Json
 from edge_asr.gateway.box import Box
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import Event, Session, Sessions
+from edge_asr.gateway.session import Event, Session
+from edge_asr.gateway.sessions import Sessions
 from edge_asr.metrics import Snapshot
 
 KEPT: Final = 60

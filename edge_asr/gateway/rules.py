@@ -22,8 +22,8 @@ from aiohttp import hdrs, web
 
 from edge_asr import settings
 from edge_asr.gateway.addresses import counted
-from edge_asr.gateway.session import LOCAL, BusyError
-from edge_asr.gateway.tokens import Role, Station, Tokens
+from edge_asr.gateway.session import BusyError
+from edge_asr.gateway.tokens import LOCAL, Role, Station, Tokens
 
 RETRY_AFTER_S: Final = 5
 REQUEST_S: Final = 60.0

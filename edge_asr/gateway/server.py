@@ -22,7 +22,8 @@ from edge_asr.gateway.dashboard import KEPT, Dashboard, shortened
 from edge_asr.gateway.door import Door
 from edge_asr.gateway.pages import Pages
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import Event, Sessions
+from edge_asr.gateway.session import Event
+from edge_asr.gateway.sessions import Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.gateway.transcriptions import Transcriptions
 from edge_asr.gateway.vosk import Vosk
@@ -37,9 +38,6 @@ MAX_BODY_BYTES: Final = 64 * 1024
 GOODBYE_S: Final = 2.0
 CERTIFICATE_S: Final = 60.0
 """Between two looks whether the certificate was renewed."""
-
-
-Room = WebSockets | Whip | Vosk | Transcriptions | Dashboard | Pages
 
 
 class Gateway:

@@ -37,6 +37,10 @@ class Station:
     created: str
 
 
+LOCAL = Station("local", "talk", "", "")
+"""Whoever is on this machine, where the gateway is open to it without a token."""
+
+
 class Tokens:
     """The file of tokens."""
 

@@ -18,7 +18,8 @@ from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.gateway import formats, wire
 from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import UPLOAD, BusyError, Event, Session, Sessions
+from edge_asr.gateway.session import BusyError, Event, Session
+from edge_asr.gateway.sessions import UPLOAD, Sessions
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_FILE_S: Final = 600.0

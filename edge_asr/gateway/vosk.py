@@ -18,7 +18,8 @@ from edge_asr.events import Json
 from edge_asr.gateway import wire
 from edge_asr.gateway.formats import words_of
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import BusyError, Event, Session, Sessions
+from edge_asr.gateway.session import BusyError, Event, Session
+from edge_asr.gateway.sessions import Sessions
 
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 SILENT_S: Final = 30.0

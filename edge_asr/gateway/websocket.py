@@ -13,7 +13,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from edge_asr.gateway import rounds, wire
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import BusyError, Event, Session, Sessions
+from edge_asr.gateway.session import BusyError, Event, Session
+from edge_asr.gateway.sessions import Sessions
 from edge_asr.gateway.tokens import Station
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from edge_asr import settings
 from edge_asr.gateway import GatewayError, dtls, ice
 from edge_asr.gateway.call import MAX_SDP_BYTES, Call, OfferError, check
 from edge_asr.gateway.rules import Rules
-from edge_asr.gateway.session import BusyError, Session, Sessions
+from edge_asr.gateway.session import BusyError, Session
+from edge_asr.gateway.sessions import Sessions
 from edge_asr.gateway.tokens import Station
 
 log = logging.getLogger(__name__)
