@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edge_asr import attendant, model_store
+from edge_asr import attendant, audit, model_store
 from edge_asr.attendant import BURST
 from edge_asr.outbox import read_statistics
 from edge_asr.requests import RequestError
@@ -288,7 +288,7 @@ def test_a_request_that_changed_something_is_in_the_audit_log(
         ready(subscriber)
         for verb in ("status", "mute", "nonsense", "unmute"):
             mes.ask(verb)
-    (log,) = (tmp_path / "state" / "audit").iterdir()
+    (log,) = (tmp_path / "state" / "audit").glob(audit.FILES)
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [each["verb"] for each in records if each["what"] == "request"] == ["mute", "unmute"]
 

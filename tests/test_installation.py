@@ -114,7 +114,7 @@ def test_what_is_not_sound_leaves_nothing_behind(store: Store, tmp_path: Path) -
     garbage = tmp_path / "garbage.zip"
     garbage.write_bytes(b"PK\x03\x04garbage")
     assert str(garbage) in refusal(lambda: store.add(garbage))
-    assert [entry.name for entry in store.folder.iterdir()] == [".lock"]
+    assert [entry.name for entry in store.folder.iterdir()] == [".import.lock"]
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/evil", ".hidden", ""])

@@ -162,13 +162,26 @@ def test_a_box_in_trouble_is_not_ready_and_says_why_but_is_alive(tmp_path: Path)
         )
 
 
+HELD = """
+import os, time
+from edge_asr import cli, inference
+load = inference.load_tokens
+def when_it_may(*files):
+    while os.path.exists(os.environ["HOLD"]):
+        time.sleep(0.02)
+    return load(*files)
+inference.load_tokens = when_it_may
+cli.main()
+"""
+"""A daemon whose recognizers cannot be loaded while a file is there."""
+
+
 def test_a_box_whose_recognizer_is_being_replaced_says_so_to_everybody_until_another_hears(
     tmp_path: Path, broker: Broker
 ) -> None:
     port = free_port()
-    words = tmp_path / "words.txt"
-    words.write_text("RCCB\n", encoding="utf-8")
-    path = write_settings(tmp_path, broker.port, monitoring={"port": port}, hotwords={"file": str(words)})
+    path = write_settings(tmp_path, broker.port, monitoring={"port": port})
+    hold = tmp_path / "hold"
     told = b""
 
     def told_to_systemd(what: bytes) -> bool:
@@ -179,12 +192,11 @@ def test_a_box_whose_recognizer_is_being_replaced_says_so_to_everybody_until_ano
 
     with Subscriber(broker) as subscriber, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        with running(path, NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
+        with running(path, program=("-c", HELD), HOLD=str(hold), NOTIFY_SOCKET=str(tmp_path / "notify")) as box:
             subscriber.wait_for(lambda m: any(x.topic.endswith("/status") for x in m), "online")
             assert alive(port)
             assert get(port, "/readyz") == (200, "ok\n")
-            words.unlink()
-            os.mkfifo(words)  # whoever loads it hangs, as on a dead card
+            hold.touch()  # whoever loads now hangs, as on a dead card
             os.kill(family(box.process.pid)[-1], signal.SIGKILL)
             box.say(COMMAND)
             trouble = "the recognizer ended by SIGKILL; a new one takes its place"
@@ -193,9 +205,7 @@ def test_a_box_whose_recognizer_is_being_replaced_says_so_to_everybody_until_ano
             reasons = [trouble, ""]
             subscriber.wait_for(lambda m: any(x.data.get("reason") == trouble for x in m), "degraded")
             wait_until(lambda: told_to_systemd(f"STATUS=Recognizing nothing: {trouble}".encode()), "the status line")
-            words.write_text("RCCB\n", encoding="utf-8")
-            words.unlink()
-            words.write_text("RCCB\n", encoding="utf-8")
+            hold.unlink()
             wait_until(lambda: get(port, "/readyz") == (200, "ok\n"), "ready again")
             subscriber.wait_for(lambda m: any(x.topic.endswith("evt/command") for x in m), "the command")
             subscriber.wait_for(lambda _: [x.data["reason"] for x in subscriber.on("/status")][-2:] == reasons, "well")

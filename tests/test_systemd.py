@@ -375,7 +375,7 @@ def test_secrets_that_only_root_can_read_reach_the_service_as_credentials(site: 
 
 def offered_nonsense(site: Sysbox) -> str:
     """The status with which the gateway answers a call that is none."""
-    add = (PYTHON, "-m", "edge_asr.cli", "gateway", "token", "add", "tablet", "-s", "/etc/edge-asr/settings.yaml")
+    add = (PYTHON, "-m", "edge_asr.cli", "gateway", "token", "add", "caller", "-s", "/etc/edge-asr/settings.yaml")
     token = site.run("env", "STATE_DIRECTORY=/var/lib/edge-asr", *add).strip()
     call = ("curl", "--silent", "--insecure", "--output", "/dev/null", "--write-out", "%{http_code}", "--data", "v=0")
     headers = ("-H", f"Authorization: Bearer {token}", "-H", "Content-Type: application/sdp")
@@ -912,7 +912,7 @@ def test_the_service_verbs_make_show_and_remove_the_service_and_keep_what_people
     box.run(program, "service", "uninstall")
     assert box.run("cat", "/etc/edge-asr/settings.yaml") == "device: mine\n"
     assert box.show("edge-asr", "LoadState") == "not-found"
-    assert box.run("ls", drop_ins).split() == ["override.conf", "sound-server.conf"]
+    assert box.run("ls", drop_ins).split() == ["override.conf", "sooner.conf", "sound-server.conf"]
     assert box.run("cat", f"{drop_ins}/sound-server.conf") == mine
     box.run("rm", "-r", drop_ins)
     box.run(program, "service", "uninstall", "--purge")
