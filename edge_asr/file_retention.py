@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from edge_asr import clock
+from edge_asr.whole_file import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,8 @@ class FileRetention:
 
     def _write(self, seen: dict[str, _Seen]) -> None:
         files = {name: (each.size, int(each.age_s)) for name, each in seen.items()}
-        beside = self.folder / f"{AGES}.new"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump({"boot_id": clock.boot_id(), "at_ns": clock.boottime_ns(), "files": files}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(self.folder / AGES)
+        kept = {"boot_id": clock.boot_id(), "at_ns": clock.boottime_ns(), "files": files}
+        replace_file(self.folder / AGES, json.dumps(kept))
 
 
 class Tidier:

@@ -24,6 +24,7 @@ from edge_asr import archive, model_store
 from edge_asr.archive import ArchiveError
 from edge_asr.model_store import EMBEDDED, MANIFEST, Manifest, ModelError
 from edge_asr.settings import Settings
+from edge_asr.whole_file import replace_file, sync_folder
 
 SIGNATURE: Final = f"{MANIFEST}.sig"
 """64 bytes: Ed25519 over the manifest's bytes; the manifest holds the hash of everything else."""
@@ -96,7 +97,7 @@ class Store:
             _sync(staging)
             with self.changing():
                 staging.rename(self.folder / manifest.name)
-                _sync(self.folder)
+                sync_folder(self.folder)
         return manifest
 
     def _checked(self, path: Path, staging: Path, signed_by: Path | None) -> Manifest:
@@ -177,13 +178,7 @@ class Store:
             raise ModelError(f"{path}: is damaged; delete it and type `edge-asr models activate NAME`") from None
 
     def _choose(self, choice: _Choice) -> None:
-        fresh = self.folder / f".{_STATE}"
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(choice.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.folder / _STATE)
-        _sync(self.folder)
+        replace_file(self.folder / _STATE, choice.model_dump_json() + "\n")
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_asr import clock
+from edge_asr.whole_file import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +179,7 @@ def swap_in_rescued(path: Path, aside: Path | None = None) -> None:
         with contextlib.suppress(FileNotFoundError):
             beside(path, ending).rename(beside(aside, ending))
     rescued.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     for old in _damaged_files(path)[:-_KEPT_DAMAGED]:
         for ending in ("-wal", "-shm", ""):
             beside(old, ending).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from edge_asr.settings import Settings
+from edge_asr.whole_file import replace_file
 
 UNIT: Final = "edge-asr.service"
 UNITS: Final = Path("/etc/systemd/system")
@@ -134,7 +135,7 @@ def install(wanted: Sequence[str]) -> list[Path]:
     os.umask(0o022)  # an administrator's own may be stricter, and the service is another user
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, text)
+        replace_file(path, text)
     systemctl("daemon-reload")
     systemctl("enable", "--quiet", UNIT)
     systemctl("restart", UNIT)
@@ -174,21 +175,6 @@ def _unchanged_drop_ins() -> list[Path]:
 
 def _drop_in(name: str) -> str:
     return (shipped() / f"{UNIT}.d" / f"{name}{_EXAMPLE}").read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, for after a power cut too."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def status() -> dict[str, str]:

@@ -7,7 +7,6 @@ Where an order stands, the settings' word does not count; where none does, it do
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +14,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from edge_asr.settings import Hotword, Hotwords, Settings, SettingsError, explain, problems
+from edge_asr.whole_file import replace_file, sync_folder
 
 Undo = Callable[[], None]
 
@@ -98,25 +98,11 @@ class StandingOrders:
         before = path.read_text(encoding="utf-8") if path.exists() else None
         if text is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".new")
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.rename(path)
+            replace_file(path, text)
         elif before is not None:
             path.unlink()
-        if text != before:
-            self._sync()
+            sync_folder(self._folder)
         return lambda: self._undo(path, before)
 
     def _undo(self, path: Path, before: str | None) -> None:
         self._replace(path, before)
-
-    def _sync(self) -> None:
-        """Make a rename or a deletion outlive a power cut."""
-        folder = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

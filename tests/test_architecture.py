@@ -13,6 +13,7 @@ ORDER = (
     *(
         "events",
         "clock",
+        "whole_file",
         "settings",
         "audio",
         "speech",

@@ -61,7 +61,7 @@ def test_an_order_can_be_taken_back(orders: StandingOrders) -> None:
 
 def test_an_order_that_cannot_be_written_changes_nothing(orders: StandingOrders, tmp_path: Path) -> None:
     orders.keep_hotwords(PHRASES)
-    (tmp_path / "standing" / "hotwords.new").mkdir()  # in the way, as a full disk would be
+    (tmp_path / "standing" / ".hotwords.json.new").mkdir()  # in the way, as a full disk would be
     with pytest.raises(OSError, match="hotwords"):
         orders.keep_hotwords(())
     assert orders.over(OPTIONS).hotwords.phrases == PHRASES
