@@ -231,6 +231,10 @@ class FrameCutter:
         self._position += lost
         return lost
 
+    def cut_off(self, captured_ns: int) -> AudioFrame:
+        """A frame without audio, beside which the positions jump: what is said across it is cut off."""
+        return AudioFrame(self._source, self.end, b"", captured_ns)
+
     def flush(self, captured_ns: int) -> list[AudioFrame]:
         """The begun frame, filled up with zeros; empty if there is none."""
         if not self._pending:

@@ -274,7 +274,7 @@ class Microphone:
     def _lose(self, trouble: str) -> None:
         if self.state == "capturing" and self.last_frame_ns is not None:  # what is being said ends here
             self.lost_samples += self._cutter.skip(1)
-            self._mailbox.put([AudioFrame(self.name, self._cutter.end, b"", self.last_frame_ns)])
+            self._mailbox.put([self._cutter.cut_off(self.last_frame_ns)])
         self.state, self.trouble, self.rate_error = "lost", trouble, None
 
     def _hear(self, report: Report) -> None:

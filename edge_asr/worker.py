@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Final
 
@@ -122,6 +122,10 @@ class Plan:
     vocabulary: Vocabulary | None = None
     """None: as the files have it; then the answer holds it."""
 
+    def read(self) -> Vocabulary:
+        """Raises HotwordError, GrammarError."""
+        return self.vocabulary or Vocabulary.read(self.options)
+
 
 @dataclass(frozen=True, slots=True)
 class Golden:
@@ -166,7 +170,7 @@ class Worker:
     @property
     def vocabulary(self) -> Vocabulary:
         """The words and grammars in use, whatever has become of their files."""
-        return self._process.vocabulary
+        return self.facts.vocabulary
 
     @property
     def name(self) -> str:
@@ -277,7 +281,7 @@ class Worker:
         old = self._process
         old.end()
         try:
-            plan = Plan(self._options, old.vocabulary)
+            plan = Plan(self._options, old.facts.vocabulary)
             self._process = self._begin(plan, STEP_BASE_S + LOAD_FACTOR * old.load_cpu_s)
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
@@ -305,7 +309,7 @@ class Worker:
                 process.end()
                 raise facts
             assert isinstance(facts, Facts)  # noqa: S101 - what `serve` answers first
-            process.facts, process.load_cpu_s, process.vocabulary = facts, facts.load_cpu_s, facts.vocabulary
+            process.facts, process.load_cpu_s = facts, facts.load_cpu_s
             self.trouble = facts.trouble
             if not facts.golden:
                 log.warning("%s hears nothing in the golden recording; is it the right model?", facts.files.name)
@@ -322,8 +326,6 @@ class _Process:
     """CPU time that hearing the golden recording took when it was last proven."""
     load_cpu_s: float
     """CPU time that another one would need to get where this one is."""
-    vocabulary: Vocabulary
-    """The words and grammars that it hears with."""
 
     def __init__(self, zygote: Zygote) -> None:
         """Raises WorkerError."""
@@ -364,7 +366,7 @@ class _Process:
             raise answer
         assert isinstance(answer, Vocabulary)  # noqa: S101 - what `serve` answers to this
         self.load_cpu_s = self.facts.load_cpu_s + self._spent_s() - before_s
-        self.vocabulary = answer
+        self.facts = replace(self.facts, vocabulary=answer)
 
     def _spent_s(self) -> float:
         """CPU time so far. Raises _EndedError, WorkerError."""
@@ -460,7 +462,7 @@ def _answered(
     """The engine to go on with, and the answer. Raises ModelError, HotwordError, GrammarError."""
     if engine is None:
         assert isinstance(request, Plan)  # noqa: S101 - a worker's first request
-        options, vocabulary = request.options, request.vocabulary or Vocabulary.read(request.options)
+        options, vocabulary = request.options, request.read()
         engine, trouble = prepare_engine(options, vocabulary)
         engine.recognizer.step = step
         graph = prepared.record_of(engine.files, options.models_directory)
@@ -479,7 +481,7 @@ def _answered(
         )
         return engine, facts
     if isinstance(request, Plan):
-        vocabulary = request.vocabulary or Vocabulary.read(request.options)
+        vocabulary = request.read()
         return engine.under(request.options, vocabulary), vocabulary
     if isinstance(request, str):
         return engine, _hear_golden(engine)

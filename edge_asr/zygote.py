@@ -123,9 +123,8 @@ class Zygote:
                 socket.send_fds(self._control, [order], descriptors)
                 answer = self._control.recv(_ORDER_BYTES)
             except OSError as error:
-                self._give_up(
-                    f"the zygote does not answer ({error})"
-                )  # a late answer would be taken for the next order's
+                # A late answer would be taken for the next order's.
+                self._give_up(f"the zygote does not answer ({error})")
             if not answer:
                 self._give_up("the zygote is dead")
         return int(struct.unpack("i", answer)[0])

@@ -82,7 +82,7 @@ class Talk:
             self._frames += self._cutter.flush(boottime_ns())
             if torn:
                 self._cutter.skip(1)
-                self._frames.append(AudioFrame(self.name, self._cutter.end, b"", boottime_ns()))
+                self._frames.append(self._cutter.cut_off(boottime_ns()))
             self.ended, self.torn = True, torn
         self._news.set()
         self._room.set()
@@ -117,7 +117,7 @@ class Talk:
             samples = samples[known:]
         elif known < 0:
             if not self.taken:
-                self._frames.append(AudioFrame(self.name, self._cutter.end, b"", boottime_ns()))
+                self._frames.append(self._cutter.cut_off(boottime_ns()))
             lost = max(1, round(-known * SAMPLE_RATE / self.rate))
             self.lost_samples += self._cutter.skip(lost)
             self.position = position
