@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edge_asr import audit as audit_log
-from edge_asr import recorder, service
+from edge_asr import file_retention, recorder, service
 from edge_asr.command_line import ExamplesLast, example, one_line_errors, with_settings
 from edge_asr.labelling import LabelServer
 from edge_asr.settings import Settings
@@ -23,7 +23,7 @@ def recordings() -> None:
 def recordings_status(options: Settings, **_: object) -> None:
     """Show how many are kept; what is in them nobody sees without the private key."""
     options = service.seen_by_administrator(options)
-    kept = sorted(options.recordings_directory.glob(f"*{recorder.SUFFIX}"))
+    kept = sorted(options.recordings_directory.glob(f"*{file_retention.SEALED}"))
     size = sum(path.stat().st_size for path in kept)
     rule = f"at most {options.recorder.max_bytes >> 20} MiB and {options.recorder.days:g} days"
     state = rule if options.recorder.public_key is not None else "nothing is recorded"

@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import edge_asr
 from edge_asr import (
@@ -36,7 +36,7 @@ from edge_asr.caretaker import HEALTH_INTERVAL_S, Caretaker
 from edge_asr.contract import Meta, Renderer
 from edge_asr.engine import Engine
 from edge_asr.events import Category, Json, Message
-from edge_asr.file_retention import FileRetention, Tidier
+from edge_asr.file_retention import SEALED, FileRetention, Tidier
 from edge_asr.gateway.box import Box, Broker
 from edge_asr.health import give_back
 from edge_asr.home_assistant import discovery
@@ -131,10 +131,6 @@ def plan(options: Settings) -> Iterator[str]:
         yield f"let talk    through the gateway on {options.gateway.host}:{options.gateway.port}"
 
 
-_SEALED: Final = "*.sealed"
-"""Of ``recorder``, a room that is not entered for nothing."""
-
-
 def open_tracer(options: Settings) -> Tracer | None:
     """The tracer that the settings ask for. Raises SettingsError."""
     if options.tracing.endpoint is None:
@@ -160,7 +156,7 @@ def kept_files(options: Settings) -> list[FileRetention]:
     """What was said and is no message; its days are kept to also where nothing more is kept."""
     audit_log = options.audit
     return [
-        FileRetention(options.recordings_directory, _SEALED, options.recorder.days),
+        FileRetention(options.recordings_directory, f"*{SEALED}", options.recorder.days),
         FileRetention(options.audit_directory, AUDIT_FILES, audit_log.days, spare_newest=audit_log.enabled),
     ]
 

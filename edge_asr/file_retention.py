@@ -28,6 +28,9 @@ LOOK_S: Final = 3600.0
 
 AGES: Final = ".ages.json"
 
+SEALED: Final = ".sealed"
+"""What ``recorder`` calls its files; it is 9 MB of cryptography, entered by nobody who only counts their days."""
+
 _DAY_S: Final = 86_400
 
 

@@ -27,13 +27,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from edge_asr import clock
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE, Command, Rejection
+from edge_asr.file_retention import SEALED
 from edge_asr.pipeline import Understanding
 from edge_asr.settings import Recorder as RecorderSettings
 from edge_asr.settings import SettingsError
 
 log = logging.getLogger(__name__)
 
-SUFFIX: Final = ".sealed"
 WAITING: Final = 8
 """Utterances on their way to the disk; 20 s each is 5 MB."""
 
@@ -113,7 +113,7 @@ class Recorder:
         assert self._key is not None  # noqa: S101 - without it nothing is offered
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         sealed = _SUITE.encrypt(_packed(recording), self._key, _INFO)
-        name = f"{recording.about['utterance_id']}{SUFFIX}"
+        name = f"{recording.about['utterance_id']}{SEALED}"
         unfinished = self._folder / f".{name}"
         unfinished.write_bytes(sealed)
         unfinished.rename(self._folder / name)
@@ -123,7 +123,7 @@ class Recorder:
 
 def tidy(folder: Path, max_bytes: int) -> int:
     """Delete the oldest beyond the quota; how many. Names sort by time (UUIDv7)."""
-    sizes = {path: path.stat().st_size for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob(f"*{SEALED}"))}
     over = sum(sizes.values()) - max_bytes
     gone = 0
     for path, size in sizes.items():
@@ -143,7 +143,7 @@ def opened(folder: Path, private_key: Path) -> Iterator[Recording]:
         raise RecorderError(f"{private_key}: cannot be used ({reason})") from None
     if not isinstance(key, X25519PrivateKey):
         raise RecorderError(f"{private_key}: is not an X25519 key")
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in sorted(folder.glob(f"*{SEALED}")):
         try:
             yield _unpacked(_SUITE.decrypt(path.read_bytes(), key, _INFO))
         except (InvalidTag, ValueError, OSError):

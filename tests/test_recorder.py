@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from playwright.sync_api import sync_playwright
 
-from edge_asr import clock, evaluation, recorder
+from edge_asr import clock, evaluation, file_retention, recorder
 from edge_asr.audio import read_file
 from edge_asr.daemon import kept_files, open_recorder
 from edge_asr.events import Command, Rejection, RejectionReason, Transcript, Utterance
@@ -158,7 +158,7 @@ def test_what_is_too_old_goes_where_nothing_is_recorded_any_more(
 ) -> None:
     options = read_settings(write_settings(tmp_path, free_port()))
     assert open_recorder(options) is None
-    recording = options.recordings_directory / f"a{recorder.SUFFIX}"
+    recording = options.recordings_directory / f"a{file_retention.SEALED}"
     recording.parent.mkdir(parents=True)
     recording.write_bytes(b"x")
     now_ns = clock.boottime_ns()
