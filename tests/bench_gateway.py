@@ -33,9 +33,9 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_asr import model_store, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.events import SAMPLE_RATE
-from edge_asr.health import cpu_s, resident_bytes
 from edge_asr.inference import SileroDetector
 from edge_asr.pipeline import Ear
+from edge_asr.process_state import cpu_s, resident_bytes
 from tests.bench_page import begin_talk, page_waits
 from tests.broker import Broker, free_port
 from tests.gateway import Box, Client, box, chromium, microphone_file, open_page, recording

@@ -22,9 +22,9 @@ from edge_asr import evaluation, grammar, settings
 from edge_asr.audio import read_file, signal_to_noise_db, to_float
 from edge_asr.engine import Engine, build_interpreter, grammar_paths, read_grammars
 from edge_asr.events import Transcript
-from edge_asr.health import resident_bytes
 from edge_asr.inference import SherpaRecognizer
 from edge_asr.posteriors import Recognition, TokenTable
+from edge_asr.process_state import resident_bytes
 from edge_asr.settings import Settings
 from tests.bench_engine import machine
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from tests.faults.link import Link, isolated
-from tests.gateway import box, chromium, microphone_file, open_page, wait_for_pause
+from tests.gateway import box, chromium, microphone_file, open_page, wait_for_pause, wait_for_speech
 
 CUT_S = 12.0
 """Longer than either side waits for a peer that says nothing: both must notice, and meet again."""
@@ -28,7 +28,7 @@ def scenario(folder: Path) -> object:
             page.wait_for_selector("#talk[data-call=connected][data-state=idle]")
             wait_for_pause(page)
             page.keyboard.down("Space")
-            page.wait_for_selector("#live.partial")
+            wait_for_speech(page)
             (session,) = running.board()["sessions"]
             link.weather.there = link.weather.back = link.weather.udp = False
             wait_for_pause(page)

@@ -107,9 +107,10 @@ class Box:
     @contextlib.asynccontextmanager
     async def client(self, **hello: Any) -> AsyncIterator[Client]:
         """A session of the WebSocket."""
+        address = f"{self.url}/ws?resume" if "session" in hello else f"{self.url}/ws"
         async with (
             self.http() as session,
-            session.ws_connect(f"{self.url}/ws") as socket,
+            session.ws_connect(address) as socket,
         ):
             client = Client(socket)
             await client.send(type="hello", **{"token": self.token, **hello})
@@ -283,6 +284,13 @@ def wait_for_pause(page: Page) -> None:
           }, 20);
           return performance.now() - window.loud > 800;
         }"""
+    )
+
+
+def wait_for_speech(page: Page) -> None:
+    """Wait until somebody speaks into the microphone; whether the box has time for partials is another matter."""
+    page.wait_for_function(
+        """() => new DOMMatrix(getComputedStyle(document.querySelector("#meter i")).transform).a > 0.3"""
     )
 
 

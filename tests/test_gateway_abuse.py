@@ -37,10 +37,10 @@ from edge_asr.gateway.container import ContainerError, decode
 from edge_asr.gateway.rules import Handler, Pace, Rules
 from edge_asr.gateway.session import Session
 from edge_asr.gateway.sessions import _why_over
-from edge_asr.gateway.tokens import Station, Tokens
+from edge_asr.gateway.tokens import LOCAL, Station, Tokens
 from edge_asr.gateway.transcriptions import FIELD_BYTES, MAX_FIELDS_BYTES, _Collected
-from edge_asr.gateway.websocket import UNAUTHORIZED
-from edge_asr.health import cpu_s
+from edge_asr.gateway.websocket import REPLACED, UNAUTHORIZED
+from edge_asr.process_state import cpu_s
 from edge_asr.settings import Gateway
 from tests import fuzz_gateway
 from tests.bench_gateway import hold
@@ -145,7 +145,7 @@ async def knock(running: Box, address: str, token: str) -> tuple[int, str, str]:
     async with aiohttp.ClientSession(connector=here, headers={"Authorization": f"Bearer {token}"}) as http:
         response = await http.get(f"https://127.0.0.1:{running.port}/ws", headers={"Upgrade": "websocket"})
         found = await response.json()
-        return response.status, response.headers.get("Retry-After", ""), found["error"]
+        return response.status, response.headers.get("Retry-After", ""), found["error"]["message"]
 
 
 def test_an_upload_counts_as_a_session_before_its_first_byte_is_read(running: Box) -> None:
@@ -168,7 +168,7 @@ def test_an_upload_counts_as_a_session_before_its_first_byte_is_read(running: Bo
             try:
                 await asyncio.to_thread(wait_until, lambda: uploads() == 2, "both are counted")
                 refused = await http.post(address, headers=bearer, data=b"")
-                return refused.status, (await refused.json())["error"]
+                return refused.status, (await refused.json())["error"]["message"]
             finally:
                 over.set()
                 assert [each.status for each in await asyncio.gather(*held)] == [400, 400]
@@ -230,24 +230,30 @@ def test_beyond_the_limits_one_is_told_to_come_again(running: Box) -> None:
     ]
 
 
-def test_who_was_cut_off_comes_back_to_its_session_though_no_room_is_left(running: Box) -> None:
-    async def crowd() -> tuple[dict[str, Any], dict[str, Any]]:
+def test_who_comes_back_has_its_session_at_once_though_no_room_is_left_and_the_old_link_is_not_known_to_be_dead(
+    running: Box,
+) -> None:
+    async def crowd() -> tuple[list[dict[str, Any]], dict[str, Any], int | None]:
         token = running.tokens.add("neighbour", "talk")
         async with running.client() as first, running.client() as second, running.client(token=token) as third:
             session = (await first.until("ready"))["session"]
             await second.until("ready")
             await third.until("ready")
-            first.abort()
-            gone = lambda: any(not each["attached"] for each in running.board()["sessions"])  # noqa: E731
-            await asyncio.to_thread(wait_until, gone, "the box has noticed")
-            async with running.client(token=token) as stranger:
-                refused = await stranger.until("error")
-            async with running.client(session=session) as again:
-                return refused, await again.until("ready")
+            refused = []
+            for pretended in ("", session):  # nobody's, and somebody else's
+                async with running.client(token=token, session=pretended) as stranger:
+                    refused.append(await stranger.until("error"))
+            async with running.client(session=session) as again:  # the first is still there
+                ready = await again.until("ready")
+                while not first.socket.closed:
+                    await first.socket.receive(10)
+                return refused, ready, first.socket.close_code
 
-    refused, ready = run(crowd)
-    assert (refused["reason"], refused["detail"]) == ("busy", "3 sessions are open from 127.0.0.1 already")
-    assert ready["resumed"] is True
+    refused, ready, code = run(crowd)
+    assert [(each["reason"], each["detail"]) for each in refused] == [
+        ("busy", "3 sessions are open from 127.0.0.1 already")
+    ] * 2
+    assert (ready["resumed"], code) == (True, REPLACED)
 
 
 @pytest.mark.parametrize(
@@ -543,6 +549,19 @@ def test_a_request_that_is_no_handshake_is_answered_as_what_it_is(
             return (await http.get(running.url + path, headers=headers)).status
 
     assert run(ask) == status
+
+
+def test_an_open_gateway_takes_any_key_for_none_and_a_token_for_itself(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path / "tokens.json")
+    watch = tokens.add("wall", "watch")
+
+    def admitted(key: str, options: Gateway) -> str | None:
+        headers = {"Host": "localhost", "Authorization": f"Bearer {key}"}
+        station = Rules(options, tokens, lambda _: None).admit(make_mocked_request("GET", "/", headers=headers))
+        return station.role if station else None
+
+    assert [admitted(key, Gateway(open=True, tls=False)) for key in ("sk-none", watch)] == [LOCAL.role, "watch"]
+    assert [admitted(key, Gateway()) for key in ("sk-none", watch)] == [None, "watch"]
 
 
 @pytest.mark.parametrize(

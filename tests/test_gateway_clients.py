@@ -55,12 +55,10 @@ def test_ffmpeg_calls_by_whip_and_its_command_reaches_the_broker(site: tuple[Box
     assert (said.data["intent"], said.data["source"]) == ("EmergencyStop", "tablet")
 
 
-def test_vosks_own_client_works_unchanged(site: tuple[Box, Subscriber]) -> None:
-    running, _ = site
-    (expected,) = transcribed(STOP)
-    address = running.url.replace("https://", f"wss://station:{running.token}@")
+def said_by(running: Box, client: str, *arguments: str) -> Any:
+    """What a client of somebody else's, a program that trusts the box's own authority, prints as JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.vosk_by_itself", address, str(STOP)],
+        [sys.executable, "-m", client, *arguments],
         env={**os.environ, "SSL_CERT_FILE": str(running.folder / "state/gateway/ca.crt")},
         check=False,
         capture_output=True,
@@ -68,7 +66,14 @@ def test_vosks_own_client_works_unchanged(site: tuple[Box, Subscriber]) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr + running.log
-    (said,) = [each for each in json.loads(done.stdout) if each["text"]]
+    return json.loads(done.stdout)
+
+
+def test_vosks_own_client_works_unchanged(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    (expected,) = transcribed(STOP)
+    address = running.url.replace("https://", f"wss://station:{running.token}@")
+    (said,) = [each for each in said_by(running, "tests.vosk_by_itself", address, str(STOP)) if each["text"]]
     assert said["text"] == expected["text"]
     assert [word["word"] for word in said["result"]] == said["text"].split()
     assert all(0 <= word["start"] < word["end"] < len(read_file(STOP)) / 32_000 for word in said["result"])
@@ -82,6 +87,25 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pcm = first + bytes(5 * 32_000 - len(first)) + read_file(SPEED)
     soundfile.write(path, np.frombuffer(pcm, "<i2"), 16_000)
     return path
+
+
+def test_openais_own_client_works_unchanged_and_raises_what_it_raises_elsewhere(site: tuple[Box, Subscriber]) -> None:
+    running, _ = site
+    (expected,) = transcribed(STOP)
+    found = said_by(running, "tests.openai_by_itself", f"{running.url}/v1", running.token, str(STOP))
+    assert {found["json"], found["verbose"]["text"], found["text"].rstrip("\n")} == {expected["text"]}
+    assert [word["word"] for word in found["verbose"]["words"]] == expected["text"].split()
+    assert [segment["text"] for segment in found["verbose"]["segments"]] == [expected["text"]]
+    assert all(expected["text"] in found[kind] for kind in ("srt", "vtt"))
+    assert found["stream"] == [
+        {"type": "transcript.text.delta", "delta": expected["text"]},
+        {"type": "transcript.text.done", "text": expected["text"]},
+    ]
+    assert [model["id"] for model in found["models"]] == ["edge-asr"]
+    raised = {name: found[name]["error"] for name in ("stranger", "garbage", "unknown")}
+    assert raised == {"stranger": "AuthenticationError", "garbage": "BadRequestError", "unknown": "BadRequestError"}
+    assert found["unknown"]["type"] == "invalid_request_error"
+    assert "'poem' is not one of json, text" in found["unknown"]["body"]["message"]
 
 
 def uploaded(running: Box, path: Path, *fields: str) -> str:

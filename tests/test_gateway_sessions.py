@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiohttp import WSMessage, WSMsgType
+from aiohttp import FormData, WSMessage, WSMsgType, web
+from aiohttp.test_utils import TestClient, TestServer
 
 from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Utterance
-from edge_asr.gateway import rounds, websocket, wire
+from edge_asr.gateway import rounds, transcriptions, websocket, wire
+from edge_asr.gateway.rules import Rules
 from edge_asr.gateway.session import Event, Session
 from edge_asr.gateway.sessions import Sessions
 from edge_asr.gateway.talk import Talk, from_pcm16
@@ -240,6 +243,91 @@ def test_a_session_that_fails_leaves_no_demuxer_behind(tmp_path: Path) -> None:
             assert not each.is_alive()
 
 
+def test_a_demuxer_that_waits_for_a_full_talk_ends_quietly_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        waits = asyncio.Event()
+
+        async def put(*_: object) -> None:
+            waits.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(Talk, "put", put)
+        session = new_session()
+        session.begin(wire.Start(type="start", talk=1, format="webm"))
+        await session.take(0, memoryview(encoded(STOP, "webm")))
+        await waits.wait()
+
+    asyncio.run(scenario())  # whose end cancels what the thread waits for
+    for each in threading.enumerate():
+        if each.name == "demux-tablet":
+            each.join(30)
+            assert not each.is_alive()
+
+
+async def stands_still(_: Talk) -> bool:
+    return await asyncio.Event().wait()
+
+
+async def is_cut_off(talk: Talk) -> bool:
+    talk.end(torn=True)
+    return True
+
+
+async def fails(_: Talk) -> bool:
+    raise OSError("no detector")
+
+
+async def comes_too_late(_: Talk) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    ("hear", "closing", "answer"),
+    [
+        (stands_still, False, (504, "false", False)),
+        (is_cut_off, False, (503, "false", False)),  # its token was revoked
+        (is_cut_off, True, (503, "false", False)),
+        (fails, False, (503, "false", False)),
+        (comes_too_late, True, (503, None, True)),  # nothing was heard: the client may repeat it
+    ],
+)
+def test_only_an_upload_of_which_nothing_was_heard_is_to_be_sent_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hear: Callable[[Talk], Awaitable[bool]],
+    answer: tuple[int, str | None, bool],
+    *,
+    closing: bool,
+) -> None:
+    monkeypatch.setattr(transcriptions, "WHOLE_S", 2.0)
+    monkeypatch.setattr("edge_asr.gateway.talk.BUFFER_S", 0.2)  # of which most is still to come
+    assert asyncio.run(asyncio.wait_for(uploaded(tmp_path, hear, closing=closing), 30)) == answer
+
+
+def test_a_recording_that_came_too_slowly_is_not_said_to_have_been_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transcriptions, "WHOLE_S", 0.0)
+    assert asyncio.run(uploaded(tmp_path, fails)) == (408, None, False)
+
+
+async def uploaded(
+    folder: Path, hear: Callable[[Talk], Awaitable[bool]], *, closing: bool = False
+) -> tuple[int, str | None, bool]:
+    """(status, X-Should-Retry, whether there is a Retry-After) of a recording that a pipeline hears so."""
+    pipeline: Any = SimpleNamespace(is_late=False, is_busy=False, closing=closing, ears=(), hear=hear)
+    options = settings.Gateway(open=True, tls=False)
+    sessions = Sessions(options, Tokens(folder / "tokens.json"), pipeline)
+    rules = Rules(options, sessions.tokens, lambda _: None)
+    application = web.Application(middlewares=[rules.guard])
+    application.add_routes(transcriptions.Transcriptions(sessions, rules, "any").routes())
+    form = FormData()
+    form.add_field("file", STOP.read_bytes(), filename="stop.flac")
+    async with TestClient(TestServer(application)) as client:
+        answer = await client.post("/v1/audio/transcriptions", data=form)
+        return answer.status, answer.headers.get("X-Should-Retry"), "Retry-After" in answer.headers
+
+
 def test_what_a_demuxer_has_made_in_the_meantime_counts_against_the_pace() -> None:
     data = memoryview(encoded(STOP, "webm"))
     half = len(data) // 2  # without the rest the demuxer cannot be done yet
@@ -259,6 +347,26 @@ def test_what_a_demuxer_has_made_in_the_meantime_counts_against_the_pace() -> No
     counted_s, taken_s = asyncio.run(scenario())
     assert taken_s > 0.5
     assert counted_s == pytest.approx(taken_s)
+
+
+def test_what_a_demuxer_makes_of_a_talk_that_is_over_counts_in_the_next_one() -> None:
+    data = memoryview(encoded(STOP, "webm"))
+
+    async def scenario() -> tuple[float, float]:
+        session = new_session()
+        session.begin(wire.Start(type="start", talk=1, format="webm"))
+        first = session.talk
+        assert first
+        counted_s = await session.take(0, data)
+        session.begin(wire.Start(type="start", talk=2))
+        async for _ in first.frames():
+            pass  # until all of it is decoded
+        counted_s += await session.take(0, memoryview(bytes(32_000)))
+        return counted_s, first.taken / first.rate
+
+    counted_s, first_s = asyncio.run(scenario())
+    assert first_s > 0.5
+    assert counted_s == pytest.approx(first_s + 1)
 
 
 class Deaf:

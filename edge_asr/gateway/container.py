@@ -8,6 +8,8 @@ read, and the talk's buffer. It may open Opus in these two containers and nothin
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import io
 import threading
@@ -128,12 +130,12 @@ class Container:
         putting = self._talk.put(position, samples)
         try:
             asyncio.run_coroutine_threadsafe(putting, self._loop).result()
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except (RuntimeError, concurrent.futures.CancelledError):  # the loop is closed, or about to be
             putting.close()
             raise ContainerError("the gateway is closing") from None
 
     def _call(self, work: Callable[..., object], *arguments: object) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(work, *arguments)
 
 

@@ -71,6 +71,16 @@ def written(kind: str, events: Sequence[Event], whole_s: float, grains: frozense
     return _json(verbose), "application/json"
 
 
+def streamed(events: Sequence[Event]) -> str:
+    """What clients get that ask for server-sent events: every utterance, then all of them."""
+    texts = [str(event["text"]) for event in events]
+    told: list[dict[str, Json]] = [
+        {"type": "transcript.text.delta", "delta": f" {text}" if number else text} for number, text in enumerate(texts)
+    ]
+    told.append({"type": "transcript.text.done", "text": " ".join(texts)})
+    return "".join(f"data: {_json(each)}\n\n" for each in told)
+
+
 def _segment(number: int, event: Event) -> dict[str, Json]:
     """An utterance; what only Whisper's way of decoding has is filled in with what it would be for a plain one."""
     start_s, text = _seconds(event, "offset_s"), str(event["text"])

@@ -96,7 +96,7 @@ class Rules:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse, or serve in time; every refusal is JSON with one sentence."""
+        """Refuse, or serve in time; every refusal is one sentence in JSON."""
         self._admitted(request.protocol)
         problem = self._foreign(request)
         if problem:
@@ -113,7 +113,7 @@ class Rules:
             return _refusal(408, f"this took longer than {REQUEST_S:g} s")
         except web.HTTPException as error:
             if not error.empty_body:
-                error.text, error.content_type = json.dumps({"error": error.text}), "application/json"
+                error.text, error.content_type = _written(error.status, error.text or ""), "application/json"
             raise
 
     async def secure(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -132,8 +132,9 @@ class Rules:
     def admit(self, request: web.Request, token: str | None = None) -> Station | None:
         """Whom the token of a request, or one sent apart, admits. Raises HasteError."""
         given = token or _authorization(request.headers.get(hdrs.AUTHORIZATION, ""))
-        local = LOCAL if self._options.open else None
-        station = self._tokens.admit(given) if given else local
+        station = self._tokens.admit(given) if given else None
+        if station is None and self._options.open:
+            station = LOCAL  # whatever key it sends: some clients must send one
         if station is not None:
             _keep_pace(self._stations, station.name, "with this token")
         return station
@@ -181,7 +182,13 @@ def _preflight(missing: web.HTTPException) -> web.Response:
 
 def _refusal(status: int, reason: str, retry_after_s: int | None = None) -> web.Response:
     headers = {hdrs.RETRY_AFTER: str(retry_after_s)} if retry_after_s is not None else {}
-    return web.json_response({"error": reason}, status=status, headers=headers)
+    return web.Response(text=_written(status, reason), status=status, headers=headers, content_type="application/json")
+
+
+def _written(status: int, reason: str) -> str:
+    """A refusal in the form that clients of OpenAI's interface read."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return json.dumps({"error": {"message": reason, "type": kind, "param": None, "code": None}})
 
 
 def _authorization(header: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from edge_asr import clock
-from edge_asr.events import Json
+from edge_asr.events import SAMPLE_RATE, Json
 from edge_asr.gateway import wire
 from edge_asr.gateway.container import OPUS_RATE, Container, ContainerError
 from edge_asr.gateway.talk import Talk, from_pcm16
@@ -74,12 +74,14 @@ class Session:
         """The one under way, or the last."""
         self.format: wire.Format = "pcm16"
         """Of the audio of this talk."""
+        self.rate = SAMPLE_RATE
+        """Hz, of PCM whose start does not say it."""
         self.container: Container | None = None
         """Decodes it, where it comes as a file does."""
         self._skipping = False
         self._acked_s = 0.0
-        self._counted = 0
-        """Samples of this talk that :meth:`take` has returned."""
+        self._uncounted: list[Talk] = []
+        """Those of which there may be more than :meth:`take` has returned."""
         self.place = "", 0.0
         """The utterance that was understood last, and how many seconds into its talk it began."""
         self.meter: SourceMeter | None = None
@@ -93,8 +95,7 @@ class Session:
         self.over = asyncio.Event()
         """Set when it ends: whoever serves its connection closes it."""
         self._settled = asyncio.Event()
-        self._unheard = False
-        """Whether the daemon's end was in the way of something that was said."""
+        self._came_too_late = self._heard_all = False
 
     @property
     def attached(self) -> bool:
@@ -166,21 +167,23 @@ class Session:
         self.finish(torn=not self._letting_go)
         if self._talks.qsize() >= MAX_TALKS:
             raise BusyError("too many talks wait to be recognized; speak again in a moment")
-        self._skipping, self._acked_s, self._counted = False, 0.0, 0
+        self._skipping, self._acked_s = False, 0.0
         self.format = start.format
-        rate = start.rate if start.format == "pcm16" else OPUS_RATE
+        rate = (start.rate or self.rate) if start.format == "pcm16" else OPUS_RATE
         age_ns = round(start.age_ms * 1e-3 * clock.NS_PER_S)
         self.talk = talk = Talk(self.source, start.talk, rate=rate, age_ns=age_ns)
         self.container = None
         if start.format in {"webm", "ogg"}:
             self.container = Container(start.format, talk, lambda why: self.complain("lost", why))
         self._talks.put_nowait(talk)
+        self._uncounted = [*self._uncounted[-MAX_TALKS:], talk]
         self._notify()
 
     async def take(self, position: int, data: memoryview) -> float:
         """Audio of the talk under way, as its format has it; waits while it is not heard fast enough.
 
-        Returns the seconds that were new since it was asked last: a demuxer has them when it likes. Raises WireError.
+        Returns the seconds that were new since it was asked last, be it in an earlier talk: a demuxer has them when
+        it likes. Raises WireError.
         """
         talk = self.talk
         if talk is None:
@@ -190,7 +193,6 @@ class Session:
         self.active = self._loop.time()
         if self.format == "rtp":
             self.format = "pcm16"  # the client has given WebRTC up and goes on here
-            self._counted = talk.taken
             self._notify()
         try:
             if self.container is not None:
@@ -204,8 +206,9 @@ class Session:
             self.finish(torn=True)
             self._skipping = True
         self._acknowledge()
-        new, self._counted = talk.taken - self._counted, talk.taken
-        return new / talk.rate
+        new_s = sum(each.count_s() for each in self._uncounted)
+        self._uncounted = [each for each in self._uncounted if not each.ended]
+        return new_s
 
     def offer(self, samples: NDArray[Any], lost: int = 0) -> None:
         """Audio of the talk under way that came by WebRTC: mono, 48 kHz, so many were lost before it; nobody waits."""
@@ -213,6 +216,7 @@ class Session:
             return
         self.active = self._loop.time()
         self.talk.offer(self.talk.position + lost, samples)
+        self.talk.count_s()  # a call has a pace of its own
         self._acknowledge()
 
     def finish_soon(self) -> None:
@@ -270,26 +274,28 @@ class Session:
         self._talks.put_nowait(None)
         self.over.set()
 
-    async def settled(self, limit_s: float) -> None:
-        """After :meth:`close`: wait until everything that was said is committed.
+    async def settled(self) -> bool:
+        """After :meth:`close`: wait until everything that was said is committed; whether its talk was heard to its end.
 
-        Raises BusyError after the limit, or where the daemon's end was in the way.
+        Raises BusyError where the daemon's end was in the way of the whole talk.
         """
-        try:
-            await asyncio.wait_for(self._settled.wait(), limit_s)
-        except asyncio.TimeoutError:
-            raise BusyError(f"not recognized within {limit_s:g} s; what was said is not lost") from None
-        if self._unheard:
-            raise BusyError("the daemon stopped before all of it was heard; send it again")
+        await self._settled.wait()
+        if self._came_too_late:
+            raise BusyError("the daemon stopped before it was heard; send it again")
+        return self._heard_all
 
     async def run(self, hear: Hear) -> None:
         """Have the talks heard until the session is closed and all that was said is committed."""
         try:
             while (talk := await self._talks.get()) is not None:
                 self.tell("listening", {"talk": talk.number})
-                if not await hear(talk) or (self.stopping() and talk.torn):
-                    self._unheard = True
+                self._heard_all = False
+                if not await hear(talk):
+                    self._came_too_late = True
                     return
+                if self.stopping() and talk.torn:
+                    return
+                self._heard_all = not talk.torn
                 self.turned(speaking=False)
                 self.active = self._loop.time()
                 self.tell("ended", {"talk": talk.number})

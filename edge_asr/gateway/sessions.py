@@ -51,11 +51,6 @@ class Sessions:
         """Those that are open."""
         return iter([session for session, _ in self._running.values()])
 
-    @property
-    def await_somebody(self) -> bool:
-        """Whether a session's client has gone without a word and may come back."""
-        return any(not session.attached and not session.over.is_set() for session in self)
-
     def check_room(self, address: str, kind: str) -> None:
         """Raise BusyError where nobody from this address can be let in now."""
         self.check_time(kind)

@@ -46,6 +46,8 @@ class Talk:
         """Index of the sample, in the sender's rate, that is expected next."""
         self.taken = 0
         """Samples that really came and were new, in the sender's rate."""
+        self._counted = 0
+        """Of these, what :meth:`count_s` has returned."""
         self.lost_samples = 0
         """Samples at 16 kHz that the sender skipped or the buffer could not hold."""
         self.ended = False
@@ -74,6 +76,11 @@ class Talk:
         while len(self._frames) > OFFERED_S * _FRAMES_PER_S:
             self._frames.popleft()
             self.lost_samples += FRAME_SAMPLES
+
+    def count_s(self) -> float:
+        """Seconds that came and were new since this was asked last."""
+        new, self._counted = self.taken - self._counted, self.taken
+        return new / self.rate
 
     def end(self, *, torn: bool = False) -> None:
         """Nothing more will come; ``torn``: though more may have been said."""

@@ -33,6 +33,9 @@ PIECE_SAMPLES: Final = SAMPLE_RATE // 2
 WHOLE_S: Final = 55.0
 """For everything; a little less than a request may take."""
 
+HEARD: Final = {"X-Should-Retry": "false"}
+"""Clients of this interface repeat a request that failed, unless told so; each command would come twice."""
+
 
 class Transcriptions:
     """The addresses of this interface."""
@@ -51,7 +54,8 @@ class Transcriptions:
 
     async def _models(self, request: web.Request) -> web.Response:
         self._rules.require(request, "talk")
-        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
+        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "edge-asr"}
+        return web.json_response({"object": "list", "data": [model]})
 
     async def _transcribe(self, request: web.Request) -> web.Response:
         station = self._rules.require(request, "talk")
@@ -62,7 +66,7 @@ class Transcriptions:
             session.close()
 
     async def _answer(self, request: web.Request, session: Session) -> web.Response:
-        heard = _Collected()
+        heard, deadline = _Collected(), asyncio.get_running_loop().time() + WHOLE_S
         session.attach(heard, 0)
         data, fields = await _form(request)
         shape = fields.get("response_format", "json")
@@ -75,17 +79,38 @@ class Transcriptions:
         self._sessions.check_time(UPLOAD)
         if session.over.is_set():
             raise BusyError("the session ended before the whole recording had come")
-        session.begin(wire.Start(type="start", talk=1))
-        for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
-            start = position * BYTES_PER_SAMPLE
-            await session.take(position, memoryview(pcm)[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
-        session.finish()
-        session.close()
-        await session.settled(WHOLE_S)
+        await _hear_all(session, memoryview(pcm), deadline - asyncio.get_running_loop().time())
+        if fields.get("stream") == "true":
+            return web.Response(text=formats.streamed(heard.segments), content_type="text/event-stream")
         whole_s = len(pcm) / BYTES_PER_SAMPLE / SAMPLE_RATE
         grains = frozenset(fields.get("timestamp_granularities[]", "segment").split())
         text, content_type = formats.written(shape, heard.segments, whole_s, grains)
         return web.Response(text=text, content_type=content_type)
+
+
+async def _hear_all(session: Session, pcm: memoryview, left_s: float) -> None:
+    """Have a recording heard in time. Raises BusyError, and what tells the client whether to send it again."""
+    if left_s <= 0:
+        raise web.HTTPRequestTimeout(text=f"the recording took longer than {WHOLE_S:g} s to come")
+    try:
+        heard_all = await asyncio.wait_for(_hear(session, pcm), left_s)
+    except asyncio.TimeoutError:
+        told = f"not recognized within {WHOLE_S:g} s; what was heard of it is not lost"
+        raise web.HTTPGatewayTimeout(text=told, headers=HEARD) from None
+    if not heard_all:
+        told = "cut off before all of it was heard; what was heard of it is not lost"
+        raise web.HTTPServiceUnavailable(text=told, headers=HEARD)
+
+
+async def _hear(session: Session, pcm: memoryview) -> bool:
+    """Say all of it in a session, and wait until it is committed; whether all was heard. Raises BusyError."""
+    session.begin(wire.Start(type="start", talk=1))
+    for position in range(0, len(pcm) // BYTES_PER_SAMPLE, PIECE_SAMPLES):
+        start = position * BYTES_PER_SAMPLE
+        await session.take(position, pcm[start : start + PIECE_SAMPLES * BYTES_PER_SAMPLE])
+    session.finish()
+    session.close()
+    return await session.settled()
 
 
 class _Collected:

@@ -56,7 +56,7 @@ class WebSockets:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         address = request.remote or ""
-        if not self._sessions.await_somebody:  # who comes back needs no room, and says only later who that is
+        if "resume" not in request.query:  # who comes back needs no room, and says in the hello who that is
             self._sessions.check_room(address, "websocket")
         socket = web.WebSocketResponse(timeout=CLOSE_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
@@ -127,6 +127,7 @@ class Connection:
         resumed = session is not None
         if session is None:
             session = self._sessions.open(station, self._address, "websocket")
+        session.rate = hello.rate or session.rate
         talk = session.talk
         self.send(
             {

@@ -23,6 +23,9 @@ MAX_AGE_MS = 7 * 86_400_000
 POSITION = struct.Struct("<I")
 """Before the audio of every binary message: index of its first sample (PCM) or byte (webm, ogg) within the talk."""
 
+Rate = Annotated[int, Field(ge=8000, le=192_000)]
+"""Hz."""
+
 Format = Literal["pcm16", "webm", "ogg", "rtp"]
 """rtp: the audio comes by the WebRTC connection of this session, if it does not come here after all."""
 
@@ -45,6 +48,8 @@ class Hello(_Message):
     """To resume: what `ready` said."""
     have: Annotated[int, Field(ge=0)] = 0
     """To resume: number of the last event that arrived."""
+    rate: Rate | None = None
+    """Of pcm16 whose start does not say its own."""
 
 
 class Start(_Message):
@@ -54,8 +59,8 @@ class Start(_Message):
     talk: Annotated[int, Field(ge=1, le=2**31)]
     """Counted by the client; a number that is not higher than the last goes on with that talk."""
     format: Format = "pcm16"
-    rate: Annotated[int, Field(ge=8000, le=192_000)] = 16_000
-    """Hz, of pcm16."""
+    rate: Rate | None = None
+    """Of pcm16; otherwise the hello's, or 16 kHz."""
     age_ms: Annotated[float, Field(ge=0, le=MAX_AGE_MS, allow_inf_nan=False)] = 0.0
     """How long ago its first sample was captured."""
 

@@ -31,6 +31,7 @@ voice.addEventListener("state", () => (by("talk").dataset.call = voice.peer?.con
 let recording = null; // of MediaRecorder, while it runs
 let link = newLink();
 let talking = false;
+let ended = Promise.resolve(); // when the last of the talk before has been sent
 let wanted = false;
 let broker = "unknown";
 let final = ""; // what was understood last in this talk
@@ -53,9 +54,11 @@ function newLink() {
 
 async function begin() {
   wanted = true;
-  if (talking) return;
+  clearTimeout(finish.tail);
+  if (talking) return; // pressed again within the tail: one talk
   try {
     await microphone.open(onPiece, onUnplugged);
+    await ended;
   } catch (error) {
     wanted = false;
     if (!(error instanceof MicrophoneError)) throw error;
@@ -79,16 +82,16 @@ async function begin() {
   talking = true;
   final = "";
   showTalk();
-  live(text("listening"), "hint");
+  live(text(link.state === "on" ? "listening" : "sending-later"), "hint");
 }
 
 function finish() {
   wanted = false;
   if (!talking) return;
-  setTimeout(() => {
-    if (wanted || !talking) return; // pressed again meanwhile: one talk
+  clearTimeout(finish.tail);
+  finish.tail = setTimeout(() => {
     talking = false;
-    endTalk();
+    ended = endTalk();
     showTalk();
     live(text(link.state === "on" ? "transcribing" : "sending-later"), "hint");
   }, TAIL_MS);
@@ -172,6 +175,7 @@ function handle(event) {
   switch (event.type) {
     case "ready":
       by("station").textContent = event.source;
+      microphone.prepare(); // where that has failed
       call();
       if (noticed?.key !== "kept-too-long") clearNotice();
       break;
@@ -338,4 +342,5 @@ function translate() {
 
 translate();
 if (!window.isSecureContext) notice("need-https");
+microphone.prepare();
 link.connect();

@@ -1,5 +1,7 @@
 // The microphone: asks for permission, says in plain words what is wrong, and hands out pieces of PCM with their level.
 
+import { RATE } from "./voice.js";
+
 const BEFORE_MS = 320;
 export const PIECE_MS = 100; // of a compressed stream
 const KINDS = { webm: "audio/webm;codecs=opus", ogg: "audio/ogg;codecs=opus" };
@@ -9,6 +11,12 @@ export class MicrophoneError extends Error {}
 export class Microphone {
   #recent = [];
   #opening = null;
+  #ears = null; // see prepare()
+
+  /** Load what captures while the link is there: a press must be heard without it, too. */
+  prepare() {
+    return (this.#ears ??= ears().catch(() => (this.#ears = null)));
+  }
 
   /** Whoever calls meanwhile waits for the same opening. Raises MicrophoneError whose message is a key of texts.js. */
   async open(onPiece, onEnded) {
@@ -19,21 +27,24 @@ export class Microphone {
   }
 
   async #open(onPiece, onEnded) {
-    await this.close(); // of one that was unplugged
+    this.source?.disconnect(); // one that was unplugged
+    this.#recent = [];
     const stream = await allowed();
-    let context;
-    try {
-      context = await listening(stream, ({ data }) => {
-        this.#recent.push(data.pcm);
-        while (this.#recent.length > BEFORE_MS / 40) this.#recent.shift();
-        onPiece(data.pcm, data.peak);
-      });
-    } catch {
+    const found = await this.prepare();
+    const ear = found && joined(found, stream);
+    if (!ear) {
+      this.#ears = null; // the sound card's rate may be another now
       stream.getTracks().forEach((track) => track.stop());
-      throw new MicrophoneError("gateway-off"); // which has the worklet
+      throw new MicrophoneError(found ? "no-microphone" : "gateway-off"); // which has the worklet
     }
+    const { capture, source } = ear;
+    capture.port.onmessage = ({ data }) => {
+      this.#recent.push(data.pcm);
+      while (this.#recent.length > BEFORE_MS / 40) this.#recent.shift();
+      onPiece(data.pcm, data.peak);
+    };
     stream.getAudioTracks()[0].addEventListener("ended", onEnded);
-    Object.assign(this, { stream, context });
+    Object.assign(this, { stream, source, context: capture.context });
   }
 
   get rate() {
@@ -50,27 +61,21 @@ export class Microphone {
     const [format, mimeType] = Object.entries(KINDS).find(([, kind]) => MediaRecorder.isTypeSupported(kind));
     const recorder = new MediaRecorder(this.stream, { mimeType, audioBitsPerSecond: 48000 });
     let last = Promise.resolve();
+    const stopped = new Promise((resolve) => (recorder.onstop = () => last.then(resolve))); // unplugged, by itself
     recorder.ondataavailable = ({ data }) => {
       last = last.then(async () => onBytes(new Uint8Array(await data.arrayBuffer())));
     };
     recorder.start(PIECE_MS);
-    const stop = () => new Promise((resolve) => {
-      recorder.onstop = () => last.then(resolve);
-      recorder.stop();
-    });
+    const stop = () => {
+      if (recorder.state !== "inactive") recorder.stop();
+      return stopped;
+    };
     return { format, stop };
   }
 
   /** What was captured just before now: a first word begins before the thumb has landed. */
   before() {
     return this.#recent.slice();
-  }
-
-  async close() {
-    this.stream?.getTracks().forEach((track) => track.stop());
-    await this.context?.close();
-    this.stream = this.context = undefined;
-    this.#recent = [];
   }
 }
 
@@ -86,22 +91,27 @@ async function allowed() {
   }
 }
 
-async function listening(stream, onMessage) {
-  let context;
+/** What turns a microphone into pieces: at the rate of Opus, or at the sound card's own. */
+async function ears() {
+  const own = new AudioContext({ latencyHint: "interactive" });
+  const contexts = own.sampleRate === RATE ? [own] : [new AudioContext({ latencyHint: "interactive", sampleRate: RATE }), own];
+  contexts.forEach((context) => context.suspend()); // or they would begin by themselves, where a page may play sound
   try {
-    context = new AudioContext({ latencyHint: "interactive", sampleRate: 48000 });
-    context.createMediaStreamSource(stream).disconnect();
-  } catch {
-    context = new AudioContext({ latencyHint: "interactive" }); // Firefox resamples no microphone
-  }
-  try {
-    await context.audioWorklet.addModule("worklet.js");
+    await Promise.all(contexts.map(({ audioWorklet }) => audioWorklet.addModule("worklet.js")));
   } catch (error) {
-    context.close();
+    contexts.forEach((context) => context.close());
     throw error;
   }
-  const capture = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });
-  context.createMediaStreamSource(stream).connect(capture);
-  capture.port.onmessage = onMessage;
-  return context;
+  return contexts.map((context) => new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 }));
+}
+
+function joined([capture, ...others], stream) {
+  if (!capture) return null;
+  try {
+    const source = capture.context.createMediaStreamSource(stream);
+    source.connect(capture);
+    return { capture, source };
+  } catch {
+    return joined(others, stream); // Firefox resamples no microphone
+  }
 }

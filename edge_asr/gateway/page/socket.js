@@ -28,7 +28,8 @@ export class Socket extends EventTarget {
     if (this.socket && this.socket.readyState <= WebSocket.OPEN) return;
     clearTimeout(this.retry);
     this.#is("connecting");
-    const socket = new WebSocket(new URL("ws", location.href.replace(/^http/, "ws")));
+    const address = this.session ? "ws?resume" : "ws"; // who comes back is let in where there is no room
+    const socket = new WebSocket(new URL(address, location.href.replace(/^http/, "ws")));
     socket.binaryType = "arraybuffer";
     this.socket = socket;
     socket.onopen = () => socket.send(JSON.stringify({
@@ -58,7 +59,7 @@ export class Socket extends EventTarget {
       while WebRTC carries it. */
   start(format, rate, age) {
     const now = performance.now();
-    const talk = { number: ++this.count, format, rate, began: now - age, acked: now, pieces: [], length: 0, ended: false };
+    const talk = { number: Infinity, format, rate, began: now - age, acked: now, pieces: [], length: 0, ended: false };
     this.talks.push(talk);
     this.#sendStart(talk);
   }
@@ -140,7 +141,11 @@ export class Socket extends EventTarget {
     this.dispatchEvent(new CustomEvent("dropped", { detail: seconds }));
   }
 
-  #sendStart({ number, format, rate, began }) {
+  /** Here a talk gets its number: before, a page that was loaded again does not know how many its session has had. */
+  #sendStart(talk) {
+    if (this.state !== "on") return;
+    if (talk.number === Infinity) talk.number = ++this.count;
+    const { number, format, rate, began } = talk;
     this.#send({ type: "start", talk: number, format, rate, age_ms: performance.now() - began });
   }
 
