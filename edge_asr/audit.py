@@ -8,6 +8,10 @@ A record is written after what it tells of is committed. A crash in between leav
 is not a break of the chain and is told by :func:`verify`; half a line at the end is cut off when the log is opened.
 Nobody waits for the log, and nothing stops because it cannot be written: that is an alarm.
 
+Where the disk fails in the newest file (EIO), another one goes on: with the next number and the newest hash, where that
+is known. Where the file cannot even be read at a start, with a number beyond all that it may hold and the hash of the
+newest record that can be read; the first record names what is given up (``unreadable``), and it is an alarm.
+
 A file is named by its first record and holds one day at most, also of a box that hears nothing, because files are
 deleted whole (``file_retention``): what was said stays a day longer than it may, and not for as long as it takes to
 fill a file. The hash of a file's last record is in the first of the next, so the rest still is a chain.
@@ -17,14 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import errno
 import hashlib
 import json
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +55,12 @@ MAX_WAITING: Final = 1000
 
 WRITE_LIMIT_S: Final = 5.0
 """A record that takes longer is told as an alarm."""
+
+CLOSE_LIMIT_S: Final = 2.0
+"""How long a stop waits for the last records."""
+
+_BROKEN: Final = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
+"""What the disk answers where it fails in one place; in another it may be well."""
 
 _DAY_NS: Final = 86_400 * clock.NS_PER_S
 
@@ -95,6 +106,8 @@ class AuditLog:
         self._newest: tuple[int, str] | None = None
         self._file = 0
         self._day: int | None = None
+        self.damage = ""
+        """Which file was given up since the log was opened, a sentence; empty: none."""
 
     @property
     def newest(self) -> str | None:
@@ -135,11 +148,15 @@ class AuditLog:
             raise _refused(self._folder, error) from None
         if end.spoilt_lines:
             log.error("%s: its last %d lines are spoilt; going on in a new file", self._folder, end.spoilt_lines)
+        if end.unreadable:
+            self._give_up(f"the disk fails in {', '.join(end.unreadable)}")
+        if end.spoilt_lines or end.unreadable:
             self._day = None
         opened: dict[str, Json] = {
             "boot_id": clock.boot_id(),
             "cut_bytes": end.cut_bytes,
             "spoilt_lines": end.spoilt_lines,
+            "unreadable": [*end.unreadable],
         }
         return self._append((end.number, end.hash), {"what": "opened", **opened})
 
@@ -155,8 +172,16 @@ class AuditLog:
             if begins:
                 self._file, self._day = number, _today()
         except OSError as error:
-            raise _refused(path, error) from None
+            if begins or error.errno not in _BROKEN:
+                raise _refused(path, error) from None
+            self._give_up(f"the disk fails in {path.name} ({error.strerror})")
+            self._day = None
+            return self._append(newest, content, durable=durable)
         return self._newest
+
+    def _give_up(self, reason: str) -> None:
+        self.damage = f"{reason}; the audit log goes on in a new file"
+        log.error("%s: %s", self._folder, self.damage)
 
 
 class AuditedOutbox(Outbox):
@@ -174,8 +199,10 @@ class AuditedOutbox(Outbox):
         """Why the last record is not written; empty: it is."""
         self._since_s: float | None = None
         """When the scribe began to write (CLOCK_MONOTONIC); None: it does not."""
-        self._scribe = ThreadPoolExecutor(1, thread_name_prefix="audit")
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._scribe = threading.Thread(target=self._scribble, name="audit", daemon=True)  # its disk may hang for ever
+        self._scribe.start()
         self._write(audit.attend)
 
     @property
@@ -219,16 +246,23 @@ class AuditedOutbox(Outbox):
     def close(self) -> None:
         """Finish both."""
         super().close()
-        self._scribe.shutdown()
+        self._works.put(None)
+        self._scribe.join(CLOSE_LIMIT_S)
+        if self._scribe.is_alive():
+            log.error("the disk of the audit log does not answer; the last records are not written")
 
     def _tell(self, content: Mapping[str, Json]) -> None:
         self._write(partial(self.audit.append, content, durable=False))
 
     def _write(self, work: Callable[[], None]) -> None:
         if self._waiting.acquire(blocking=False):
-            self._scribe.submit(self._attempt, work)
+            self._works.put(work)
         else:
             self._refuse(f"{MAX_WAITING} wait for the disk of the audit log; see what is wrong with it")
+
+    def _scribble(self) -> None:
+        while (work := self._works.get()) is not None:
+            self._attempt(work)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         self._since_s = time.monotonic()
@@ -237,6 +271,9 @@ class AuditedOutbox(Outbox):
             self._refused = ""
         except AuditError as error:  # the message is committed and must go its way
             self._refuse(str(error))
+        except Exception as error:  # or the thread would end, and nobody hear of it
+            log.exception("the audit log fails")
+            self._refuse(f"the audit log fails ({error!r}); the log of the service knows more")
         finally:
             self._since_s = None
             self._waiting.release()
@@ -292,7 +329,7 @@ def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
 def _parsed(where: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("n"), int) or not line.endswith(b"\n"):
         raise AuditError(f"{where}: is no record; the log was tampered with, is damaged or is being written")
@@ -310,17 +347,27 @@ class _End:
     """Half a record, which a crash left."""
     spoilt_lines: int = 0
     """Whole lines behind that record which are none any more; each keeps its number, and :func:`verify` tells of it."""
+    unreadable: tuple[str, ...] = ()
+    """Files behind it in which the disk fails; each keeps all numbers that it may hold."""
 
 
 def _end(folder: Path) -> _End:
     """Look for it, and cut half a record off."""
     number = cut = spoilt = 0
+    unreadable: list[str] = []
     for path in reversed(_segments(folder)):
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            os.truncate(path, end)
-            cut += len(content) - end
+        try:
+            content = path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                os.truncate(path, end)
+                cut += len(content) - end
+        except OSError as error:
+            if error.errno not in _BROKEN:
+                raise
+            unreadable.append(path.name)
+            number = number or _number_of(path) + SEGMENT_RECORDS - 1
+            continue
         lines = content[:end].splitlines(keepends=True)
         number = number or _number_of(path) + len(lines) - 1
         for line in reversed(lines):
@@ -328,9 +375,9 @@ def _end(folder: Path) -> _End:
                 record = _parsed(path.name, line)
                 digest = record.pop("hash", None)
                 if digest == _hash(record):
-                    return _End(max(number, record["n"]), digest, cut, spoilt)
+                    return _End(max(number, record["n"]), digest, cut, spoilt, tuple(unreadable))
             spoilt += 1
-    return _End(number, GENESIS, cut, spoilt)
+    return _End(number, GENESIS, cut, spoilt, tuple(unreadable))
 
 
 def _begun(folder: Path) -> tuple[int, int | None]:
@@ -338,7 +385,7 @@ def _begun(folder: Path) -> tuple[int, int | None]:
     files = _segments(folder)
     if not files:
         return 0, None
-    with files[-1].open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), files[-1].open("rb") as file:
         first = json.loads(file.readline())
         return int(first["n"]), int(dt.datetime.fromisoformat(first["time"]).timestamp()) // 86_400
     return 0, None
@@ -363,7 +410,8 @@ def _write(path: Path, line: bytes, *, durable: bool) -> None:
 
 
 def _segments(folder: Path) -> list[Path]:
-    return sorted(folder.glob(FILES))
+    """Its files, oldest first; a copy that somebody keeps beside them is none."""
+    return sorted(path for path in folder.glob(FILES) if path.stem.removeprefix("audit-").isdecimal())
 
 
 def _number_of(path: Path) -> int:
@@ -376,7 +424,8 @@ def _segment(number: int) -> str:
 
 
 def _line(record: Mapping[str, Json]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode(errors="surrogatepass") + b"\n"
 
 
 def _hash(record: Mapping[str, Json]) -> str:
@@ -384,4 +433,5 @@ def _hash(record: Mapping[str, Json]) -> str:
 
 
 def _refused(path: Path, error: OSError) -> AuditError:
-    return AuditError(f"{path}: {error.strerror}; check permissions and free space")
+    remedy = "the disk fails there" if error.errno in _BROKEN else "check permissions and free space"
+    return AuditError(f"{path}: {error.strerror}; {remedy}")

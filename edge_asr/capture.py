@@ -21,7 +21,7 @@ from typing import Final
 
 from edge_asr.audio import Resampler
 from edge_asr.clock import NS_PER_S, boottime_ns, until_next
-from edge_asr.devices import DeviceError, Stream, is_out_of_sight
+from edge_asr.devices import DeviceError, Stream, is_out_of_sight, signs
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.settings import MicrophoneSource
 from edge_asr.zygote import Zygote, ZygoteError
@@ -31,7 +31,13 @@ LIMIT_S: Final = 6.0
 server is noticed by its silence after 2 s and costs 8 s."""
 
 RETRY_S: Final = 1.0
-"""Between two attempts to get a lost device back."""
+"""Between two looks for a lost device, and between two attempts to get it back while there is hope."""
+
+HOPE_S: Final = 30.0
+"""So long after the loss, and after each sign of a device: a sound server takes its time to find what is there."""
+
+DIM_S: Final = 5.0
+"""Between two attempts without a sign, for what only a sound server knows: each starts PortAudio, 30 ms of CPU time."""
 
 BLIND_S: Final = 30.0
 """Between two attempts while the kernel has no such card; for who knows every driver."""
@@ -253,6 +259,9 @@ class _Listener:
         self._opened_s = -math.inf
         """Monotonic time of the last attempt to open it."""
         self._trouble = ""
+        self._signs: tuple[object, ...] = ()
+        self._hopes_until_s = 0.0
+        """Monotonic time up to which it is tried at each look."""
 
     def run(self) -> None:
         """Capture until the line is closed."""
@@ -262,7 +271,7 @@ class _Listener:
     def _attempt(self) -> bool:
         """Capture until the device is lost; false: until the line was closed."""
         wanted, now_s = self._options, time.monotonic()
-        if self._trouble and now_s < self._opened_s + BLIND_S and is_out_of_sight(wanted.device):
+        if self._trouble and self._is_vain(now_s):
             return self._lose(self._trouble)
         self._opened_s = now_s
         self._say(Report(boottime_ns()))
@@ -274,8 +283,18 @@ class _Listener:
             try:
                 self._capture(stream)
             except DeviceError as error:
+                self._hopes_until_s = time.monotonic() + HOPE_S
                 return self._lose(str(error))  # before closing, which may hang
         return False
+
+    def _is_vain(self, now_s: float) -> bool:
+        """Whether another attempt would end as the last one did, as far as can be seen."""
+        known, self._signs = self._signs, signs()
+        if self._signs != known:
+            self._hopes_until_s = now_s + HOPE_S
+        if is_out_of_sight(self._options.device):
+            return now_s < self._opened_s + BLIND_S
+        return self._hopes_until_s <= now_s < self._opened_s + DIM_S
 
     def _lose(self, trouble: str) -> bool:
         self._trouble = trouble

@@ -24,7 +24,7 @@ from edge_asr.attendant import Attendant
 from edge_asr.audit import AuditedOutbox
 from edge_asr.contract import Health, Meta, MicrophoneHealth, RequestsHealth
 from edge_asr.events import Draft
-from edge_asr.health import ProcessMeter, cpu_s, resident_bytes
+from edge_asr.health import ProcessMeter
 from edge_asr.hearing import Capture, HearingJudge
 from edge_asr.ledger import Statistics
 from edge_asr.link import destinations
@@ -32,6 +32,7 @@ from edge_asr.metrics import Metrics, Snapshot
 from edge_asr.monitor import Page, Pages, verdict
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
+from edge_asr.process_state import cpu_s, resident_bytes
 from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.sources import Microphone
@@ -104,7 +105,8 @@ class Caretaker:
     def _waited_for(self) -> list[str]:
         """What keeps the box from its work at this moment."""
         box = self._box
-        return [each for each in (box.pipeline.trouble, box.watchdog.trouble, box.worker.replacing) if each]
+        found = dict.fromkeys((box.pipeline.trouble, box.watchdog.trouble, box.worker.pause))
+        return [each for each in found if each]
 
     @property
     def _critical(self) -> list[str]:
@@ -292,8 +294,8 @@ class Caretaker:
             )
             yield Condition("certificate-ends", None, "warning", detail, "renew it: `edge-asr gateway cert`")
         outbox = self._box.outbox
-        if isinstance(outbox, AuditedOutbox) and outbox.trouble:
-            detail = f"no audit records are written: {outbox.trouble}"
+        if isinstance(outbox, AuditedOutbox) and (outbox.trouble or outbox.audit.damage):
+            detail = f"no audit records are written: {outbox.trouble}" if outbox.trouble else outbox.audit.damage
             yield Condition("audit-failed", None, "warning", detail, "see to the disk; the box works on")
         wanted, in_use = self._box.options.model.provider, self._box.worker.facts.provider
         if in_use != wanted:

@@ -514,10 +514,10 @@ class Daemon:
         refusal = self.publisher.refusal
         broker = f"{broker}; {refusal.detail}" if refusal is not None else broker
         doing = "Muted by request" if self.pipeline.muted else f"Listening with {self.worker.name}"
-        if self.worker.replacing:
-            doing = f"Recognizing nothing: {self.worker.replacing}, and then hears what is said meanwhile"
+        if self.worker.pause:
+            doing = f"Recognizing nothing: {self.worker.pause}, and then hears what is said meanwhile"
         parts = [doing, f"{self.pipeline.utterances} utterances", broker]
-        troubles = filter(None, [self.pipeline.trouble, self.watchdog.trouble])
+        troubles = filter(None, dict.fromkeys([self.pipeline.trouble, self.watchdog.trouble]))
         return "; ".join([*parts, *away, *troubles, *self._caretaker.alarms])
 
     def _on_broker(self) -> None:

@@ -48,6 +48,9 @@ ALSA_NODES: Final = Path("/dev/snd")
 
 _SERVERS: Final = ("PULSE_SERVER", "PIPEWIRE_REMOTE", "PIPEWIRE_RUNTIME_DIR", "XDG_RUNTIME_DIR", "ALSA_CONFIG_PATH")
 """Variables by which a program finds a sound server, or devices that are no cards."""
+_SERVER_SOCKETS: Final = {"XDG_RUNTIME_DIR": ("pulse/native", "pipewire-0"), "PULSE_RUNTIME_PATH": ("native",)}
+"""Where it listens, below the folder that a variable names."""
+_CONNECTIONS: Final = Path("/sys/class/bluetooth")
 _SERVER_FILES: Final = ("/run/pulse/native", "/run/pipewire", "/etc/asound.conf")
 
 
@@ -154,6 +157,26 @@ def is_out_of_sight(wanted: str | int) -> bool:
     return not any(card is None or cards.get(int(each.removeprefix("pcmC"))) == card[1] for each in recording)
 
 
+def signs() -> tuple[object, ...]:
+    """What shows, without PortAudio, that a device has come or was let go of: another answer is a reason to try.
+
+    Not seen is only what a sound server learns by itself: from the network, or from whoever configures it.
+    """
+    folders = [(os.environ[name], paths) for name, paths in _SERVER_SOCKETS.items() if name in os.environ]
+    sockets = [Path(folder, path) for folder, paths in folders for path in paths]
+    named = os.environ.get("PULSE_SERVER", "").rpartition("unix:")[2]
+    nodes = [*ALSA_NODES.glob("pcmC*D*c"), *_CONNECTIONS.glob("*"), *sockets, *map(Path, (named, *_SERVER_FILES))]
+    return _cards_listing(), [*_owners("card*/pcm*c")], [(str(node), _changed_ns(node)) for node in nodes]
+
+
+def _changed_ns(path: Path) -> int | None:
+    """When it was made, or its rights were changed: udev gives them a moment later."""
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return None
+
+
 def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK)  # unlike Path.exists, no error behind walls
 
@@ -165,8 +188,12 @@ def listener(wanted: str | int) -> int | None:
     """
     named = re.search(r"CARD=(\w+)(?:,DEV=(\d+))?", str(wanted))
     card, number = (named[1], named[2] or "*") if named else ("card*", "*")
-    states = (_text_of(path) for path in ALSA_CARDS.parent.glob(f"{card}/pcm{number}c/sub*/status"))
-    return next((int(owner) for state in states for owner in re.findall(r"owner_pid\s*: (\d+)", state)), None)
+    return next(_owners(f"{card}/pcm{number}c"), None)
+
+
+def _owners(devices: str) -> Iterator[int]:
+    for path in ALSA_CARDS.parent.glob(f"{devices}/sub*/status"):
+        yield from map(int, re.findall(r"owner_pid\s*: (\d+)", _text_of(path)))
 
 
 def alsa_cards(listing: str) -> dict[int, str]:

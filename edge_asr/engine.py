@@ -109,6 +109,7 @@ class Engine:
     def under(self, options: Settings, vocabulary: Vocabulary) -> Engine:
         """The same ears with the hotwords and grammars of other settings. Raises GrammarError."""
         words = build_hotwords(vocabulary.hotwords, self.recognizer)
+        self.recognizer.step()
         interpreter = build_interpreter(options.commands, vocabulary.grammars, self.recognizer)
         return replace(self, hotwords=words, interpreter=interpreter)
 
@@ -159,6 +160,7 @@ def build_interpreter(
     if not grammars:
         return None
     graph = grammar.compile_graph({name: grammar.parse(content, name) for name, content in grammars.items()})
+    recognizer.step()
     interpreter = Interpreter(graph, recognizer.table, options, recognizer.languages)
     if interpreter.unspellable:
         words = ", ".join(interpreter.unspellable)

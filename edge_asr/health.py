@@ -1,4 +1,4 @@
-"""Measures how the box does: what the process uses, and when work has taken too long.
+"""Measures how the box does: what its processes use.
 
 Law: a measurement that cannot be had here is None, never zero.
 """
@@ -6,14 +6,12 @@ Law: a measurement that cannot be had here is None, never zero.
 from __future__ import annotations
 
 import ctypes
-import os
-import resource
 import time
-from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from edge_asr.contract import Health, MicrophoneHealth, OutboxHealth, RequestsHealth
 from edge_asr.ledger import Statistics
+from edge_asr.process_state import cpu_s, resident_bytes
 
 
 class ProcessMeter:
@@ -73,53 +71,6 @@ class ProcessMeter:
         known, before_s = self._recognizer
         self._recognizer = pid, spent_s
         return round((spent_s - (before_s if pid == known else 0.0)) / passed_s, 4), held_bytes
-
-
-def resident_bytes(process: int | Literal["self"]) -> int:
-    """Memory of a process that is in RAM. Raises OSError where there is none."""
-    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
-def cpu_s(process: int) -> float:
-    """CPU time of a process so far. Raises OSError where there is none."""
-    fields = _stat(process)
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def is_stopped(process: int) -> bool:
-    """Whether a signal or a debugger has stopped a process."""
-    return _state(process) in {"T", "t"}
-
-
-def stands_still(process: int) -> bool:
-    """Whether a process can do nothing: stopped, or dead."""
-    return _state(process) in {"T", "t", "Z", "X"}
-
-
-def _state(process: int) -> str:
-    """Its letter of proc(5), X also where it is gone; empty: it cannot be looked at now."""
-    try:
-        return _stat(process)[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    except OSError:  # no memory, no descriptor
-        return ""
-
-
-def _stat(process: int) -> list[str]:
-    """What is behind its name, which may hold anything, in /proc/PID/stat. Raises OSError where there is none."""
-    return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-
-
-def bytes_read(process: int) -> int | None:
-    """What a process has read so far, from files, pipes and by faults of mapped pages; None: nobody may know."""
-    try:
-        lines = Path(f"/proc/{process}/io").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    counts = dict(line.split(": ") for line in lines)
-    return int(counts["rchar"]) + int(counts["read_bytes"])
 
 
 def give_back() -> None:

@@ -241,7 +241,8 @@ class OnnxRecognizer:
         itn = self._contract.with_itn if options.use_itn else self._contract.without_itn
         self._text_norm = np.array([itn], np.int32)
         self.step: Callable[[], None] = lambda: None
-        """Called before each run of the model: an utterance may need eight (languages, paces)."""
+        """Called before each run of the model, of which an utterance may need eight (languages, paces), and between the
+        steps of other work that may take long."""
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""
@@ -313,7 +314,7 @@ class SherpaRecognizer:
             use_itn=options.use_itn,
         )
         self.step: Callable[[], None] = lambda: None
-        """Called before each run of the model."""
+        """As :attr:`OnnxRecognizer.step`."""
 
     def recognize(self, pcm: bytes) -> Recognition:
         """Decode one utterance of 16 kHz mono int16. Raises RecognizerError."""

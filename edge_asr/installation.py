@@ -24,7 +24,7 @@ from edge_asr import archive, model_store
 from edge_asr.archive import ArchiveError
 from edge_asr.model_store import EMBEDDED, MANIFEST, Manifest, ModelError
 from edge_asr.settings import Settings
-from edge_asr.whole_file import replace_file, sync_folder
+from edge_asr.whole_file import replace_file, sync
 
 SIGNATURE: Final = f"{MANIFEST}.sig"
 """64 bytes: Ed25519 over the manifest's bytes; the manifest holds the hash of everything else."""
@@ -97,7 +97,7 @@ class Store:
             _sync(staging)
             with self.changing():
                 staging.rename(self.folder / manifest.name)
-                sync_folder(self.folder)
+                sync(self.folder)
         return manifest
 
     def _checked(self, path: Path, staging: Path, signed_by: Path | None) -> Manifest:
@@ -250,8 +250,4 @@ def _hand_over(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Make sure that names and contents are on the disk before anything depends on them."""
     for entry in (*filter(Path.is_file, folder.iterdir()), folder):
-        descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(entry)

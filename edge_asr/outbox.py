@@ -49,6 +49,9 @@ _WAL_PAGES = 256
 _LEAST_LIFE_NS = 2 * clock.NS_PER_S
 """A command acknowledged with less life left than this may have gone out as expired already (contract.MIN_LIFE_S)."""
 
+CLOSE_LIMIT_S: Final = 5.0
+"""A stop has 15 s (TimeoutStopSec=), of which the last words may take five, and the watchdog ten."""
+
 _BATCH = 256
 """Most jobs in one transaction; more would make the first caller wait for the last."""
 
@@ -225,12 +228,17 @@ class Outbox:
             await asyncio.wrap_future(waiter)
 
     def close(self) -> None:
-        """Finish what is queued and let go of the file; may be called from any thread, and twice."""
+        """Finish what is queued and let go of the file; may be called from any thread, and twice.
+
+        A disk that does not answer is left alone: what was committed is safe, and nobody waits for the rest.
+        """
         with self._lock:
             first, self._closed = not self._closed, True
             if first:
                 self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_LIMIT_S)
+        if self._thread.is_alive():
+            log.error("%s: its disk does not answer; nobody waits for it any more", self._path)
         self._wake()
 
     async def _submit(self, work: Callable[[_Database], T], *, durable: bool = False) -> T:
@@ -326,8 +334,8 @@ class _Database:
             try:
                 self._mark = Mark(path)
             except BlockingIOError:
-                remedy = "stop it, or give each its own outbox.path"
-                raise OutboxError(f"{path}: in use by another edge-asr; {remedy}") from None
+                user = outbox_file.holder(outbox_file.beside(path, ".lock"))
+                raise OutboxError(f"{path}: in use by {user}; stop it, or give each its own outbox.path") from None
         try:
             with _told_of(path):
                 self._open()
@@ -649,4 +657,7 @@ def _told_of(path: Path) -> Iterator[None]:
     except (*outbox_file.FILE_ERRORS, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         remedy = "check the folder's permissions and free space"
+        if "locked" in reason:
+            user = outbox_file.holder(outbox_file.beside(path, "-shm"), outbox_file.WRITE_LOCK)
+            reason, remedy = f"{user} holds its file", "let that finish, or stop it"
         raise OutboxError(f"{path}: the outbox cannot be used ({reason}); {remedy}") from None

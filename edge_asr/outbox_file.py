@@ -19,10 +19,10 @@ import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from edge_asr import clock
-from edge_asr.whole_file import sync_folder
+from edge_asr.whole_file import sync
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,14 @@ _SALVAGE_GIVES_UP_AFTER = 20_000
 """Sequence numbers unreadable in a row; one damaged inner page of the tree hides about 2,500."""
 
 
+LOCK_S: Final = 2.0
+"""How long another process's lock on the file is waited for; a batch that meets it is tried once as a whole and then
+job by job, and the first of them must be answered before it looks like a disk that does not answer (``watchdog``)."""
+
+WRITE_LOCK: Final = 120
+"""Its byte in the file ``-shm`` (sqlite.org/walformat.html)."""
+
+
 def private(path: Path) -> str:
     """The path, after making sure of a file there that is not for everybody's eyes: it holds what was said."""
     os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o640))
@@ -58,7 +66,7 @@ def private(path: Path) -> str:
 
 def connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
     """Open a path, or a URI with options."""
-    connection = sqlite3.connect(database, isolation_level=None, uri=uri, timeout=5.0)
+    connection = sqlite3.connect(database, isolation_level=None, uri=uri, timeout=LOCK_S)
     # A flipped bit must end at the checksum, not as an exception in the middle of a query.
     connection.text_factory = lambda text: text.decode(errors="replace")
     return connection
@@ -113,6 +121,22 @@ def is_damage(error: Exception) -> bool:
         return not any(surroundings in str(error) for surroundings in _SURROUNDINGS)
     # SQLITE_CORRUPT and SQLITE_NOTADB come as DatabaseError itself, what a bug of ours raises as its subclasses.
     return type(error) in {sqlite3.DatabaseError, sqlite3.IntegrityError, sqlite3.DataError, UnicodeDecodeError}
+
+
+def holder(file: Path, byte: int = 0) -> str:
+    """Who has locked a byte of a file, as the beginning of a sentence."""
+    try:
+        inode = file.stat().st_ino  # SQLite's, opened here and closed again, would take its own locks along
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        locks = []
+    for how, pid, place, first, last in (line.split()[3:] for line in locks if "->" not in line):
+        covers = int(first) <= byte and (last == "EOF" or int(last) >= byte)
+        if how == "WRITE" and covers and place.endswith(f":{inode}") and int(pid) > 0:
+            with contextlib.suppress(OSError):  # it is gone, or hidden from us
+                return f"process {pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
+            return f"process {pid}"
+    return "another process"
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -179,7 +203,7 @@ def swap_in_rescued(path: Path, aside: Path | None = None) -> None:
         with contextlib.suppress(FileNotFoundError):
             beside(path, ending).rename(beside(aside, ending))
     rescued.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     for old in _damaged_files(path)[:-_KEPT_DAMAGED]:
         for ending in ("-wal", "-shm", ""):
             beside(old, ending).unlink(missing_ok=True)

@@ -266,7 +266,7 @@ class Microphone:
         """Hear what the process says."""
         if report.trouble:
             if self.state != "lost":
-                log.warning("%s: %s; looking for it every %g s", self.name, report.trouble, RETRY_S)
+                log.warning("%s: %s; looking for it", self.name, report.trouble)
             self._lose(report.trouble)
         elif report.pcm:
             self._hear(report)

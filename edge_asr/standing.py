@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from edge_asr.settings import Hotword, Hotwords, Settings, SettingsError, explain, problems
-from edge_asr.whole_file import replace_file, sync_folder
+from edge_asr.whole_file import replace_file, sync
 
 Undo = Callable[[], None]
 
@@ -101,7 +101,7 @@ class StandingOrders:
             replace_file(path, text)
         elif before is not None:
             path.unlink()
-            sync_folder(self._folder)
+            sync(self._folder)
         return lambda: self._undo(path, before)
 
     def _undo(self, path: Path, before: str | None) -> None:

@@ -3,7 +3,7 @@
 Law: WATCHDOG=1 is sent only while
 
 - the event loop turns (it is the loop that sends it),
-- the zygote answers whoever wants a process or the end of one. What hangs is replaced by ``sources`` and ``worker``; a
+- the zygote takes orders: it is asked every few seconds. What hangs is replaced by ``sources`` and ``worker``; a
   process that hangs in the kernel is outlived, for a restart would not end it either,
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
@@ -22,12 +22,13 @@ import contextlib
 import faulthandler
 import logging
 import os
+import time
 from typing import Final
 
 from edge_asr import clock, systemd
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.worker import Worker
-from edge_asr.zygote import Zygote
+from edge_asr.zygote import Zygote, ZygoteError
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
 shows within WatchdogSec= at any moment; what it costs in flash and CPU time: docs/decisions.md."""
 
+ZYGOTE_INTERVAL_S: Final = 4.0
+"""Between two questions to a zygote of whom nobody wants anything."""
+
 STILL_LOOKS: Final = 4
 """So often in a row a process is seen stopped before it is replaced: a debugger holds it for a moment only."""
 
@@ -66,37 +70,50 @@ class Watchdog:
         self._zygote = zygote
         self._outbox = outbox
         self._worker = worker
+        self._looked_s = time.monotonic()
+        self._stuck_s = 0.0
+        """For how long the outbox has answered nobody while somebody looked: a box that is frozen hangs nowhere."""
         self._locked = 0
         """Looks in a row that saw the outbox's thread at a lock over what it owes."""
-        self.trouble = ""
+        self._late = ""
+        """That the outbox has not answered for a while; empty: it does."""
+        self._refused = ""
+        """Why it could not commit when it was last asked; empty: it could."""
+
+    @property
+    def trouble(self) -> str:
         """What is waited for; empty: nothing."""
+        return self._late or self._refused
 
     async def run(self) -> None:
         """Look for ever. Raises WorkerError when no recognizer hears rightly any more."""
-        await asyncio.gather(self._look(), self._probe_outbox(), self._look_at_recognizer(), self._probe_recognizer())
+        probes = (self._probe_outbox(), self._probe_zygote(), self._probe_recognizer())
+        await asyncio.gather(self._look(), self._look_at_recognizer(), *probes)
 
     def hang(self) -> str:
         """What hangs, as the beginning of a sentence; empty: nothing."""
         if self._zygote.fault:
             return f"no process can be had or ended: {self._zygote.fault}"
-        stuck_s = self._outbox.unanswered_s
         if self._locked >= LOCKED_LOOKS:
-            return f"the outbox has not answered for {stuck_s:.0f} s, and not because of its disk"
-        if stuck_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
-            return f"the disk of the outbox has not answered for {stuck_s:.0f} s"
+            return f"the outbox has not answered for {self._stuck_s:.0f} s, and not because of its disk"
+        if self._stuck_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
+            return f"the disk of the outbox has not answered for {self._stuck_s:.0f} s"
         return ""
 
     def look_at_outbox(self) -> None:
         """Tell when it begins to be late, and when it answers again."""
-        if self._outbox.unanswered_s <= COMMIT_LIMIT_S:
-            if self.trouble:
+        now_s = time.monotonic()
+        passed_s, self._looked_s = min(now_s - self._looked_s, 2 * LOOK_S), now_s
+        self._stuck_s = min(self._outbox.unanswered_s, self._stuck_s + passed_s)
+        if self._stuck_s <= COMMIT_LIMIT_S:
+            if self._late:
                 log.info("the disk of the outbox answers again")
-            self.trouble, self._locked = "", 0
+            self._late, self._locked = "", 0
             return
-        if not self.trouble:
-            self.trouble = f"the disk of the outbox has not answered for {COMMIT_LIMIT_S:g} s; waiting for it"
-            log.warning(self.trouble)
-            systemd.status(self.trouble)
+        if not self._late:
+            self._late = f"the disk of the outbox has not answered for {COMMIT_LIMIT_S:g} s; waiting for it"
+            log.warning(self._late)
+            systemd.status(self._late)
         self._locked = self._locked + 1 if self._outbox.is_stuck else 0
 
     async def _look(self) -> None:
@@ -111,9 +128,27 @@ class Watchdog:
 
     async def _probe_outbox(self) -> None:
         while True:
-            with contextlib.suppress(OutboxError):  # refused is no hang, and told by the pipeline
+            try:
                 await self._outbox.prove()
+            except OutboxError as error:  # no hang
+                self._note_refusal(str(error))
+            else:
+                self._note_refusal("")
             await asyncio.sleep(clock.until_next(COMMIT_INTERVAL_S))
+
+    def _note_refusal(self, reason: str) -> None:
+        """Tell when it begins, though nobody speaks, and when it is over."""
+        if reason and reason != self._refused:
+            log.warning("nothing could be committed: %s", reason)
+        if self._refused and not reason:
+            log.info("the outbox commits again")
+        self._refused = reason
+
+    async def _probe_zygote(self) -> None:
+        while True:
+            with contextlib.suppress(ZygoteError):  # hang tells why
+                await asyncio.to_thread(self._zygote.prove)
+            await asyncio.sleep(clock.until_next(ZYGOTE_INTERVAL_S))
 
     async def _look_at_recognizer(self) -> None:
         looks = 0

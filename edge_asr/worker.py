@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import socket
 import struct
 import threading
@@ -27,18 +26,19 @@ from edge_asr import installation, prepared, trial
 from edge_asr.engine import Engine, Vocabulary, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
-from edge_asr.health import bytes_read, cpu_s, give_back, is_stopped, resident_bytes, stands_still
+from edge_asr.health import give_back
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
+from edge_asr.process_state import LOOK_S, Wait, cpu_s, is_stopped, resident_bytes, stands_still
 from edge_asr.settings import Settings
 from edge_asr.zygote import Zygote, ZygoteError
 
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 8.0
-"""Without any CPU time and without reading anything: a worker that waits for so long waits for ever; one that computes
-is only starved, one that reads has a slow card."""
+"""Asleep, all naps together, since it last read anything: a worker that waits for so long waits for ever. One that
+could run and gets no time is only starved, one that reads has a slow card."""
 
 STEP_BASE_S: Final = 2.0
 """CPU time that any step may take, from one run of the model to the next: more is a loop without an end. What does not
@@ -52,21 +52,18 @@ attention grows faster than length, and the golden recording's features were kno
 STEPS: Final = 16
 """Runs of the model that an utterance may need: eight, with five languages and three paces."""
 
-CLOCK_LIMIT_S: Final = 30.0
-"""On the clock, for what computes now and then and never answers."""
-
-CLOCK_FACTOR: Final = 3.0
-"""Or so much longer than its CPU time, where a machine is starved."""
+READ_LIMIT_S: Final = 30.0
+"""Asleep between readings: a step that waits so long for its model's pages reads for ever."""
 
 LOAD_LIMIT_S: Final = 90.0
-"""Hashing and loading 240 MB from a slow card."""
+"""The same while it hashes and loads 240 MB from a slow card; also CPU time, where nobody knows yet what that takes."""
 
-LOAD_FACTOR: Final = 8.0
-"""CPU time that loading the same once more may take, over what it took before on a cool and idle box."""
+LOAD_FACTOR: Final = 4.0
+"""CPU time that loading the same once more may take, over what it took before, on a box as slow as it is now."""
 
-RETUNE_LIMIT_S: Final = 20.0
-"""CPU time that taking over other words and commands may take: nothing is recognized meanwhile, and a start would take
-as long. What comes by request was looked through before, in 15 s."""
+RETUNE_LIMIT_S: Final = 8.0
+"""CPU time that each step of taking over other words and commands may take: nothing is recognized meanwhile. The
+dearest of 8,000 names takes half a second here. What comes by request was looked through before, in 15 s altogether."""
 
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
@@ -75,7 +72,7 @@ GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and gives it back."""
 
-LOOK_S: Final = 0.5
+_RETUNING: Final = "the recognizer takes over other words and commands"
 
 _GOLDEN: Final = "golden"
 """The request to hear the golden recording: by the model alone, whose text no hotword changes."""
@@ -152,8 +149,8 @@ class Worker:
         """Workers that died, hung, grew too large or heard wrongly."""
         self.trouble = ""
         """Why a newly activated model had to make way; to be cleared by whoever tells it."""
-        self.replacing = ""
-        """Why nothing is recognized until a new worker has loaded its model; empty: one works."""
+        self.pause = ""
+        """Why nothing is recognized for a moment; empty: it is."""
         self.on_change: Callable[[], None] = lambda: None
         """Called, from any thread, when that has changed."""
         try:
@@ -230,12 +227,19 @@ class Worker:
         self._options = options
 
     def _retune(self, options: Settings) -> None:
+        def tell() -> None:
+            if not self.pause:
+                self._tell(_RETUNING)
+
         with self._turn:
             try:
-                self._process.retune(Plan(options))
+                self._process.retune(Plan(options), tell)
             except _EndedError as error:
                 self._replace(str(error))
                 raise WorkerError(f"over the new settings the recognizer {error}") from None
+            finally:
+                if self.pause == _RETUNING:
+                    self._tell("")
 
     def prove(self) -> None:
         """Listen to the golden recording; one that hears something else is replaced. Raises WorkerError.
@@ -274,25 +278,36 @@ class Worker:
 
     def _replace(self, trouble: str) -> None:
         """Put a new worker in the place of one that is of no use. Raises WorkerError."""
-        self.replacing = f"the recognizer {trouble}; a new one takes its place"
-        log.error(self.replacing)
         self.replaced += 1
-        self.on_change()
+        self._tell(f"the recognizer {trouble}; a new one takes its place")
+        log.error(self.pause)
         old = self._process
         old.end()
         try:
             plan = Plan(self._options, old.facts.vocabulary)
-            self._process = self._begin(plan, STEP_BASE_S + LOAD_FACTOR * old.load_cpu_s)
+            before_s = old.load_cpu_s * old.slowdown
+            self._process = self._begin(plan, LOAD_LIMIT_S if self._another_is_chosen else load_limit_s(before_s))
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
-        self.replacing = ""
-        self.on_change()
+        self._tell("")
         same_ears = (self.facts.files.sha256, self.facts.graph) == (old.facts.files.sha256, old.facts.graph)
         if same_ears and self.facts.golden != old.facts.golden:
             raise WorkerError(f"a new recognizer hears {self.facts.golden!r} in the golden recording")
 
-    def _begin(self, plan: Plan, work_s: float = math.inf) -> _Process:
-        """A worker that has loaded its model, in so much CPU time where it is known what that takes.
+    @property
+    def _another_is_chosen(self) -> bool:
+        """Whether another model than was loaded is to be loaded now."""
+        try:
+            return installation.chosen(self._options) != self._chosen
+        except ModelError:  # whoever loads it says so
+            return True
+
+    def _tell(self, pause: str) -> None:
+        self.pause = pause
+        self.on_change()
+
+    def _begin(self, plan: Plan, work_s: float = LOAD_LIMIT_S) -> _Process:
+        """A worker that has loaded its model, in so much CPU time.
 
         A new model that ends it makes way in the end (``installation``).
         """
@@ -342,11 +357,15 @@ class _Process:
             self.pid = zygote.fork(serve, theirs, "recognizer")
         self._how_it_ended = ""
 
+    @property
+    def slowdown(self) -> float:
+        """How many times as long as at its start everything takes by now, at least one."""
+        return max(1.0, self.newest_golden_cpu_s / max(self.facts.golden_cpu_s, 0.01))
+
     def hear(self, request: object, speech_s: float) -> tuple[object, int]:
         """As :meth:`ask` about so much speech, in the time that each step may take on this box."""
         golden_cpu_s = max(self.facts.golden_cpu_s, self.newest_golden_cpu_s)
-        work_s = step_limit_s(speech_s, golden_cpu_s / self.facts.golden_s)
-        return self.ask(request, max(CLOCK_LIMIT_S, CLOCK_FACTOR * work_s), work_s)
+        return self.ask(request, READ_LIMIT_S, step_limit_s(speech_s, golden_cpu_s / self.facts.golden_s))
 
     def hear_golden(self) -> str:
         """What it hears in the golden recording now. Raises _EndedError, WorkerError."""
@@ -355,13 +374,14 @@ class _Process:
         self.newest_golden_cpu_s = answer.cpu_s
         return answer.text
 
-    def retune(self, plan: Plan) -> None:
+    def retune(self, plan: Plan, looked: Callable[[], None]) -> None:
         """Hear with other hotwords and commands, which may take longer to build than those that were loaded.
 
-        Raises HotwordError, GrammarError (then nothing has changed), _EndedError, WorkerError.
+        ``looked`` is called twice a second meanwhile. Raises HotwordError, GrammarError (then nothing has changed),
+        _EndedError, WorkerError.
         """
         before_s = self._spent_s()
-        answer, _ = self.ask(plan, LOAD_LIMIT_S, RETUNE_LIMIT_S)
+        answer, _ = self.ask(plan, LOAD_LIMIT_S, RETUNE_LIMIT_S, looked)
         if isinstance(answer, _REFUSALS):
             raise answer
         assert isinstance(answer, Vocabulary)  # noqa: S101 - what `serve` answers to this
@@ -375,16 +395,18 @@ class _Process:
         except OSError:  # dead, and reaped with another's end
             raise _EndedError(f"ended by {self.end()}") from None
 
-    def ask(self, request: object, limit_s: float, work_s: float = math.inf) -> tuple[object, int]:
+    def ask(
+        self, request: object, wait_s: float, work_s: float, looked: Callable[[], None] = lambda: None
+    ) -> tuple[object, int]:
         """One question, one answer and the memory in use after it.
 
-        ``limit_s``: how long each step may take on the clock; ``work_s``: how much CPU time. Raises _EndedError,
-        WorkerError.
+        ``wait_s``: how long each step may sleep while it reads; ``work_s``: CPU time that it may take; ``looked`` is
+        called at each look at what takes longer than one. Raises _EndedError, WorkerError.
         """
         try:
             self._line.send(request)
             for _ in range(STEPS):
-                self._await_word(limit_s, work_s)
+                self._await_word(wait_s, work_s, looked)
                 answer: tuple[object, int] | None = self._line.recv()
                 if answer is not None:
                     return answer
@@ -396,25 +418,15 @@ class _Process:
         self.end()
         raise _EndedError(f"took more than {STEPS} steps")
 
-    def _await_word(self, limit_s: float, work_s: float) -> None:
-        waited_s = still_s = 0.0
-        looked, before_s, last = time.monotonic(), cpu_s(self.pid), self._traces()
-        while not self._line.poll(min(limit_s, LIMIT_S, LOOK_S)):
-            now, seen = time.monotonic(), self._traces()
-            passed_s, looked = min(now - looked, 2 * LOOK_S), now  # more: both of us were frozen or starved
-            waited_s, still_s, last = waited_s + passed_s, 0.0 if seen != last else still_s + passed_s, seen
-            for spent_s, allowed_s, what in (
-                (still_s, LIMIT_S, "hung"),
-                (waited_s, limit_s, "hung"),
-                (cpu_s(self.pid) - before_s, work_s, "computed without an end"),
-            ):
-                if spent_s > allowed_s:
-                    self.end()
-                    raise _EndedError(f"{what} for more than {allowed_s:.2g} s")
-
-    def _traces(self) -> tuple[float, int | None]:
-        """What shows that it does something."""
-        return cpu_s(self.pid), bytes_read(self.pid)
+    def _await_word(self, wait_s: float, work_s: float, looked: Callable[[], None]) -> None:
+        wait = Wait(self.pid)
+        while not self._line.poll(min(LIMIT_S, LOOK_S)):
+            looked()
+            wait.look()
+            fault = wait.fault(LIMIT_S, wait_s, work_s)
+            if fault:
+                self.end()
+                raise _EndedError(fault)
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""
@@ -433,6 +445,11 @@ def step_limit_s(speech_s: float, pace: float) -> float:
     return STEP_BASE_S + STEP_FACTOR * pace * speech_s
 
 
+def load_limit_s(before_s: float) -> float:
+    """CPU time that loading once more may take what took so much of it before."""
+    return STEP_BASE_S + LOAD_FACTOR * before_s
+
+
 @contextlib.contextmanager
 def _of_the_recognizer() -> Iterator[None]:
     try:
@@ -442,7 +459,10 @@ def _of_the_recognizer() -> Iterator[None]:
 
 
 def serve(line: socket.socket) -> None:
-    """A worker: says None before each run of the model; answers each request with its result and the memory in use."""
+    """A worker: answers each request with its result and the memory in use.
+
+    It says None before each run of the model, and between the steps of other work that may take long.
+    """
     connection, engine = Connection(line.detach()), None
     with contextlib.suppress(EOFError):
         while True:
@@ -482,6 +502,7 @@ def _answered(
         return engine, facts
     if isinstance(request, Plan):
         vocabulary = request.read()
+        step()
         return engine.under(request.options, vocabulary), vocabulary
     if isinstance(request, str):
         return engine, _hear_golden(engine)

@@ -28,10 +28,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
+from edge_asr.process_state import LOOK_S, Wait
+
 log = logging.getLogger(__name__)
 
-LIMIT_S: Final = 15.0
-"""A fork takes milliseconds, but a new process is wanted exactly when memory has run out; then everything is slow."""
+LIMIT_S: Final = 4.0
+"""Asleep over an order: a fork takes milliseconds, an end :data:`END_S` at most."""
+
+READ_LIMIT_S: Final = 15.0
+"""The same while it reads: a new process is wanted exactly when memory has run out, and then its own pages are gone."""
+
+WORK_LIMIT_S: Final = 2.0
+"""CPU time over an order."""
 
 END_S: Final = 2.0
 """A killed process that is not gone by then hangs in the kernel, in a driver that no signal reaches."""
@@ -61,7 +69,7 @@ class Zygote:
         """``private``: descriptors that neither it nor what it forks may keep open."""
         self._turn = threading.Lock()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(LIMIT_S)
+        self._control.settimeout(LOOK_S)
         gc.collect()
         gc.freeze()  # for good, here too: what no garbage collector touches stays shared
         self._pid = os.fork()
@@ -106,6 +114,10 @@ class Zygote:
         code = os.waitstatus_to_exitcode(status)
         return signal.Signals(-code).name if code < 0 else f"itself, exit code {code}"
 
+    def prove(self) -> None:
+        """Let it show that it takes orders, by one that changes nothing. Raises ZygoteError."""
+        self._order(struct.pack("i", 0))
+
     def close(self) -> None:
         """End it, and with it all that it has forked, whatever it is doing; may be called twice."""
         pid, self._pid = self._pid, 0
@@ -120,17 +132,27 @@ class Zygote:
             if self.is_dead:
                 raise ZygoteError("the zygote is dead")
             try:
+                wait = Wait(self._pid)
                 socket.send_fds(self._control, [order], descriptors)
-                answer = self._control.recv(_ORDER_BYTES)
+                answer = self._answer(wait)
             except OSError as error:
-                # A late answer would be taken for the next order's.
                 self._give_up(f"the zygote does not answer ({error})")
             if not answer:
                 self._give_up("the zygote is dead")
         return int(struct.unpack("i", answer)[0])
 
+    def _answer(self, wait: Wait) -> bytes:
+        """What it says next; nothing where it has died. Raises OSError, ZygoteError."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return self._control.recv(_ORDER_BYTES)
+            wait.look()
+            fault = wait.fault(LIMIT_S, READ_LIMIT_S, WORK_LIMIT_S)
+            if fault:
+                self._give_up(f"the zygote {fault}")  # a late answer would be taken for the next order's
+
     def _give_up(self, fault: str) -> NoReturn:
-        self.fault = fault
+        self.fault = fault if self._pid else ""
         self._control.close()
         raise ZygoteError(fault) from None
 

@@ -28,9 +28,11 @@ import soundfile
 from edge_asr import clock, model_store
 from edge_asr.audio import quiet, read_file
 from edge_asr.events import SAMPLE_RATE
-from edge_asr.health import resident_bytes
+from edge_asr.process_state import resident_bytes
 from tests.broker import HOST, Broker, free_port
 from tests.soundcard import SoundCard, sound_card, until
+
+FULL_SIZE = "full-size"
 
 SHORT_BYTES = 2 * SAMPLE_RATE * 6 // 10
 """0.6 s: the shortest order."""
@@ -335,18 +337,34 @@ def grown_too_much(found: dict[str, Any]) -> str:
     return f"memory grows: {', '.join(beyond)}" if beyond else ""
 
 
+@contextmanager
+def model_of(wanted: str | None) -> Iterator[str | None]:
+    """What the settings call the model that is wanted."""
+    if wanted != FULL_SIZE:
+        yield wanted
+        return
+    from tests.bench_engine import make_model  # noqa: PLC0415 - engines that nothing else here needs
+
+    with tempfile.TemporaryDirectory(prefix="soak-model-") as folder:
+        make_model(Path(folder))
+        yield f"{folder}/"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/soak")
     parser.add_argument("--utterances", type=int, default=10_000)
     parser.add_argument("--speech-s", type=float, default=300.0)
     parser.add_argument("--idle-s", type=float, default=60.0)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="of the short orders, however many")
-    parser.add_argument("--model")
+    parser.add_argument(
+        "--model", help=f"or {FULL_SIZE}: SenseVoiceSmall's graph with random weights, made on the spot"
+    )
     parser.add_argument("--gateway", action="store_true", help="with an open gateway that nobody uses")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.machine(), "load": os.getloadavg()[0]}
-    found["service"] = service(arguments.model, arguments.idle_s, gateway=arguments.gateway)
-    found |= memory_over(arguments.model, arguments.utterances, arguments.speech_s, arguments.limit_s)
+    with model_of(arguments.model) as model:
+        found["service"] = service(model, arguments.idle_s, gateway=arguments.gateway)
+        found |= memory_over(model, arguments.utterances, arguments.speech_s, arguments.limit_s)
     print(json.dumps(found, indent=2))
     grown = grown_too_much(found)
     if grown:

@@ -48,6 +48,7 @@ ORDER = (
         "child",
         "trial",
         "prepared",
+        "process_state",
         "zygote",
         "devices",
         "capture",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import resource
@@ -126,7 +127,17 @@ def test_half_a_line_of_a_crash_is_cut_off_and_told(tmp_path: Path) -> None:
     assert json.loads(segment(tmp_path).read_text(encoding="utf-8").splitlines()[-1])["cut_bytes"] == 12
 
 
-@pytest.mark.parametrize(("spoilt", "lines"), [(b"\x00" * 9, 1), (b'{"n":6}', 1), (b"\x00\n\x00", 2)])
+@pytest.mark.parametrize(
+    ("spoilt", "lines"),
+    [
+        (b"\x00" * 9, 1),
+        (b'{"n":6}', 1),
+        (b'{"n":6,"x":"\\ud800"}', 1),
+        (b'{"n":' + b"[" * 99_999, 1),
+        (b"\x00\n\x00", 2),
+    ],
+    ids=["zeros", "no hash", "no text", "deep", "lines"],
+)
 def test_a_spoilt_end_stays_as_evidence_and_the_log_goes_on_in_a_file_of_its_own(
     tmp_path: Path, spoilt: bytes, lines: int
 ) -> None:
@@ -152,6 +163,55 @@ def test_a_file_of_which_nothing_is_left_is_followed_by_one_with_numbers_of_its_
         "audit-000000000001.jsonl",
         "audit-000000000006.jsonl",
     ]
+
+
+def test_a_file_that_cannot_be_read_is_given_up_for_a_new_one_which_names_it_and_refers_to_the_newest_legible_record(
+    tmp_path: Path, calendar: Calendar, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = written(tmp_path, 2)
+    third = str(log.newest).partition(":")[2]
+    calendar.turn(1)
+    log.append({"what": "test"})
+    unreadable = tmp_path / "audit-000000000004.jsonl"
+    unreadable.unlink()
+    unreadable.symlink_to("/proc/self/mem")  # EIO, from the kernel itself
+    fresh = written(tmp_path, 1)
+    path = tmp_path / "audit-000000010004.jsonl"
+    first = json.loads(path.read_bytes().splitlines()[0])
+    assert (first["n"], first["before"], first["unreadable"]) == (10_004, third, [unreadable.name])
+    assert fresh.damage == f"the disk fails in {unreadable.name}; the audit log goes on in a new file"
+    assert fresh.damage in caplog.text
+    assert complaint(tmp_path).endswith(f"{unreadable.name}: Input/output error; the disk fails there")
+    (tmp_path / "later").mkdir()
+    path.rename(tmp_path / "later" / path.name)
+    assert verify(tmp_path / "later", fresh.newest).records == 2
+
+
+def test_a_file_in_which_the_disk_fails_is_followed_by_a_new_one_without_a_break(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def fails_once(path: Path, line: bytes, *, durable: bool) -> None:
+        if path.name == "audit-000000000001.jsonl":
+            fails()
+        write(path, line, durable=durable)
+
+    write = audit._write  # noqa: SLF001 - the disk
+    log = written(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "_write", fails_once)
+        log.append({"what": "test"})
+        log.append({"what": "test"})
+        patch.setattr(audit, "_write", fails)
+        for _ in range(2):  # nor does it begin file after file where the whole disk fails
+            with pytest.raises(AuditError, match="the disk fails there"):
+                log.append({"what": "test"})
+    log.append({"what": "test"})
+    assert log.damage.startswith("the disk fails in audit-000000000004.jsonl (Input/output error)")
+    assert firsts(tmp_path) == [1, 4, 6]
+    assert verify(tmp_path, log.newest).records == 6
 
 
 def test_a_hash_that_is_older_than_what_is_kept_accuses_nobody(tmp_path: Path, calendar: Calendar) -> None:
@@ -349,6 +409,37 @@ def test_nobody_waits_for_a_log_whose_disk_does_not_answer(tmp_path: Path, monke
         1,
         2,
     ]
+
+
+def test_a_bug_in_the_log_is_told_and_ends_no_later_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(AuditedOutbox(tmp_path / "outbox.db", 2**20, AuditLog(tmp_path / "audit", texts=True))) as outbox:
+        outbox.note({"what": "test", "value": object()})  # type: ignore[dict-item]
+        wait_until(lambda: "the audit log fails" in outbox.trouble, "a trouble")
+        outbox.note({"what": "test"})
+        wait_until(lambda: not outbox.trouble, "the end of it")
+    assert verify(tmp_path / "audit").records == 2
+    assert "Traceback" in caplog.text
+
+
+def test_a_copy_of_a_file_that_somebody_keeps_beside_it_is_no_part_of_the_log(tmp_path: Path) -> None:
+    written(tmp_path, 2)
+    for name in ("audit-bad.jsonl", "audit-000000000001_copy.jsonl"):
+        (tmp_path / name).write_bytes(b"\x00\n")
+    (tmp_path / "audit-000000000001.jsonl").write_bytes(b"\x00\n")
+    written(tmp_path, 0)
+    assert (tmp_path / "audit-000000000002.jsonl").exists()
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_log_whose_disk_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(audit, "_write", lambda *_, **__: answers.wait())
+    monkeypatch.setattr(audit, "CLOSE_LIMIT_S", 0.1)
+    outbox = AuditedOutbox(tmp_path / "outbox.db", 2**20, AuditLog(tmp_path / "audit", texts=True))
+    outbox.close()
+    answers.set()
+    assert "the last records are not written" in caplog.text
 
 
 def test_without_texts_only_what_was_done_is_kept(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_beside_a_running_daemon_nothing_is_changed_and_the_remedy_is_named(path
     with closing(Outbox(path, 50_000_000)):
         done = edge_asr(path, verb, "--all")
     assert done.exit_code == 74
-    assert "in use by another edge-asr; stop it" in done.output
+    assert f"in use by process {os.getpid()} (" in done.output
     assert read_statistics(path).dead_letters == 2
 
 

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from edge_asr import model_store
 from edge_asr.watchdog import EXIT_HUNG
 from tests.broker import PATIENCE_S, Broker, Subscriber, free_port, wait_until
-from tests.soundcard import sound_card
 from tests.test_daemon import (
     COMMAND,
-    Box,
-    capture_of,
-    captures,
     recognizer_of,
     running,
     write_settings,
     zygote_of,
 )
 from tests.test_monitoring import get
-from tests.test_worker import spin
+from tests.test_worker import cpu_ticks, doze, spin
 
 SOONER = """
-from edge_asr import capture, cli, watchdog, zygote
-capture.LIMIT_S = zygote.LIMIT_S = 2.0
+from edge_asr import cli, watchdog
 watchdog.GOLDEN_INTERVAL_S = 0.5
 cli.main()
 """
-"""A daemon that waits for seconds where the product waits for up to five minutes."""
+"""A daemon that proves its recognizer all the time, where the product waits for five minutes."""
 
 
 def test_what_is_stopped_or_dies_while_nobody_speaks_is_noticed_before_anybody_does(
@@ -101,40 +99,84 @@ def test_a_recognizer_whose_memory_goes_bad_is_replaced_and_one_whose_disk_is_ba
         assert re.search("no new recognizer: .*tokens.txt", box.log)
 
 
-def hang(box: Box) -> None:
-    """Let a sound driver hang in the kernel, and with it whoever has to wait for its end."""
-    wait_until(functools.partial(captures, box, 1), "the microphone is open")
-    spin(zygote_of(box))
-    os.kill(capture_of(box), signal.SIGSTOP)
+@contextlib.contextmanager
+def freezer() -> Iterator[Path]:
+    """A control group of our own, which the kernel freezes as `docker pause` lets it."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    group = next((Path(mount[1], f"frozen-{os.getpid()}") for mount in mounts if mount[2] == "cgroup2"), None)
+    try:
+        assert group is not None
+        group.mkdir()
+    except (AssertionError, OSError) as error:
+        pytest.skip(f"this kernel or sandbox lets nobody make a control group: {error}")
+    try:
+        yield group
+    finally:
+        (group / "cgroup.kill").write_text("1", encoding="ascii")
+        wait_until(lambda: "populated 0" in (group / "cgroup.events").read_text(encoding="ascii"), "they are gone")
+        group.rmdir()
 
 
-CAUSE = "no process can be had or ended: the zygote does not answer (timed out)"
+LESS_PATIENT = """
+from edge_asr import cli, worker
+worker.LIMIT_S, worker.STEP_BASE_S = 3.0, 0.5
+cli.main()
+"""
+
+
+def test_a_container_that_was_paused_in_mid_sentence_has_hung_nowhere(tmp_path: Path, broker: Broker) -> None:
+    path = write_settings(tmp_path, broker.port)
+    with Subscriber(broker) as subscriber, freezer() as group, running(path, program=("-c", LESS_PATIENT)) as box:
+        box.wait_for_log("listening to")
+        busy = recognizer_of(box)
+        for pid in (box.process.pid, zygote_of(box), busy):
+            (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+        spin(busy)
+        idle_ticks = cpu_ticks(busy)
+        box.say(COMMAND)
+        wait_until(lambda: cpu_ticks(busy) > idle_ticks + 10, "it computes")
+        (group / "cgroup.freeze").write_text("1", encoding="ascii")
+        frozen_s = time.monotonic()
+        wait_until(lambda: time.monotonic() > frozen_s + 4.5, "more than anybody waits")
+        (group / "cgroup.freeze").write_text("0", encoding="ascii")
+        subscriber.wait_for(lambda m: any(x.topic.endswith("evt/transcript") for x in m), "what was said")
+        assert re.findall("the recognizer (.*) for more than .*; a new one takes its place", box.log) == [
+            "computed without an end"
+        ]
+        assert box.process.poll() is None
 
 
 def test_a_hang_that_no_systemd_watches_ends_with_exit_code_70_and_every_threads_stack(tmp_path: Path) -> None:
-    with sound_card() as card:
-        path = write_settings(tmp_path, free_port(), sources=[{"type": "microphone"}])
-        nobody = {"NOTIFY_SOCKET": "", "WATCHDOG_USEC": ""}
-        with running(path, program=("-c", SOONER), **nobody, **card.environment) as box:
-            hang(box)
-            assert box.process.wait(3 * PATIENCE_S) == EXIT_HUNG
-    assert CAUSE in box.log
+    path = write_settings(tmp_path, free_port())
+    with running(path, NOTIFY_SOCKET="", WATCHDOG_USEC="") as box:
+        box.wait_for_log("listening to")
+        doze(zygote_of(box))  # of which nobody wants anything
+        assert box.process.wait(3 * PATIENCE_S) == EXIT_HUNG
+    assert "no process can be had or ended: the zygote hung for more than 4 s" in box.log
     assert "(most recent call first)" in box.log
+
+
+def lives(port: int) -> bool:
+    """Whether the daemon says so of itself."""
+    with contextlib.suppress(ConnectionRefusedError):
+        return get(port, "/livez") == (200, "ok\n")
+    return False
 
 
 def test_a_hang_that_systemd_watches_is_triggered_and_told_to_whoever_asks_until_systemd_acts(tmp_path: Path) -> None:
     port, said = free_port(), b""
-    with sound_card() as card, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(3 * PATIENCE_S)
-        path = write_settings(tmp_path, free_port(), sources=[{"type": "microphone"}], monitoring={"port": port})
+        path = write_settings(tmp_path, free_port(), monitoring={"port": port})
         watched = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "10000000"}
-        with running(path, program=("-c", SOONER), **watched, **card.environment) as box:
-            box.wait_for_log("capturing from")
-            assert get(port, "/livez") == (200, "ok\n")
-            hang(box)
+        with running(path, **watched) as box:
+            box.wait_for_log("listening to")
+            wait_until(lambda: lives(port), "it answers")
+            spin(zygote_of(box))
             while b"WATCHDOG=trigger" not in said:
                 said += manager.recv(4096) + b"\n"
-            assert get(port, "/livez") == (503, f"{CAUSE}\n")
-            assert f"STATUS=Starting again: {CAUSE}".encode() in said
+            cause = "no process can be had or ended: the zygote computed without an end for more than 2 s"
+            assert get(port, "/livez") == (503, f"{cause}\n")
+            assert f"STATUS=Starting again: {cause}".encode() in said
             assert box.process.poll() is None  # it is systemd that ends it

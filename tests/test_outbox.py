@@ -973,7 +973,7 @@ def test_a_rescue_that_is_killed_half_way_starts_over_or_is_finished(path: Path)
 
 def test_a_second_daemon_on_the_same_outbox_is_told_so(path: Path) -> None:
     with opened(path):
-        assert "in use by another edge-asr" in refusal(path)
+        assert f"in use by process {os.getpid()} (" in refusal(path)
     with opened(path):
         pass
 

@@ -8,14 +8,15 @@ import ctypes
 import dataclasses
 import functools
 import os
-import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from edge_asr import clock, contract, model_store, outbox, pipeline, settings, watchdog
+from edge_asr import clock, contract, model_store, outbox, outbox_file, pipeline, settings, watchdog
 from edge_asr.audio import FrameCutter, quiet, read_file
 from edge_asr.engine import Engine
 from edge_asr.events import SAMPLE_RATE, AudioFrame, Command, Draft, Message, Rejection, Utterance
@@ -294,7 +295,7 @@ def test_no_station_speaks_under_the_name_of_another_station_or_of_a_microphone(
         found = sources("press", "press", "press_2", "press_2", Speaker.name)
         tokens.add("press_3", "talk")
         sweeping = asyncio.create_task(sessions.sweep())
-        await next(session for session in sessions if session.source == "press_3").settled(10)
+        await next(session for session in sessions if session.source == "press_3").settled()
         sweeping.cancel()
         left = [session.source for session in sessions]
         found += sources("press_3")
@@ -381,27 +382,86 @@ def test_a_slow_disk_is_told_and_waited_for_and_only_one_that_never_answers_is_a
     ]
 
 
-def test_another_process_that_holds_the_outboxs_file_is_waited_for(
+def test_time_in_which_everything_was_frozen_counts_against_no_disk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(watchdog, "COMMIT_LIMIT_S", 0.2)
-
     async def scenario() -> None:
-        path = tmp_path / "outbox.db"
-        with contextlib.closing(Outbox(path, 2**20)) as kept, contextlib.closing(sqlite3.connect(path)) as backup:
-            dog = Watchdog(Zygote.__new__(Zygote), kept, Worker.__new__(Worker))
-            backup.execute("BEGIN IMMEDIATE")
+        with standing_still(monkeypatch, tmp_path, deadlocked=False) as (kept, dog, let_go):
+            monkeypatch.setattr(watchdog, "COMMIT_LIMIT_S", 30.0)
             probing = asyncio.create_task(kept.prove())
-            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.5, "the lock")
-            for _ in range(20):
-                dog.look_at_outbox()
-            assert (bool(dog.trouble), dog.hang()) == (True, "")
-            backup.rollback()
-            await probing
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.0, "the disk")
+            kept._since_ns -= 3600 * clock.NS_PER_S  # noqa: SLF001 - as after an hour
             dog.look_at_outbox()
             assert (dog.trouble, dog.hang()) == ("", "")
+            await asyncio.to_thread(let_go)
+            await probing
 
     asyncio.run(scenario())
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that writes to an outbox for as long as its input is open."""
+    command, pipe = [sys.executable, "-c", HOLDER, str(path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        yield holder
+
+
+def test_another_process_that_holds_the_outboxs_file_is_named_and_waited_for_and_no_disk_is_blamed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(outbox_file, "LOCK_S", 0.2)
+    monkeypatch.setattr(watchdog, "COMMIT_INTERVAL_S", 0.1)
+    path = tmp_path / "outbox.db"
+
+    async def scenario() -> None:
+        with contextlib.closing(Outbox(path, 2**20)) as kept:
+            with held_by_another(path) as holder:
+                dog = Watchdog(Zygote.__new__(Zygote), kept, Worker.__new__(Worker))
+                probing = asyncio.create_task(dog._probe_outbox())  # noqa: SLF001
+                await asyncio.to_thread(wait_until, lambda: bool(dog.trouble), "the lock")
+                assert f"(process {holder.pid} (python" in dog.trouble
+                assert dog.trouble.endswith(") holds its file); let that finish, or stop it")
+                assert dog.hang() == ""
+                assert holder.stdin is not None
+                holder.stdin.close()
+            await asyncio.to_thread(wait_until, lambda: not dog.trouble, "its end")
+            probing.cancel()
+
+    asyncio.run(scenario())
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "nothing could be committed",
+        "the outbox commits again",
+    ]
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_disk_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox, "CLOSE_LIMIT_S", 0.1)
+
+    async def scenario() -> None:
+        with standing_still(monkeypatch, tmp_path, deadlocked=False) as (kept, _, let_go):
+            probing = asyncio.create_task(kept.prove())
+            await asyncio.to_thread(wait_until, lambda: kept.unanswered_s > 0.2, "the disk")
+            await asyncio.to_thread(kept.close)
+            await asyncio.to_thread(let_go)
+            await probing
+
+    asyncio.run(scenario())
+    assert "outbox.db: its disk does not answer; nobody waits for it any more" in caplog.text
 
 
 def test_an_outbox_whose_thread_sleeps_over_its_work_is_a_hang_at_the_second_look(

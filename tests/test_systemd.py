@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from edge_asr import capture, devices, systemd, watchdog, worker, zygote
+from edge_asr import capture, devices, outbox_file, process_state, systemd, watchdog, worker, zygote
+from edge_asr.service import drop_ins
 from edge_asr.settings import Vad
 from tests.broker import Pki
 from tests.payloads import check
@@ -146,6 +147,17 @@ def test_the_exposure_that_systemd_computes_is_at_most_1_5() -> None:
     score = ["systemd-analyze", "security", "--offline=yes", "--threshold=15", "--no-pager", str(UNIT)]
     done = subprocess.run(score, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_drop_in_exposes_the_service_more_than_documented_and_but_for_one_none_above_1_5() -> None:
+    rows = re.compile(r"^\| (?:with `(.*)`|the unit) \| ([0-9.]+) \|$", re.MULTILINE)
+    documented = dict(rows.findall((CHECKOUT / "docs/operations.md").read_text(encoding="utf-8")))
+    computed = subprocess.run([CHECKOUT / "tools/exposure"], check=True, capture_output=True, text=True).stdout
+    found = dict(rows.findall(computed))
+    assert set(found) == set(documented) == {"", *drop_ins()}
+    for name, score in found.items():
+        assert float(score) <= float(documented[name])
+        assert float(score) <= 1.5 or name == "chrony"
 
 
 def test_systemd_finds_nothing_to_complain_about_in_the_unit(box: Sysbox) -> None:
@@ -751,33 +763,42 @@ def test_a_disk_that_takes_nothing_is_told_to_whoever_asks_and_waited_for_and_th
     assert restarts(disk) == 0
 
 
+HERE, SLOW = 0.07, 0.3
+"""CPU time of a second of speech: the 237 MB graph as it comes on x86-64, and on a slow board."""
+
+LOADING_S = 1.6
+"""CPU time of loading that graph."""
+
+
 def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
     (watchdog_s,) = re.findall(r"^WatchdogSec=(\d+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
     for noticed_s in (
         devices.STALL_S + capture.LIMIT_S,
         watchdog.COMMIT_INTERVAL_S + watchdog.COMMIT_LIMIT_S + watchdog.LOOK_S,
-        worker.LIMIT_S + worker.LOOK_S,
+        watchdog.ZYGOTE_INTERVAL_S + zygote.LIMIT_S + process_state.LOOK_S + watchdog.LOOK_S,
+        zygote.END_S + process_state.LOOK_S + watchdog.ZYGOTE_INTERVAL_S,  # an honest end is none
+        worker.LIMIT_S + process_state.LOOK_S,
         watchdog.STILL_LOOKS * watchdog.LOOK_S,  # while nobody speaks
-        worker.step_limit_s(Vad().max_utterance_s, pace=0.07) + worker.LOOK_S,  # 237 MB, its own graph
-        worker.step_limit_s(2.0, pace=0.3) + worker.LOOK_S,  # the golden recording on a slow board
+        worker.step_limit_s(Vad().max_utterance_s, HERE) + process_state.LOOK_S,
+        worker.step_limit_s(2.0, SLOW) + process_state.LOOK_S,  # the golden recording
+        worker.load_limit_s(LOADING_S) + process_state.LOOK_S,
+        worker.RETUNE_LIMIT_S + process_state.LOOK_S,
     ):
         assert noticed_s < int(watchdog_s)
+    assert zygote.END_S < zygote.LIMIT_S
+    assert 2 * outbox_file.LOCK_S < watchdog.COMMIT_LIMIT_S  # another's lock is refused before it looks like the disk
 
 
 def test_the_hangs_that_take_longer_than_the_watchdogs_time_are_documented_with_their_limits() -> None:
     text = (CHECKOUT / "docs/operations.md").read_text(encoding="utf-8").partition("These take longer:")[2]
     rows = [line for line in text.partition("A microphone that is unplugged")[0].splitlines() if line.startswith("| ")]
-    fast_s, slow_s = (worker.step_limit_s(Vad().max_utterance_s, pace) for pace in (0.07, 0.3))
-    golden_s = worker.step_limit_s(2.0, pace=0.3)
     for row, limits_s in zip(
         rows[1:],
         (
-            (fast_s, slow_s, golden_s),
-            (worker.CLOCK_LIMIT_S, worker.CLOCK_FACTOR * slow_s),
-            (worker.STEP_BASE_S, worker.LOAD_LIMIT_S),
-            (worker.RETUNE_LIMIT_S, worker.LOAD_LIMIT_S),
+            (worker.step_limit_s(Vad().max_utterance_s, SLOW), worker.step_limit_s(30, HERE)),
+            (worker.load_limit_s(5 * LOADING_S), worker.LOAD_LIMIT_S),
+            (worker.READ_LIMIT_S, worker.LOAD_LIMIT_S, zygote.READ_LIMIT_S),
             (watchdog.DISK_LIMIT_S, watchdog.MEND_LIMIT_S),
-            (zygote.LIMIT_S,),
         ),
         strict=True,
     ):

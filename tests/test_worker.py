@@ -32,8 +32,10 @@ from edge_asr import (
     grammar,
     hotwords,
     inference,
+    installation,
     model_store,
     prepared,
+    process_state,
     settings,
     trial,
     worker,
@@ -180,6 +182,19 @@ def test_a_loop_in_a_late_step_is_noticed_within_the_limit_of_that_step(monkeypa
     assert heard.decision.detail.startswith("2 times the recognizer computed without an end for more than 0.")
 
 
+def test_what_sleeps_and_computes_by_turns_and_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def for_ever_in_naps(samples: NDArray[np.float32], speed: float) -> NDArray[np.float32]:
+        while speed == commands.PACES[-1]:
+            time.sleep(0.05)
+        return audio.at_speed(samples, speed)
+
+    monkeypatch.setattr("edge_asr.inference.at_speed", for_ever_in_naps)
+    monkeypatch.setattr(worker, "LIMIT_S", 2.0)
+    with closing(Worker(OPTIONS)) as walled:
+        heard = walled.understand(said("07-log-scrap.flac"), final=True)
+    assert heard.decision == Rejection("recognizer-failed", "2 times the recognizer hung for more than 2 s")
+
+
 def test_no_step_of_the_longest_utterance_takes_half_of_what_it_may() -> None:
     options = OPTIONS.model_copy(update={"model": settings.Model(languages=("en", "zh"))})
     direct = engine.Engine.build(options)
@@ -267,20 +282,47 @@ def test_time_in_which_everything_was_frozen_counts_against_no_recognizer(
         return time.monotonic() + (1000 if next(looks) else 0)
 
     monkeypatch.setattr(worker, "LOOK_S", 0.001)
-    monkeypatch.setattr(worker, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(process_state, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(process_state, "thread_states", lambda _pid: {"S"})
     assert walled.understand(STOP, final=True).transcript is not None
     assert next(looks) > 1
     assert walled.replaced == 0
+
+
+def test_a_wait_for_a_disk_is_told_from_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, states = itertools.count(step=0.5), {"D", "S"}
+    monkeypatch.setattr(process_state, "time", types.SimpleNamespace(monotonic=lambda: next(looks)))
+    monkeypatch.setattr(process_state, "thread_states", lambda _pid: states)
+    monkeypatch.setattr(process_state, "bytes_read", lambda _pid: 0)
+    wait = process_state.Wait(os.getpid())
+    for _ in range(10):
+        wait.look()
+    assert (wait.asleep_s, wait.waited_s) == (0.0, 5.0)
+    states.remove("D")
+    wait.look()
+    assert (wait.asleep_s, wait.waited_s) == (0.5, 5.5)
+
+
+def test_a_replacement_has_the_time_of_another_model_where_another_was_activated_meanwhile(
+    walled: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOOK_S", 0.0)
+    monkeypatch.setattr(worker, "load_limit_s", lambda _: -1.0)
+    monkeypatch.setattr(installation, "chosen", lambda _: "another")
+    os.kill(walled.pid, signal.SIGKILL)
+    assert walled.understand(STOP, final=True).transcript is not None
 
 
 def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
     walled: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "CLOCK_LIMIT_S", 0.0)
-        patch.setattr(worker, "CLOCK_FACTOR", 0.0)
+        patch.setattr(worker, "LOOK_S", 0.0)
+        patch.setattr(worker, "step_limit_s", lambda *_: -1.0)
         heard = walled.understand(STOP, final=True)
-    assert heard.decision == Rejection("recognizer-failed", "2 times the recognizer hung for more than 0 s")
+    assert heard.decision == Rejection(
+        "recognizer-failed", "2 times the recognizer computed without an end for more than -1 s"
+    )
     assert heard.utterance is STOP
     assert isinstance(walled.understand(STOP, final=True).decision, Command)
 
@@ -325,7 +367,7 @@ def test_one_that_hangs_while_it_loads_is_ended_in_time_and_says_so_meanwhile(
         def mend() -> None:
             ended = "while loading the model the recognizer hung for more than 2 s"
             until(lambda: ended in caplog.text, "no end", deadline_s=60)
-            said_meanwhile.append(walled.replacing)
+            said_meanwhile.append(walled.pause)
             (tmp_path / "new").touch()
             (tmp_path / "new").replace(card)
 
@@ -335,7 +377,7 @@ def test_one_that_hangs_while_it_loads_is_ended_in_time_and_says_so_meanwhile(
         assert walled.understand(STOP, final=True).transcript is not None
         mender.join()
         assert said_meanwhile == ["the recognizer ended by SIGKILL; a new one takes its place"]
-        assert walled.replacing == ""
+        assert walled.pause == ""
 
 
 def test_one_that_loads_from_a_slow_card_is_waited_for(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,8 +438,12 @@ def test_words_over_which_it_computes_without_an_end_are_refused_in_time_and_the
     monkeypatch.setattr(worker, "RETUNE_LIMIT_S", 0.3)
     with closing(Worker(OPTIONS)) as walled:
         endless = OPTIONS.model_copy(update={"hotwords": settings.Hotwords.model_validate({"phrases": ["endless"]})})
+        told: list[str] = []
+        walled.on_change = lambda: told.append(walled.pause)
         with pytest.raises(WorkerError, match=r"over the new settings the recognizer computed without an end for more"):
             walled.reload(endless)
+        assert told[0] == "the recognizer takes over other words and commands"
+        assert (told[-1], walled.pause) == ("", "")
         assert walled.understand(STOP, final=True).transcript is not None
         assert walled.replaced == 1
 
