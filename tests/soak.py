@@ -278,8 +278,9 @@ def ready(
             yield daemon, ready_s
 
 
-def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[str, float]:
-    """Start to READY=1, memory and CPU of the daemon before a silent microphone."""
+@contextmanager
+def in_silence(model: str | None, *, gateway: bool = False) -> Iterator[tuple[list[int], dict[str, float]]]:
+    """The processes of a daemon before a silent microphone, and what its start cost up to READY=1."""
     changes = ["gateway.open=true", "gateway.tls=false", f"gateway.port={free_port()}"] if gateway else []
     changes += ["sources=[{type: microphone}]"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, sound_card() as card:
@@ -287,9 +288,13 @@ def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[
         with ready(model, variables, *changes) as (daemon, ready_s):
             ready_cpu_s = sum(each["cpu_s"] for each in effort(family(daemon.pid)).values())
             time.sleep(5)  # the microphone opens, the first probe is over
-            pids = family(daemon.pid)
-            found = {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
-            return {**found, **idle(pids, idle_s), **memory_mb(pids)}
+            yield family(daemon.pid), {"ready_s": round(ready_s, 2), "ready_cpu_s": round(ready_cpu_s, 2)}
+
+
+def service(model: str | None, idle_s: float, *, gateway: bool = False) -> dict[str, float]:
+    """Start to READY=1, memory and CPU of the daemon before a silent microphone."""
+    with in_silence(model, gateway=gateway) as (pids, start):
+        return {**start, **idle(pids, idle_s), **memory_mb(pids)}
 
 
 @contextmanager
