@@ -1,4 +1,4 @@
-"""A throw-away machine: real systemd as PID 1 of a container that shares nothing with the host but a read-only /usr.
+"""A throw-away machine: real systemd as PID 1 of a container that shares at most a read-only /usr with the host.
 
 Its root is an ordinary scratch folder, its network a loopback of its own. Systemd is never pointed at the host's root:
 at boot it would empty /tmp there.
@@ -88,35 +88,37 @@ NEWER = "EDGE_ASR_TEST_USR"
 
 
 @contextlib.contextmanager
-def booted(folder: Path, *, bare: bool = False) -> Iterator[Sysbox]:
-    """Boot a machine in ``folder`` (empty) and power it off in the end.
-
-    A ``bare`` one has no program; it has a /usr of its own to write to and knows the host's packages.
-    """
+def booted(folder: Path) -> Iterator[Sysbox]:
+    """Boot a machine with the checkout and the host's /usr in ``folder`` (empty), and power it off in the end."""
     skip_where_containers_are_forbidden()
     root = folder / "root"
     _furnish(root)
-    if bare:
-        (folder / "usr").mkdir(mode=0o755)
-        (root / "var/lib").mkdir(mode=0o755)
-        shutil.copytree("/var/lib/dpkg", root / "var/lib/dpkg", symlinks=True)
-        (root / "var/lib/dpkg/statoverride").write_text("", encoding="ascii")  # names groups that are not here
-        mounts = [f"--overlay=/usr:{folder}/usr:/usr"]
-    else:
-        _install_program(root / INSTALLED.lstrip("/"))
-        newer = os.environ.get(NEWER)
-        usr = f"--overlay=/usr:{newer}:{folder}/usr:/usr" if newer else "--bind-ro=/usr"
-        (folder / "usr").mkdir(mode=0o755)
-        mounts = [usr, *(f"--bind-ro={bind}" for bind in _program())]
-    console = folder / "console.log"
+    _install_program(root / INSTALLED.lstrip("/"))
+    newer = os.environ.get(NEWER)
+    usr = f"--overlay=/usr:{newer}:{folder}/usr:/usr" if newer else "--bind-ro=/usr"
+    (folder / "usr").mkdir(mode=0o755)
+    with _booted(root, [usr, *(f"--bind-ro={bind}" for bind in _program())]) as machine:
+        machine.run("ldconfig")  # how Python is found by its programs, and PortAudio by Python
+        yield machine
+
+
+@contextlib.contextmanager
+def booted_debian(root: Path) -> Iterator[Sysbox]:
+    """Boot a Debian that shares nothing with the host (``mmdebstrap`` has made it), and power it off in the end."""
+    _prepare_boot(root)
+    with _booted(root, []) as machine:
+        yield machine
+
+
+@contextlib.contextmanager
+def _booted(root: Path, mounts: list[str]) -> Iterator[Sysbox]:
+    console = root.with_name("console.log")
     with console.open("wb") as output:
         nspawn = subprocess.Popen(
             _nspawn(root, mounts), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        machine = Sysbox(root, _wait_until_running(nspawn, console))
-        machine.run("ldconfig")  # how Python is found by its programs, and PortAudio by Python
-        yield machine
+        yield Sysbox(root, _wait_until_running(nspawn, console))
     finally:
         nspawn.send_signal(signal.SIGTERM)
         try:
@@ -137,7 +139,7 @@ def skip_where_containers_are_forbidden() -> None:
 
 
 def _furnish(root: Path) -> None:
-    """What /usr does not bring: mount points, the merged-/usr links, and a machine id (none means first boot)."""
+    """What /usr does not bring: mount points and the merged-/usr links."""
     root.mkdir(mode=0o755)
     for name in ("etc", "usr", "var", "run", "proc", "sys", "dev", "tmp", "root", "opt"):
         (root / name).mkdir(mode=0o755)
@@ -146,10 +148,16 @@ def _furnish(root: Path) -> None:
             (root / name).symlink_to(f"usr/{name}")
     shutil.copy("/etc/os-release", root / "etc/os-release")
     (root / "etc/ld.so.conf").write_text(f"{_base_prefix_inside()}/lib\n", encoding="utf-8")
-    (root / "etc/machine-id").write_text(uuid.uuid4().hex + "\n", encoding="ascii")
     (root / "etc/systemd/system").mkdir(parents=True)
+    (root / "var/log").mkdir()
+    _prepare_boot(root)
+
+
+def _prepare_boot(root: Path) -> None:
+    """A machine id (none means first boot), no graphics, a journal that is kept."""
+    (root / "etc/machine-id").write_text(uuid.uuid4().hex + "\n", encoding="ascii")
     (root / "etc/systemd/system/default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
-    (root / "var/log/journal").mkdir(parents=True)
+    (root / "var/log/journal").mkdir(exist_ok=True)
 
 
 def _install_program(folder: Path) -> None:
