@@ -11,11 +11,24 @@ import contextlib
 import os
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 LOOK_S: Final = 0.5
 """Between two looks of whoever waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a process may leave whoever waits for its next word without one."""
+
+    sleep_s: float
+    """Asleep without reading anything."""
+    wait_s: float
+    """Asleep in all."""
+    work_s: float
+    """CPU time."""
 
 
 class Wait:
@@ -38,6 +51,7 @@ class Wait:
         """The same in all."""
         self.worked_s = 0.0
         """CPU time."""
+        self._is_stopped = False
 
     def look(self) -> None:
         """To be called at least every second."""
@@ -48,23 +62,23 @@ class Wait:
             self.asleep_s = 0.0
         elif "D" not in states:
             self.asleep_s += passed_s
-        self._looked_s, self._read = now_s, read
+        self._looked_s, self._read, self._is_stopped = now_s, read, bool(states) and states <= {"T", "t"}
         with contextlib.suppress(OSError):
             spent_s = cpu_s(self._process)
             self._before_s = spent_s if self._before_s is None else self._before_s
             self.worked_s = spent_s - self._before_s
 
-    def fault(self, sleep_s: float, wait_s: float, work_s: float) -> str:
+    def fault(self, limits: Limits) -> str:
         """What is wrong, as the end of a sentence, where it took more than it may; empty: nothing.
 
-        ``sleep_s`` without reading anything, ``wait_s`` in all; of what computes and sleeps by turns both together
-        take no longer than the larger limit.
+        Of what computes and sleeps by turns both together take no longer than the larger limit.
         """
+        stood = "was stopped" if self._is_stopped else "hung"
         for taken_s, allowed_s, what in (
-            (self.asleep_s, sleep_s, "hung"),
-            (self.waited_s, wait_s, "hung"),
-            (self.worked_s, work_s, "computed without an end"),
-            (self.asleep_s + self.worked_s, max(sleep_s, work_s), "hung"),
+            (self.asleep_s, limits.sleep_s, stood),
+            (self.waited_s, limits.wait_s, stood),
+            (self.worked_s, limits.work_s, "computed without an end"),
+            (self.asleep_s + self.worked_s, max(limits.sleep_s, limits.work_s), stood),
         ):
             if taken_s > allowed_s:
                 return f"{what} for more than {allowed_s:.2g} s"
@@ -83,16 +97,6 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def is_stopped(process: int) -> bool:
-    """Whether a signal or a debugger has stopped a process."""
-    return _state(process) in {"T", "t"}
-
-
-def stands_still(process: int) -> bool:
-    """Whether a process can do nothing: stopped, or dead."""
-    return _state(process) in {"T", "t", "Z", "X"}
-
-
 def thread_states(process: int) -> set[str]:
     """The letters of proc(5) of its threads: R computes or waits for its turn to, D waits for a disk, as a rule.
 
@@ -102,16 +106,6 @@ def thread_states(process: int) -> set[str]:
         return {_stat(process, thread.name)[0] for thread in Path(f"/proc/{process}/task").iterdir()}
     except OSError:  # a thread that has just ended, no memory, no descriptor
         return {"R"}
-
-
-def _state(process: int) -> str:
-    """Its letter of proc(5), X also where it is gone; empty: it cannot be looked at now."""
-    try:
-        return _stat(process)[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    except OSError:  # no memory, no descriptor
-        return ""
 
 
 def _stat(process: int, thread: str = "") -> list[str]:

@@ -8,8 +8,8 @@ Law: WATCHDOG=1 is sent only while
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
   is no hang,
-- the recognizer hears the golden recording as it did at first. ``worker`` replaces one that hangs or dies when it is
-  asked; one that is stopped or dead while nobody speaks is noticed here, so that the next one who speaks finds another.
+- the recognizer answers: it is asked as often while nobody speaks, so that the next one who does finds one that hears,
+- the recognizer hears the golden recording as it did at first.
 
 A hang ends the process at once instead of waiting for systemd to notice: SIGABRT through WATCHDOG=trigger, or exit 70
 where no watchdog is set; both leave every thread's stack in the journal. What was being recognized is in the ``spool``.
@@ -51,11 +51,8 @@ COMMIT_INTERVAL_S: Final = 4.0
 """Between two probes of a disk that nobody writes to. With the limit and the time between two looks a blocked disk
 shows within WatchdogSec= at any moment; what it costs in flash and CPU time: docs/decisions.md."""
 
-ZYGOTE_INTERVAL_S: Final = 4.0
-"""Between two questions to a zygote of whom nobody wants anything."""
-
-STILL_LOOKS: Final = 4
-"""So often in a row a process is seen stopped before it is replaced: a debugger holds it for a moment only."""
+PING_INTERVAL_S: Final = 4.0
+"""Between two questions to a zygote and a recognizer of whom nobody wants anything."""
 
 GOLDEN_INTERVAL_S: Final = 300.0
 """Listening to two seconds of audio so often is less than 0.1 % of a core with the embedded model."""
@@ -87,8 +84,7 @@ class Watchdog:
 
     async def run(self) -> None:
         """Look for ever. Raises WorkerError when no recognizer hears rightly any more."""
-        probes = (self._probe_outbox(), self._probe_zygote(), self._probe_recognizer())
-        await asyncio.gather(self._look(), self._look_at_recognizer(), *probes)
+        await asyncio.gather(self._look(), self._probe_outbox(), self._probe_processes(), self._probe_hearing())
 
     def hang(self) -> str:
         """What hangs, as the beginning of a sentence; empty: nothing."""
@@ -144,21 +140,17 @@ class Watchdog:
             log.info("the outbox commits again")
         self._refused = reason
 
-    async def _probe_zygote(self) -> None:
+    async def _probe_processes(self) -> None:
         while True:
-            with contextlib.suppress(ZygoteError):  # hang tells why
-                await asyncio.to_thread(self._zygote.prove)
-            await asyncio.sleep(clock.until_next(ZYGOTE_INTERVAL_S))
+            await asyncio.to_thread(self._ping)
+            await asyncio.sleep(clock.until_next(PING_INTERVAL_S))
 
-    async def _look_at_recognizer(self) -> None:
-        looks = 0
-        while True:
-            looks = looks + 1 if self._worker.stands_still else 0
-            if looks >= STILL_LOOKS:
-                await asyncio.to_thread(self._worker.revive)
-            await asyncio.sleep(clock.until_next(LOOK_S))
+    def _ping(self) -> None:
+        with contextlib.suppress(ZygoteError):  # hang tells why
+            self._zygote.prove()
+            self._worker.ping()
 
-    async def _probe_recognizer(self) -> None:
+    async def _probe_hearing(self) -> None:
         while True:
             await asyncio.sleep(GOLDEN_INTERVAL_S)
             await asyncio.to_thread(self._worker.prove)

@@ -30,7 +30,7 @@ from edge_asr.health import give_back
 from edge_asr.hotwords import HotwordError
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Understanding
-from edge_asr.process_state import LOOK_S, Wait, cpu_s, is_stopped, resident_bytes, stands_still
+from edge_asr.process_state import LOOK_S, Limits, Wait, cpu_s, resident_bytes
 from edge_asr.settings import Settings
 from edge_asr.zygote import Zygote, ZygoteError
 
@@ -48,6 +48,9 @@ STEP_FACTOR: Final = 5.0
 """What a second of speech may take besides, over what a second of the golden recording took on this very box, slow or
 fast. Of honest steps the dearest is 30 s of speech played slower, 2.6 with the embedded model and 1.4 with 237 MB:
 attention grows faster than length, and the golden recording's features were known."""
+
+PING_LIMIT_S: Final = 4.0
+"""The same over a question that needs no work: with the time between two (``watchdog``) within WatchdogSec=."""
 
 STEPS: Final = 16
 """Runs of the model that an utterance may need: eight, with five languages and three paces."""
@@ -76,6 +79,9 @@ _RETUNING: Final = "the recognizer takes over other words and commands"
 
 _GOLDEN: Final = "golden"
 """The request to hear the golden recording: by the model alone, whose text no hotword changes."""
+
+_PING: Final = "ping"
+"""The request to say anything."""
 
 _REFUSALS: Final = (ModelError, HotwordError, GrammarError)
 
@@ -179,14 +185,6 @@ class Worker:
         """The process of this moment."""
         return self._process.pid
 
-    @property
-    def stands_still(self) -> bool:
-        """Whether the worker, or what would fork another, can do nothing: it is stopped or dead.
-
-        Asks the kernel only: while nobody asks it, a worker waits for a question and can hang in nothing else.
-        """
-        return stands_still(self._process.pid) or stands_still(self._zygote.pid)
-
     def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
         """As :meth:`Engine.understand`. Raises WorkerError."""
         return self._understand(utterance, final=final, attempts=2 if final else 1)  # nobody misses a partial
@@ -255,16 +253,17 @@ class Worker:
                 if heard != self.facts.golden:
                     self._replace("does not hear the golden recording rightly any more")
 
-    def revive(self) -> None:
-        """Replace what stands still. Raises WorkerError where that is not to be had."""
-        with self._turn:
-            if stands_still(self._zygote.pid):
-                self._zygote.close()  # so that nobody waits for its answer
-                raise WorkerError("no recognizer: the zygote was stopped or killed")
-            if is_stopped(self._process.pid):
-                self._replace("was stopped")
-            elif stands_still(self._process.pid):
-                self._replace(f"ended by {self._process.end()}")
+    def ping(self) -> None:
+        """Ask a worker that has nothing to do whether it is there; one that is not is replaced. Raises WorkerError."""
+        if not self._turn.acquire(blocking=False):
+            return  # somebody is asking it
+        try:
+            if not self._process.is_over:
+                self._process.ping()
+        except _EndedError as error:
+            self._replace(str(error))
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """End the worker."""
@@ -315,7 +314,7 @@ class Worker:
         for _ in range(LOAD_ATTEMPTS):
             process = _Process(self._zygote)
             try:
-                facts, _ = process.ask(plan, LOAD_LIMIT_S, work_s)
+                facts, _ = process.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, work_s))
             except _EndedError as error:
                 trouble = str(error)
                 log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
@@ -358,6 +357,11 @@ class _Process:
         self._how_it_ended = ""
 
     @property
+    def is_over(self) -> bool:
+        """Whether it was ended on purpose."""
+        return bool(self._how_it_ended)
+
+    @property
     def slowdown(self) -> float:
         """How many times as long as at its start everything takes by now, at least one."""
         return max(1.0, self.newest_golden_cpu_s / max(self.facts.golden_cpu_s, 0.01))
@@ -365,7 +369,8 @@ class _Process:
     def hear(self, request: object, speech_s: float) -> tuple[object, int]:
         """As :meth:`ask` about so much speech, in the time that each step may take on this box."""
         golden_cpu_s = max(self.facts.golden_cpu_s, self.newest_golden_cpu_s)
-        return self.ask(request, READ_LIMIT_S, step_limit_s(speech_s, golden_cpu_s / self.facts.golden_s))
+        step_s = step_limit_s(speech_s, golden_cpu_s / self.facts.golden_s)
+        return self.ask(request, Limits(LIMIT_S, READ_LIMIT_S, step_s))
 
     def hear_golden(self) -> str:
         """What it hears in the golden recording now. Raises _EndedError, WorkerError."""
@@ -381,7 +386,7 @@ class _Process:
         _EndedError, WorkerError.
         """
         before_s = self._spent_s()
-        answer, _ = self.ask(plan, LOAD_LIMIT_S, RETUNE_LIMIT_S, looked)
+        answer, _ = self.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, RETUNE_LIMIT_S), looked)
         if isinstance(answer, _REFUSALS):
             raise answer
         assert isinstance(answer, Vocabulary)  # noqa: S101 - what `serve` answers to this
@@ -395,18 +400,20 @@ class _Process:
         except OSError:  # dead, and reaped with another's end
             raise _EndedError(f"ended by {self.end()}") from None
 
-    def ask(
-        self, request: object, wait_s: float, work_s: float, looked: Callable[[], None] = lambda: None
-    ) -> tuple[object, int]:
+    def ping(self) -> None:
+        """Let it show that it takes requests. Raises _EndedError, WorkerError."""
+        self.ask(_PING, Limits(PING_LIMIT_S, READ_LIMIT_S, STEP_BASE_S))
+
+    def ask(self, request: object, limits: Limits, looked: Callable[[], None] = lambda: None) -> tuple[object, int]:
         """One question, one answer and the memory in use after it.
 
-        ``wait_s``: how long each step may sleep while it reads; ``work_s``: CPU time that it may take; ``looked`` is
-        called at each look at what takes longer than one. Raises _EndedError, WorkerError.
+        The limits hold for each step; ``looked`` is called at each look at what takes longer than one. Raises
+        _EndedError, WorkerError.
         """
         try:
             self._line.send(request)
             for _ in range(STEPS):
-                self._await_word(wait_s, work_s, looked)
+                self._await_word(limits, looked)
                 answer: tuple[object, int] | None = self._line.recv()
                 if answer is not None:
                     return answer
@@ -418,12 +425,12 @@ class _Process:
         self.end()
         raise _EndedError(f"took more than {STEPS} steps")
 
-    def _await_word(self, wait_s: float, work_s: float, looked: Callable[[], None]) -> None:
+    def _await_word(self, limits: Limits, looked: Callable[[], None]) -> None:
         wait = Wait(self.pid)
         while not self._line.poll(min(LIMIT_S, LOOK_S)):
             looked()
             wait.look()
-            fault = wait.fault(LIMIT_S, wait_s, work_s)
+            fault = wait.fault(limits)
             if fault:
                 self.end()
                 raise _EndedError(fault)
@@ -467,6 +474,9 @@ def serve(line: socket.socket) -> None:
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
+            if request == _PING:
+                connection.send((None, 0))
+                continue
             try:
                 engine, answer = _answered(engine, request, step=lambda: connection.send(None))
             except _REFUSALS as error:

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NoReturn
 
-from edge_asr.process_state import LOOK_S, Wait
+from edge_asr.process_state import LOOK_S, Limits, Wait
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Zygote:
             with contextlib.suppress(TimeoutError):
                 return self._control.recv(_ORDER_BYTES)
             wait.look()
-            fault = wait.fault(LIMIT_S, READ_LIMIT_S, WORK_LIMIT_S)
+            fault = wait.fault(Limits(LIMIT_S, READ_LIMIT_S, WORK_LIMIT_S))
             if fault:
                 self._give_up(f"the zygote {fault}")  # a late answer would be taken for the next order's
 

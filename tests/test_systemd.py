@@ -602,6 +602,7 @@ def order(site: Sysbox) -> Iterator[Sysbox]:
     site.run("systemctl", "reset-failed", "edge-asr", check=False)
     site.run("systemctl", "stop", "sound")
     site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
+    site.run("rm", "-f", "/etc/systemd/system/edge-asr.service.d/unasked.conf")
     site.run("systemctl", "daemon-reload")
 
 
@@ -629,6 +630,17 @@ def grandchild(box: Sysbox, name: str) -> int:
     (zygote,) = children(box, main_pid(box))
     (found,) = (each for each in children(box, zygote) if box.run("cat", f"/proc/{each}/comm").strip() == name)
     return found
+
+
+def hold_up_orders(box: Sysbox) -> None:
+    """Let the recognizer hang from the order on; nobody asks it before whether it is there."""
+    quiet = "from edge_asr import cli, watchdog; watchdog.PING_INTERVAL_S = 3600; cli.main()"
+    command = f"{PYTHON} -c '{quiet}' run --settings /etc/edge-asr/settings.yaml"
+    box.write("/etc/systemd/system/edge-asr.service.d/unasked.conf", f"[Service]\nExecStart=\nExecStart={command}\n")
+    box.run("systemctl", "daemon-reload")
+    capturing(box)
+    doze(pid_outside(box, recognizer(box)))
+    box.wait_for("the order", lambda: box.show("edge-asr", "NFileDescriptorStore") == "1")
 
 
 def capturing(box: Sysbox) -> None:
@@ -775,10 +787,10 @@ def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
     for noticed_s in (
         devices.STALL_S + capture.LIMIT_S,
         watchdog.COMMIT_INTERVAL_S + watchdog.COMMIT_LIMIT_S + watchdog.LOOK_S,
-        watchdog.ZYGOTE_INTERVAL_S + zygote.LIMIT_S + process_state.LOOK_S + watchdog.LOOK_S,
-        zygote.END_S + process_state.LOOK_S + watchdog.ZYGOTE_INTERVAL_S,  # an honest end is none
+        watchdog.PING_INTERVAL_S + zygote.LIMIT_S + process_state.LOOK_S + watchdog.LOOK_S,
+        zygote.END_S + process_state.LOOK_S + watchdog.PING_INTERVAL_S,  # an honest end is none
         worker.LIMIT_S + process_state.LOOK_S,
-        watchdog.STILL_LOOKS * watchdog.LOOK_S,  # while nobody speaks
+        watchdog.PING_INTERVAL_S + worker.PING_LIMIT_S + process_state.LOOK_S,  # while nobody speaks
         worker.step_limit_s(Vad().max_utterance_s, HERE) + process_state.LOOK_S,
         worker.step_limit_s(2.0, SLOW) + process_state.LOOK_S,  # the golden recording
         worker.load_limit_s(LOADING_S) + process_state.LOOK_S,
@@ -806,9 +818,7 @@ def test_the_hangs_that_take_longer_than_the_watchdogs_time_are_documented_with_
 
 
 def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and_obeys_the_order(order: Sysbox) -> None:
-    capturing(order)
-    doze(pid_outside(order, recognizer(order)))
-    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
+    hold_up_orders(order)
     with standing_still(order, "epoll_wait"):
         order.wait_for("the watchdog", lambda: "Watchdog timeout" in everything_logged(order), 12)
         order.wait_for("a restart", lambda: restarts(order) == 1)
@@ -820,7 +830,7 @@ def test_a_deadlocked_event_loop_ends_in_a_restart_that_shows_where_it_stood_and
 @pytest.mark.parametrize(
     ("harm", "cause"),
     [
-        (doze, "hung for more than 8 s"),
+        (doze, "hung for more than [48] s"),
         (spin, "computed without an end for more than 2"),
         (lambda pid: os.kill(pid, signal.SIGSEGV), "ended by SIGSEGV"),
     ],
@@ -837,9 +847,7 @@ def test_a_recognizer_that_hangs_spins_or_dies_is_replaced_without_a_restart(
 
 
 def test_a_daemon_killed_over_an_order_obeys_it_after_the_restart(order: Sysbox) -> None:
-    order.run("systemctl", "start", "edge-asr")
-    doze(pid_outside(order, recognizer(order)))
-    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
+    hold_up_orders(order)
     order.run("systemctl", "kill", "--signal=KILL", "edge-asr")
     recovers(order)
     (zygote,) = children(order, main_pid(order))
@@ -860,9 +868,7 @@ def test_a_sound_driver_that_crashes_costs_no_restart_and_shows_where_it_stood(o
 
 
 def test_a_daemon_that_crashes_costs_a_moment_and_no_utterance_that_was_heard(order: Sysbox) -> None:
-    capturing(order)
-    doze(pid_outside(order, recognizer(order)))
-    order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
+    hold_up_orders(order)
     order.run("kill", "-SEGV", str(main_pid(order)))
     order.wait_for("a restart", lambda: restarts(order) == 1)
     assert "Fatal Python error: Segmentation fault" in everything_logged(order)

@@ -261,9 +261,9 @@ def test_a_box_that_has_become_slow_gets_the_time_that_it_needs_now(
     asked: list[float] = []
     hear = worker._Process.ask  # noqa: SLF001
 
-    def ask(process: worker._Process, request: object, limit_s: float, work_s: float) -> tuple[object, int]:
-        asked.append(work_s)
-        return hear(process, request, limit_s, work_s)
+    def ask(process: worker._Process, request: object, limits: process_state.Limits) -> tuple[object, int]:
+        asked.append(limits.work_s)
+        return hear(process, request, limits)
 
     monkeypatch.setattr(worker._Process, "ask", ask)  # noqa: SLF001
     first = walled.facts.golden_cpu_s
