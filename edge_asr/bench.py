@@ -73,9 +73,9 @@ def _stages(engine: Engine, options: Settings, pcm: Sequence[bytes]) -> list[Sta
         Stage("recognizer, onnxruntime", lambda index: engine.recognizer.recognize(pcm[index])),
         Stage("recognizer, sherpa-onnx", lambda index: sherpa.recognize(pcm[index])),
     ]
-    hotwords, interpreter = engine.hotwords, engine.interpreter
-    if hotwords is not None:
-        stages.append(Stage("hotwords", lambda index: hotwords.apply(heard[index])))
+    decoder, interpreter = engine.decoder, engine.interpreter
+    if decoder is not None:
+        stages.append(Stage("language model, hotwords", lambda index: decoder.apply(heard[index])))
     if interpreter is not None:
         stages.append(Stage("command grammar", lambda index: interpreter.interpret(heard[index])))
     stages.append(Stage("everything, as the daemon", lambda index: list(engine.hear(pcm[index], options.vad))))

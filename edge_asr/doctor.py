@@ -167,7 +167,7 @@ def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
         hotwords = build_hotwords(load_hotwords(options.hotwords), recognizer)
     except HotwordError as error:
         return Finding("hotwords", "failed", str(error).splitlines()[0], "mend it")
-    if hotwords is None:
+    if not hotwords:
         return Finding("hotwords", "ok", "none")
     if hotwords.unspellable:
         words = ", ".join(hotwords.unspellable[:8])

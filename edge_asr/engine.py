@@ -18,9 +18,11 @@ from edge_asr.commands import Interpreter
 from edge_asr.events import Utterance
 from edge_asr.hotwords import Hotword, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
+from edge_asr.language_model import LanguageModel
 from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.pipeline import Ear, Understanding, understand
 from edge_asr.settings import Settings
+from edge_asr.text_decoding import TextDecoder
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,9 @@ class Engine:
 
     files: ModelFiles
     recognizer: OnnxRecognizer | SherpaRecognizer
-    hotwords: Hotwords | None
+    decoder: TextDecoder | None
+    """None: what the recognizer writes by itself stands."""
+    language_model: LanguageModel | None
     interpreter: Interpreter | None
     new_detector: Callable[[], SileroDetector]
 
@@ -93,9 +97,10 @@ class Engine:
         vad = model_store.locate_vad()
         graph = prepared.find(files, options.models_directory, options.model)
         recognizer = inference.open_recognizer(files, options.model, graph)
-        words = build_hotwords(listed.hotwords, recognizer)
+        language_model = build_language_model(files, options.model, recognizer)
+        decoder = build_decoder(listed.hotwords, recognizer, language_model)
         interpreter = build_interpreter(options.commands, listed.grammars, recognizer)
-        return cls(files, recognizer, words, interpreter, lambda: SileroDetector(vad))
+        return cls(files, recognizer, decoder, language_model, interpreter, lambda: SileroDetector(vad))
 
     @property
     def name(self) -> str:
@@ -104,14 +109,14 @@ class Engine:
 
     def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
         """Recognize an utterance; a final one is interpreted too. Blocking."""
-        return understand(utterance, self.recognizer, self.hotwords, self.interpreter if final else None)
+        return understand(utterance, self.recognizer, self.decoder, self.interpreter if final else None)
 
     def under(self, options: Settings, vocabulary: Vocabulary) -> Engine:
         """The same ears with the hotwords and grammars of other settings. Raises GrammarError."""
-        words = build_hotwords(vocabulary.hotwords, self.recognizer)
+        decoder = build_decoder(vocabulary.hotwords, self.recognizer, self.language_model)
         self.recognizer.step()
         interpreter = build_interpreter(options.commands, vocabulary.grammars, self.recognizer)
-        return replace(self, hotwords=words, interpreter=interpreter)
+        return replace(self, decoder=decoder, interpreter=interpreter)
 
     def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
         """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
@@ -168,10 +173,31 @@ def build_interpreter(
     return interpreter
 
 
-def build_hotwords(listed: Sequence[Hotword], recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords | None:
-    """The site's words under the model's tokens; None without any."""
-    if not listed:
+def build_language_model(
+    files: ModelFiles, options: settings.Model, recognizer: OnnxRecognizer | SherpaRecognizer
+) -> LanguageModel | None:
+    """What the model brings to weigh words by; None where it brings nothing, or the engine no posteriors.
+
+    Raises ModelError.
+    """
+    if not options.language_model or files.language_model is None or isinstance(recognizer, SherpaRecognizer):
         return None
+    return LanguageModel.load(files.language_model, len(recognizer.table))
+
+
+def build_decoder(
+    listed: Sequence[Hotword],
+    recognizer: OnnxRecognizer | SherpaRecognizer,
+    language_model: LanguageModel | None = None,
+) -> TextDecoder | None:
+    """The site's words and the language model under the model's tokens; None without any."""
+    if not listed and language_model is None:
+        return None
+    return TextDecoder(build_hotwords(listed, recognizer), recognizer.table, language_model)
+
+
+def build_hotwords(listed: Sequence[Hotword], recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords:
+    """The site's words under the model's tokens."""
     words = Hotwords(listed, recognizer.table)
     if words.unspellable:
         never = ", ".join(words.unspellable)

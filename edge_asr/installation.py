@@ -223,7 +223,7 @@ def check_signature(folder: Path, signed_by: Path | None) -> None:
 
 def _is_wanted(name: str) -> bool:
     """Whether a file may belong to a model; recordings are golden ones."""
-    suffixes = (".onnx", ".txt", ".json", ".sig", ".wav", ".flac")
+    suffixes = (".onnx", ".npz", ".txt", ".json", ".sig", ".wav", ".flac")
     return not name.startswith(".") and (name.endswith(suffixes) or name.startswith(_TEXTS))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 TOKENS = "tokens.txt"
+LANGUAGE_MODEL = "language_model.npz"
 UNVERIFIED = "unverified"
 """The version of a model that nobody vouches for."""
 
@@ -145,6 +146,11 @@ class ModelFiles:
     def name(self) -> str:
         """The manifest's name."""
         return self.manifest.name
+
+    @property
+    def language_model(self) -> Path | None:
+        """What the model brings to weigh words by; see ``language_model``."""
+        return self.model.parent / LANGUAGE_MODEL if LANGUAGE_MODEL in self.manifest.files else None
 
 
 _SENSE_VOICE_TOKENS = ManifestFile(

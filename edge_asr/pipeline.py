@@ -4,9 +4,9 @@
 2. Each source's :class:`Ear` gives the frame its speech probability and feeds the gate (``speech``).
 3. A closed utterance enters its source's bounded queue of finals (``turns``); the sources take turns. A full queue
    makes the listener wait, the source's buffer fill, and at last the oldest audio go: finals are never dropped.
-4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), prefers the
-   site's own words in its text (``hotwords``) and interprets it (``commands``); :meth:`Pipeline._append` appends
-   transcript, command or rejection to the outbox in one commit (``outbox``). While there is no final, the growing
+4. :func:`understand` recognizes one utterance at a time in the recognizer's own thread (``inference``), writes it in
+   likely words and the site's own (``text_decoding``) and interprets it (``commands``); :meth:`Pipeline._append` puts
+   transcript, command or rejection into the outbox in one commit (``outbox``). While there is no final, the growing
    utterance of whoever speaks is recognized: a partial. Half-way into the closing silence the utterance is what it will
    be if nobody speaks on: it is understood then, *foreseen*, so that at the gate's closing only the commit is left.
 5. From there the publisher takes over; nothing here knows or waits for a broker.
@@ -45,12 +45,12 @@ from edge_asr.events import (
     derived_id,
 )
 from edge_asr.hearing import SourceMeter
-from edge_asr.hotwords import Hotwords
 from edge_asr.inference import RecognizerError
 from edge_asr.outbox import OutboxError
 from edge_asr.posteriors import Recognition
 from edge_asr.speech import SpeechGate
 from edge_asr.spool import Spool
+from edge_asr.text_decoding import TextDecoder
 from edge_asr.turns import Kind, Turns
 
 log = logging.getLogger(__name__)
@@ -239,14 +239,14 @@ class Ear:
 
 
 def understand(
-    utterance: Utterance, recognizer: Recognizer, hotwords: Hotwords | None, interpreter: Interpreter | None
+    utterance: Utterance, recognizer: Recognizer, decoder: TextDecoder | None, interpreter: Interpreter | None
 ) -> Understanding:
     """Recognize and interpret one utterance; blocking."""
     began = time.perf_counter()
     try:
         recognition = recognizer.recognize(utterance.pcm)
-        if hotwords is not None:
-            recognition = hotwords.apply(recognition)
+        if decoder is not None:
+            recognition = decoder.apply(recognition)
         recognized = time.perf_counter()
         decision = interpreter.interpret(recognition) if interpreter is not None else None  # it may listen again
     except RecognizerError as error:

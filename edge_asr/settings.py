@@ -89,6 +89,8 @@ class Model(_Section):
     """Fixed language, or auto."""
     languages: tuple[Literal["zh", "en", "yue", "ja", "ko"], ...] = ()
     """With auto: the languages spoken at this site; anything else heard is rejected. Empty: all."""
+    language_model: bool = True
+    """Weigh what may have been said by how likely its words follow each other, where the model knows that."""
     use_itn: bool = False
     """Write numbers as digits and add punctuation; command grammars work on spoken words, so off by default."""
     threads: Annotated[int, Field(ge=1, le=64)] = 1

@@ -38,6 +38,8 @@ ORDER = (
         "outbox",
         "audit",
         "model_store",
+        "language_model",
+        "text_decoding",
         "archive",
         "download",
         "signature",

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from edge_asr import settings
 from edge_asr.audio import read_file
 from edge_asr.engine import Engine
 from edge_asr.events import Token, Transcript
-from edge_asr.hotwords import Hotword, HotwordError, Hotwords, aligned, best_tokens, load
+from edge_asr.hotwords import Hotword, HotwordError, Hotwords, load
 from edge_asr.inference import load_tokens
 from edge_asr.model_store import bundled, locate
 from edge_asr.posteriors import BLANK, FRAME_S, Recognition, TokenTable, greedy, log_softmax, transcribe
+from edge_asr.text_decoding import TextDecoder, aligned, best_tokens
 
 Floats = NDArray[np.float32]
 
@@ -66,11 +67,15 @@ def heard(*frames: str | Mapping[str, float], table: TokenTable = TABLE) -> Reco
     return Recognition(transcribe(log_posteriors, ["en", "NEUTRAL", "Speech"], table), log_posteriors)
 
 
-def listed(*phrases: str, weight: float = 1.0) -> Hotwords:
-    return Hotwords([Hotword(phrase, weight) for phrase in phrases], TABLE)
+def decoder(hotwords: Iterable[Hotword], table: TokenTable = TABLE) -> TextDecoder:
+    return TextDecoder(Hotwords(hotwords, table), table)
 
 
-def text_of(hotwords: Hotwords, *frames: str | Mapping[str, float]) -> str:
+def listed(*phrases: str, weight: float = 1.0) -> TextDecoder:
+    return decoder(Hotword(phrase, weight) for phrase in phrases)
+
+
+def text_of(hotwords: TextDecoder, *frames: str | Mapping[str, float]) -> str:
     return hotwords.apply(heard(*frames)).transcript.text
 
 
@@ -125,10 +130,9 @@ def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     }  # "▁a" and "a" are one token, "▁b" is two
     bonus = {phrase: weight * letters[phrase] for phrase, weight in weights.items()}
     scores = by_brute_force(log_posteriors, TINY, bonus)
-    hotwords = Hotwords(
-        [Hotword(phrase, weight) for phrase, weight in weights.items()], TINY, beam=10**6, margin=math.inf
-    )
-    tokens, score = hotwords.search(log_posteriors)
+    hotwords = Hotwords([Hotword(phrase, weight) for phrase, weight in weights.items()], TINY)
+    decoder = TextDecoder(hotwords, TINY, beam=10**6, margin=math.inf)
+    tokens, score = decoder.search(log_posteriors)
     assert score == pytest.approx(max(scores.values()), abs=1e-3)
     assert scores[tuple(tokens)] == pytest.approx(score, abs=1e-3)
 
@@ -158,7 +162,7 @@ def pattern_of(phrase: str) -> tuple[int, str]:
 )
 def test_hotwords_are_found_leftmost_longest_and_between_word_boundaries(text: str, phrases: set[str]) -> None:
     longest_first = "|".join(pattern for _, pattern in sorted(map(pattern_of, phrases), reverse=True))
-    hotwords = Hotwords([Hotword("@", 1.0, (phrase,)) for phrase in phrases], LETTERS)
+    hotwords = decoder([Hotword("@", 1.0, (phrase,)) for phrase in phrases], LETTERS)
     expected = re.sub(longest_first, "@", text, flags=re.IGNORECASE)
     assert hotwords.apply(written_as(text)).transcript.text == expected.strip()
 
@@ -167,7 +171,7 @@ def test_hotwords_are_found_leftmost_longest_and_between_word_boundaries(text: s
 @given(posteriors_of(TINY, 8))
 def test_where_no_hotword_is_heard_the_greedy_result_stays_to_the_token(log_posteriors: Floats) -> None:
     recognition = Recognition(transcribe(log_posteriors, ["en", "", ""], TINY), log_posteriors)
-    for hotwords in (Hotwords([], TINY), Hotwords([Hotword("b b b b b b b", 1.0)], TINY)):
+    for hotwords in (decoder([], TINY), decoder([Hotword("b b b b b b b", 1.0)], TINY)):
         assert hotwords.apply(recognition) is recognition
 
 
@@ -196,7 +200,7 @@ def test_frames_spread_over_the_whole_vocabulary_hear_nothing_and_hide_nothing(s
     logits = np.random.default_rng(0).normal(0, spread, (40, len(table)))
     noise = log_softmax(logits.astype(np.float32))
     assert noise.max() < math.log(0.02)
-    eager = Hotwords([Hotword("belt", 20.0)], table)
+    eager = decoder([Hotword("belt", 20.0)], table)
     alone = Recognition(transcribe(noise, ["en", "", ""], table), noise)
     assert eager.apply(alone) is alone
     speech = heard("▁the", "▁drum", "▁b", DOUBTFUL_ELT, table=table).log_posteriors
@@ -267,7 +271,7 @@ def test_a_product_code_is_heard_as_it_is_said() -> None:
 
 
 def test_what_the_model_writes_instead_can_be_listed() -> None:
-    hotwords = Hotwords([Hotword("Kerr", 1.0, ("c er",))], TABLE)
+    hotwords = decoder([Hotword("Kerr", 1.0, ("c er",))])
     assert text_of(hotwords, "▁the", "▁c", "▁", "er") == "the Kerr"
 
 
@@ -338,7 +342,8 @@ def test_a_list_that_is_not_there_and_a_word_without_letters_are_errors(tmp_path
 
 
 def test_hotwords_that_the_model_cannot_write_are_reported() -> None:
-    assert listed("RCCB", "Zylinder", "3号", "4号").unspellable == ("Zylinder", "4号")
+    listed = [Hotword(phrase, 1.0) for phrase in ("RCCB", "Zylinder", "3号", "4号")]
+    assert Hotwords(listed, TABLE).unspellable == ("Zylinder", "4号")
 
 
 # ---------------------------------------------------------------- the product

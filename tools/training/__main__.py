@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from training import evaluate, export, fit, front, people, prove, texts, tokens, voices
+from edge_asr.model_store import LANGUAGE_MODEL
+from training import evaluate, export, fit, front, language_model, people, prove, texts, tokens, voices
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
@@ -49,7 +51,8 @@ def train(work: Path, options: argparse.Namespace) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
     parser.add_argument(
-        "step", choices=("all", "synthesize", "prepare", "train", "blend", "export", "prove", "evaluate")
+        "step",
+        choices=("all", "synthesize", "prepare", "train", "blend", "export", "language-model", "prove", "evaluate"),
     )
     parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
@@ -73,32 +76,35 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _evaluate(work: Path, model: Path, options: argparse.Namespace) -> None:
+    figures = evaluate.everything(model, work, options.shared, options.folds)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     options = _options()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    steps = (
-        ("synthesize", "prepare", "train", "export", "prove", "evaluate") if options.step == "all" else (options.step,)
-    )
-    model = work / "models" / options.name
-    for step in steps:
-        print(f"== {step}", flush=True)
-        if step == "synthesize":
-            synthesize(work)
-        elif step == "prepare":
-            prepare(work)
-        elif step == "train":
-            train(work, options)
-        elif step == "blend":
-            fit.blend({work / f"{name}.pt": float(share) for name, share in options.of}, work / f"{options.name}.pt")
-        elif step == "export":
-            export.export(work / f"{options.name}.pt", tokens.Tokenizer(work / "pieces.model"), model)
-        elif step == "prove":
-            prove.everything(model, work, options.size)
-        elif step == "evaluate":
-            figures = evaluate.everything(model, work, options.shared, options.folds)
-            if options.json is not None:
-                options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    model, checkpoint = work / "models" / options.name, work / f"{options.name}.pt"
+
+    def pieces() -> tokens.Tokenizer:
+        return tokens.Tokenizer(work / "pieces.model")
+
+    steps: dict[str, Callable[[], None]] = {
+        "synthesize": lambda: synthesize(work),
+        "prepare": lambda: prepare(work),
+        "train": lambda: train(work, options),
+        "blend": lambda: fit.blend({work / f"{name}.pt": float(share) for name, share in options.of}, checkpoint),
+        "export": lambda: export.export(checkpoint, pieces(), model),
+        "language-model": lambda: language_model.write(pieces(), evaluate.unheard(), model / LANGUAGE_MODEL),
+        "prove": lambda: prove.everything(model, work, options.size),
+        "evaluate": lambda: _evaluate(work, model, options),
+    }
+    for step, take in steps.items():
+        if options.step == step or (options.step == "all" and step != "blend"):
+            print(f"== {step}", flush=True)
+            take()
 
 
 if __name__ == "__main__":

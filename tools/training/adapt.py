@@ -3,7 +3,8 @@
 Sentences of the site's grammars and hotwords are synthesized, the site's own labelled recordings are added, and the
 upper layers learn from both, mixed with general sentences so that nothing is forgotten. What is kept is the point
 between the old and the new weights that hears the site best and the rest no worse (Wortsman et al., "Robust fine-tuning
-of zero-shot models", 2022); where no such point is better, nothing is written and the exit code is 1.
+of zero-shot models", 2022); where no such point is better, nothing is written and the exit code is 1. The language
+model beside it is made anew, and reads many more of the site's sentences than were spoken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,7 +27,8 @@ from torch import Tensor
 from edge_asr import grammar, settings
 from edge_asr import hotwords as hotword_lists
 from edge_asr.inference import Contract, Features
-from training import export, people, restore, texts, voices
+from edge_asr.model_store import LANGUAGE_MODEL
+from training import export, language_model, people, restore, texts, voices
 from training.examples import Pool, batches
 from training.fit import losses, masked
 from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network
@@ -35,12 +37,17 @@ from training.texts import Sentence
 from training.tokens import Tokenizer
 from training.voices import Said
 
+SITE_READ = 4000
+"""Sentences of the site that the language model reads; it costs no time to speak of."""
 HELD_OUT_EVERY = 5
 """One in so many utterances of the site is not trained on but measured."""
 FORGETTING = 0.01
 """How much worse the general word error rate may become, in points of 1."""
 BLENDS = (1.0, 0.75, 0.5, 0.25)
 """Shares of the new weights that are tried."""
+
+Rates = tuple[float, float]
+"""Word error rates on the site and on the rest."""
 
 
 class AdaptError(Exception):
@@ -50,8 +57,6 @@ class AdaptError(Exception):
 @dataclass(frozen=True, slots=True)
 class Plan:
     minutes: float = 20.0
-    sentences: int = 400
-    """Synthesized from the grammars and hotwords, and as many general ones."""
     site_share: float = 0.6
     """Of what is heard while learning."""
     rate: float = 1.0e-4
@@ -151,21 +156,56 @@ def _split(said: Sequence[Said]) -> tuple[list[Said], list[Said]]:
     return [s for at, s in enumerate(ordered) if at % HELD_OUT_EVERY], ordered[::HELD_OUT_EVERY]
 
 
-def package(network: Network, base: Path, out: Path, name: str, figures: dict[str, float]) -> None:
-    """OUT: the model, its tokens and a manifest, as `edge-asr models import` takes them."""
+def package(network: Network, base: Path, out: Path) -> None:
+    """OUT: the model and its tokens."""
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "model.onnx"
         export.write_float(network, whole)
         export.quantize(whole, out / "model.int8.onnx", network)
     shutil.copy(base / "tokens.txt", out / "tokens.txt")
+
+
+def describe(base: Path, out: Path, name: str, figures: dict[str, float]) -> None:
+    """The manifest of what lies in OUT, as `edge-asr models import` takes it."""
     described = f"adapted from {base.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     origin = f"{base.name} of edge-asr, adapted by tools/adapt on the site's own sentences and recordings"
     export.describe(out, name, described, ["en"], "MIT", origin)
 
 
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is learned from, and what is measured on."""
+
+    site: list[Said]
+    site_held: list[Said]
+    rest: list[Said]
+    rest_held: list[Said]
+    read: list[str]
+    """Sentences of the site for the language model."""
+
+    @classmethod
+    def gathered(cls, options: argparse.Namespace) -> Material:
+        """From the options. Raises AdaptError."""
+        recorded = [each for path in options.manifest for each in people.utterances(path)]
+        named = options.grammar or options.hotwords
+        draw = site_sentences(Random(3), options.grammar, options.hotwords) if named else None
+        said = _spoken(options.work, "site", options.sentences, draw) if draw is not None else []
+        if not recorded and not said:
+            raise AdaptError("nothing to learn from: name --manifest, --grammar or --hotwords")
+        site, site_held = _split([*recorded, *said])
+        rest, rest_held = _split(_spoken(options.work, "rest", options.sentences, general_sentences(Random(4))))
+        drawn = [next(draw).text for _ in range(SITE_READ)] if draw is not None else []
+        return cls(site, site_held, rest, rest_held, [*(each.text for each in site), *drawn])
+
+    @property
+    def unheard(self) -> frozenset[str]:
+        """What nobody may learn from, in sound or in writing."""
+        return frozenset(each.text for each in (*self.site_held, *self.rest_held))
+
+
 def adapt(options: argparse.Namespace) -> int:
-    plan = Plan(minutes=options.minutes, sentences=options.sentences)
+    plan = Plan(minutes=options.minutes)
     tokenizer = Tokenizer(options.pieces)
     listed = (options.model / "tokens.txt").read_text(encoding="utf-8").splitlines()
     if [line.split(" ")[0] for line in listed] != tokenizer.pieces:
@@ -174,48 +214,49 @@ def adapt(options: argparse.Namespace) -> int:
     front = network.front
     mean, deviation = front.neg_mean.numpy(), front.inv_stddev.numpy()
     contract = Contract(7, 6, 32768.0, mean, deviation, LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, 0)
-    recorded = [each for path in options.manifest for each in people.utterances(path)]
-    draw = site_sentences(Random(3), options.grammar, options.hotwords) if options.grammar or options.hotwords else None
-    said = _spoken(options.work, "site", plan.sentences, draw) if draw is not None else []
-    if not recorded and not said:
-        raise AdaptError("nothing to learn from: name --manifest, --grammar or --hotwords")
-    rest_said = _spoken(options.work, "rest", plan.sentences, general_sentences(Random(4)))
-    (site, site_held), (rest, rest_held) = _split([*recorded, *said]), _split(rest_said)
+    material = Material.gathered(options)
     noises: list[Noise] = made(np.random.default_rng(1), 40)
     for folder in options.noise:
         noises += recordings(folder, "0123456789")
     ears, old = Ears(contract, tokenizer), {name: value.clone() for name, value in network.state_dict().items()}
 
-    def rates() -> tuple[float, float]:
-        return ears.word_error_rate(network, site_held), ears.word_error_rate(network, rest_held)
+    def rates() -> Rates:
+        site, rest = (ears.word_error_rate(network, held) for held in (material.site_held, material.rest_held))
+        return site, rest
 
     before = rates()
     print(f"before: word error rate {before[0]:.3f} on the site, {before[1]:.3f} on the rest", flush=True)
-    learn(network, Pool([*site, *rest], noises, 1), Pool(rest, noises, 2), contract, tokenizer, plan)
+    pools = Pool([*material.site, *material.rest], noises, 1), Pool(material.rest, noises, 2)
+    learn(network, *pools, contract, tokenizer, plan)
+    after = best_blend(network, old, before, rates)
+    if after is None:
+        print("nothing is better on the site without being worse on the rest: no model written", file=sys.stderr)
+        return 1
+    figures = {"site WER before": before[0], "after": after[0], "rest before": before[1], "rest after": after[1]}
+    package(network, options.model, options.out)
+    language_model.write(tokenizer, material.unheard, options.out / LANGUAGE_MODEL, material.read)
+    describe(options.model, options.out, options.name, figures)
+    print(f"{options.out}: written; `edge-asr models import {options.out}` takes it", flush=True)
+    return 0
+
+
+def best_blend(network: Network, old: dict[str, Tensor], before: Rates, rates: Callable[[], Rates]) -> Rates | None:
+    """Leave in the network the blend of old and new weights that hears the site best, and what it reaches.
+
+    None where none is better on the site without being worse on the rest.
+    """
     new = {name: value.clone() for name, value in network.state_dict().items()}
     tried = {}
     for share in BLENDS:
         network.load_state_dict(blended(old, new, share))
-        tried[share] = rates()
-        print(
-            f"{share:4.0%} of the new weights: {tried[share][0]:.3f} on the site, {tried[share][1]:.3f} on the rest",
-            flush=True,
-        )
+        site, rest = tried[share] = rates()
+        print(f"{share:4.0%} of the new weights: {site:.3f} on the site, {rest:.3f} on the rest", flush=True)
     kept = {share: rate for share, rate in tried.items() if rate[1] <= before[1] + FORGETTING and rate[0] < before[0]}
     if not kept:
-        print("nothing is better on the site without being worse on the rest: no model written", file=sys.stderr)
-        return 1
+        return None
     share = min(kept, key=lambda each: kept[each])
     network.load_state_dict(blended(old, new, share))
-    figures = {
-        "site WER before": before[0],
-        "after": kept[share][0],
-        "rest before": before[1],
-        "rest after": kept[share][1],
-    }
-    package(network, options.model, options.out, options.name, figures)
-    print(f"{options.out}: written; `edge-asr models import {options.out}` takes it", flush=True)
-    return 0
+    return kept[share]
 
 
 def main() -> None:
@@ -234,7 +275,12 @@ def main() -> None:
     )
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
     parser.add_argument("--minutes", type=float, default=20.0, help="of learning (default: %(default)s)")
-    parser.add_argument("--sentences", type=int, default=400, help="synthesized per kind (default: %(default)s)")
+    parser.add_argument(
+        "--sentences",
+        type=int,
+        default=400,
+        help="synthesized of the site, and as many general ones (default: %(default)s)",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.out.exists():

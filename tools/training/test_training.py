@@ -20,8 +20,21 @@ from hypothesis import strategies as st
 from edge_asr import evaluation, inference, model_store
 from edge_asr.commands import load_graph
 from edge_asr.installation import Store
+from edge_asr.language_model import LanguageModel, bits
 from edge_asr.text_matching import TextMatcher
-from training import examples, export, fit, kokoro, noise, package, restore, sense_voice, texts
+from training import (
+    evaluate,
+    examples,
+    export,
+    fit,
+    kokoro,
+    language_model,
+    noise,
+    package,
+    restore,
+    sense_voice,
+    texts,
+)
 from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
 from training.tokens import TAGS as ALL_TAGS
@@ -286,3 +299,73 @@ def test_a_checkpoint_becomes_a_package_that_the_store_takes(
     manifest = Store(tmp_path / "models").add(tmp_path / "packed", None)
     assert (manifest.name, manifest.licence) == ("SenseVoiceSmall-site", package.LICENCE)
     assert set(manifest.files) == {"model.int8.onnx", "tokens.txt"}
+
+
+SENTENCES = st.lists(
+    st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 3)), min_size=1, max_size=12
+)
+
+
+@given(SENTENCES, st.dictionaries(st.integers(2, 3), st.integers(2, 4)), st.lists(st.integers(0, 4), max_size=2))
+@settings(deadline=None)
+def test_what_may_follow_any_context_adds_up_to_one(
+    sentences: list[tuple[list[int], int]], least: dict[int, int], context: list[int]
+) -> None:
+    smoothed = language_model.Smoothed(language_model.counted(sentences, 3, bits(5)), 5, least)
+    row = LanguageModel(smoothed.arrays(), 5).row(tuple(context))
+    assert np.exp(row.astype(np.float64)).sum() == pytest.approx(1.0, abs=0.05)  # stored to a sixteenth of a nat
+    exact = np.array(
+        [smoothed.probability(len(context) + 1, np.array([_packed([*context, token])])) for token in range(5)]
+    )
+    assert exact.sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def _packed(tokens: list[int]) -> np.uint64:
+    key = 0
+    for token in tokens:
+        key = key << bits(5) | token
+    return np.uint64(key)
+
+
+@given(SENTENCES)
+@settings(deadline=None)
+def test_probabilities_are_those_of_the_formula_written_out(sentences: list[tuple[list[int], int]]) -> None:
+    """Chen and Goodman 1999, section 3: by counting in dictionaries what the arrays hold."""
+    smoothed = language_model.Smoothed(language_model.counted(sentences, 3, bits(5)), 5, {})
+    read = {n: Counter[tuple[int, ...]]() for n in (1, 2, 3)}
+    for tokens, repeated in sentences:
+        edged = (0, *tokens, 0)
+        for n in (1, 2, 3):
+            for at in range(max(0, 1 if n == 1 else 0), len(edged) - n + 1):
+                read[n][edged[at : at + n]] += repeated
+    counts = {3: dict(read[3])}
+    for n in (1, 2):
+        continued = Counter(gram[1:] for gram in read[n + 1])
+        begins = {gram: count for gram, count in read[n].items() if n > 1 and gram[0] == 0}
+        counts[n] = {**continued, **begins}
+
+    def discounted(n: int) -> dict[tuple[int, ...], float]:
+        each = language_model.discounts(np.array(list(counts[n].values()), np.float64))
+        return dict(zip(counts[n], each, strict=True))
+
+    taken = {n: discounted(n) for n in (1, 2, 3)}
+
+    def probability(gram: tuple[int, ...]) -> float:
+        n = len(gram)
+        shorter = probability(gram[1:]) if n > 1 else 1 / 5
+        same = [each for each in counts[n] if each[:-1] == gram[:-1]]
+        total = sum(counts[n][each] for each in same)
+        if not total:
+            return shorter
+        left = sum(taken[n][each] for each in same) / total
+        return max(0.0, counts[n].get(gram, 0) - taken[n].get(gram, 0)) / total + max(left, 1e-6) * shorter
+
+    for gram in read[3]:
+        expected = probability(gram)
+        assert smoothed.probability(3, np.array([_packed(list(gram))]))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_sentence_that_the_model_is_measured_by_is_read() -> None:
+    unheard = evaluate.unheard()
+    assert len(unheard) > 500
+    assert not unheard & {sentence for sentence, _ in language_model.read(unheard)}

@@ -180,6 +180,14 @@ def read_shard(path: Path) -> list[Said]:
     return said
 
 
+def drawn(
+    speaker: str, seed: int, shard: int, count: int, draw: Callable[[Random], Sentence]
+) -> tuple[list[Sentence], Random]:
+    """The sentences of a shard, and the chance that goes on with them."""
+    random = Random(f"{speaker} {seed} {shard}")
+    return [draw(random) for _ in range(count)], random
+
+
 def synthesize(out: Path, speaker: str, count: int, seed: int, draw: Callable[[Random], Sentence]) -> None:
     """Write ``count`` utterances of one speaker as shards of OUT; shards that are there already are left alone."""
     speak = SPEAKERS[speaker]()
@@ -188,8 +196,7 @@ def synthesize(out: Path, speaker: str, count: int, seed: int, draw: Callable[[R
         path = out / f"{speaker}-{seed}-{shard:04d}.npz"
         if path.exists():
             continue
-        random = Random(f"{speaker} {seed} {shard}")
-        sentences = [draw(random) for _ in range(min(SHARD, count - shard * SHARD))]
+        sentences, random = drawn(speaker, seed, shard, min(SHARD, count - shard * SHARD), draw)
         said = []
         for each, (voice, audio) in zip(sentences, speak(sentences, random), strict=True):
             trimmed = None if audio is None else _trimmed(audio)
