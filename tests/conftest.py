@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -23,6 +20,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+LONGEST = ("test_package.py", "test_systemd.py", "test_readme.py")
+"""Of files that are gone through side by side (`tools/test`) these come first, so that none is left over in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _the_log_as_it_was() -> Iterator[None]:
     """A test that runs a verb in this process configures the log; the next one finds it as before."""
@@ -33,26 +38,6 @@ def _the_log_as_it_was() -> Iterator[None]:
         logger.setLevel(level)
         logger.handlers[:] = handlers
     logging.captureWarnings(capture=False)
-
-
-@pytest.fixture(scope="session")
-def fuzzing() -> Iterator[Callable[[], tuple[int, str]]]:
-    """The gateway's parsers are fuzzed beside other tests, which mostly wait; exit status and report at the end."""
-    fuzz = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
-    with tempfile.TemporaryFile("w+") as output:
-        checkout = Path(__file__).parent.parent
-        process = subprocess.Popen(["nice", "-n", "5", *fuzz], stdout=output, stderr=output, cwd=checkout)
-
-        def report() -> tuple[int, str]:
-            status = process.wait(110)
-            output.seek(0)
-            return status, output.read()
-
-        try:
-            yield report
-        finally:
-            process.kill()
-            process.wait()
 
 
 @pytest.fixture

@@ -207,12 +207,16 @@ def test_a_grammar_is_used_outlives_a_restart_and_is_taken_only_if_it_keeps_what
         assert subscriber.on("/meta")[-1].data["grammars"] != shown["grammars"]
 
 
-def test_a_grammar_that_takes_too_much_tolook_through_is_refused(
+def test_a_grammar_that_takes_too_much_to_look_through_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attendant, "LOOK_LIMIT_S", 1)  # less than the looking takes to start
+    monkeypatch.setattr(attendant, "LOOK_LIMIT_S", 1)  # of the four or so that these take
+    slots = "".join(f"  {name}: {{range: [0, 99999]}}\n" for name in "abc")
     grammar = tmp_path / "site.yaml"
-    grammar.write_text(LINES, encoding="utf-8")
+    grammar.write_text(
+        f'language: en\nslots:\n{slots}intents:\n  Set: {{sentences: ["set {{a}} then {{b}} and {{c}}"]}}\n',
+        encoding="utf-8",
+    )
     model = model_store.locate("micro-en").model.parent
     with pytest.raises(RequestError, match="are not enough"):
         asyncio.run(attendant.look_through(grammar, "site", model))

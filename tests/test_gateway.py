@@ -85,7 +85,6 @@ def site(
     tmp_path_factory: pytest.TempPathFactory,
     cut_link: Found,  # noqa: ARG001 - it works meanwhile
     other_device: Found,  # noqa: ARG001
-    fuzzing: Callable[[], tuple[int, str]],  # noqa: ARG001
 ) -> Iterator[tuple[Box, Subscriber]]:
     """A box with its gateway, a broker, and a subscriber of everything."""
     folder = tmp_path_factory.mktemp("site")
