@@ -32,18 +32,20 @@ START: tuple[int, ...] = (BLANK,)
 STEP = 1 / 16
 """Nats between two stored log-probabilities, which lie between 0 and -255 steps."""
 
-_ROWS = 1 << 20
-"""Numbers kept in rows that were computed before: 4 MB."""
+_SCALE = np.float32(-STEP)
+
+_ROWS = 1 << 19
+"""Numbers kept in rows that were computed before: 2 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Level:
     """All n-grams of one length, by their context: every token but the last."""
 
-    contexts: NDArray[np.uint64]
+    contexts: NDArray[np.unsignedinteger]
     """Sorted; tokens packed into :func:`bits` each, the latest lowest."""
-    backoff: Floats
-    """Per context: log-factor of the shorter context's row for tokens that are not listed."""
+    backoff: NDArray[np.uint8]
+    """Per context: log-factor of the shorter context's row for tokens that are not listed, in steps below 0."""
     offsets: NDArray[np.uint32]
     """Where a context's tokens begin; one more for the end of the last."""
     tokens: NDArray[np.uint16]
@@ -64,15 +66,9 @@ class LanguageModel:
         try:
             self.order, made_for = int(arrays["order"]), int(arrays["vocabulary"])
             self.weight, self.bonus = float(arrays["weight"]), float(arrays["bonus"])
-            self._first: Floats = -STEP * arrays["scores_1"].astype(np.float32)
+            self._first: Floats = _SCALE * arrays["scores_1"]
             self._levels = [
-                _Level(
-                    arrays[f"contexts_{n}"].astype(np.uint64),
-                    np.asarray(-STEP * arrays[f"backoff_{n}"], np.float32),
-                    arrays[f"offsets_{n}"].astype(np.uint32),
-                    arrays[f"tokens_{n}"].astype(np.uint16),
-                    arrays[f"scores_{n}"].astype(np.uint8),
-                )
+                _Level(*(arrays[f"{what}_{n}"] for what in ("contexts", "backoff", "offsets", "tokens", "scores")))
                 for n in range(2, self.order + 1)
             ]
         except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -80,7 +76,7 @@ class LanguageModel:
         if (
             made_for != vocabulary
             or len(self._first) != vocabulary
-            or not all(_whole(each, vocabulary) for each in self._levels)
+            or not all(_whole(level, vocabulary, length) for length, level in enumerate(self._levels, start=1))
         ):
             raise ModelError(f"is damaged, or made for another model: {made_for} tokens, expected {vocabulary}")
         self._bits = bits(vocabulary)
@@ -108,20 +104,22 @@ class LanguageModel:
         packed = 0
         for token in context:
             packed = packed << self._bits | token
-        at = int(np.searchsorted(level.contexts, np.uint64(packed)))
+        at = int(np.searchsorted(level.contexts, level.contexts.dtype.type(packed)))
         if at == len(level.contexts) or int(level.contexts[at]) != packed:
             return shorter
         listed = slice(int(level.offsets[at]), int(level.offsets[at + 1]))
-        row: Floats = shorter + level.backoff[at]
-        row[level.tokens[listed]] = np.float32(-STEP) * level.scores[listed]
+        row: Floats = shorter + _SCALE * level.backoff[at]
+        row[level.tokens[listed]] = _SCALE * level.scores[listed]
         return row
 
 
-def _whole(level: _Level, vocabulary: int) -> bool:
-    """Whether the arrays of a level belong together, and to a vocabulary."""
-    listed = len(level.tokens)
+def _whole(level: _Level, vocabulary: int, length: int) -> bool:
+    """Whether the arrays of a level, with contexts of ``length`` tokens, belong together and to a vocabulary."""
+    arrays = (level.contexts, level.backoff, level.offsets, level.tokens, level.scores)
     return (
-        len(level.contexts) == len(level.backoff) == len(level.offsets) - 1
-        and listed == len(level.scores) == int(level.offsets[-1])
+        all(array.dtype.kind == "u" for array in arrays)
+        and 8 * level.contexts.dtype.itemsize >= length * bits(vocabulary)
+        and len(level.contexts) == len(level.backoff) == len(level.offsets) - 1
+        and len(level.tokens) == len(level.scores) == int(level.offsets[-1])
         and int(level.tokens.max(initial=0)) < vocabulary
     )

@@ -26,7 +26,7 @@ from edge_asr.language_model import START, STEP, LanguageModel, bits
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, locate
 from edge_asr.posteriors import BLANK, Recognition, TokenTable, log_softmax, transcribe
 from edge_asr.settings import Settings
-from edge_asr.text_decoding import TextDecoder
+from edge_asr.text_decoding import UNREAD, TextDecoder
 
 Arrays = Mapping[str, NDArray[Any]]
 Context = tuple[int, ...]
@@ -102,6 +102,7 @@ def whole() -> dict[str, NDArray[Any]]:
         ({"offsets_2": np.array([0, 9], np.uint32)}, "damaged"),
         ({"offsets_3": np.zeros(0, np.uint32)}, "damaged"),
         ({"tokens_2": np.array([2, SIZE], np.uint16)}, "damaged"),
+        ({"contexts_2": np.array([1.0])}, "damaged"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -114,6 +115,13 @@ def test_a_table_that_is_none_or_of_another_model_is_refused_in_one_line(
     np.savez_compressed(path, **{k: v for k, v in {**whole(), **wrong}.items() if v is not None})  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=rf"^{re.escape(str(path))}: .*{re.escape(told)}.*; import the model again$"):
         LanguageModel.load(path, SIZE)
+
+
+def test_contexts_that_are_too_narrow_for_their_tokens_are_refused() -> None:
+    wide = arrays_of([9] * 100, {(1,): (3, {2: 1}), (1, 2): (0, {3: 1})})
+    assert LanguageModel(wide, 100).order == 3
+    with pytest.raises(ModelError, match="damaged"):
+        LanguageModel({**wide, "contexts_3": wide["contexts_3"].astype(np.uint8)}, 100)
 
 
 def test_a_file_that_is_no_archive_or_cut_off_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def by_brute_force(
 ) -> dict[Context, float]:
     """Score of every token sequence: its alignments, each written out, language model, and hotwords.
 
-    The language model may help a hotword's tokens, but take nothing from them.
+    The language model may take only so much from a hotword's tokens.
     """
     total: dict[Context, float] = defaultdict(float)
     for alignment in itertools.product(range(SIZE), repeat=len(log_posteriors)):
@@ -165,7 +173,7 @@ def by_brute_force(
             start, end = end, end + len(TINY.pieces[token])
             given = model.weight * float(model.row(context)[token]) + model.bonus
             preferred = any(start < each.end() and each.start() < end for each in found)
-            score += max(0.0, given) if preferred else given
+            score += max(-UNREAD, given) if preferred else given
             context = model.onward(context, token)
         scores[sequence] = score + model.weight * float(model.row(context)[BLANK])
     return scores
@@ -186,7 +194,7 @@ def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     bonus: float,
     weights: Mapping[str, float],
 ) -> None:
-    model = LanguageModel(arrays_of(first, levels, 0.5, bonus), SIZE)
+    model = LanguageModel(arrays_of(first, levels, 2.0, bonus), SIZE)
     letters = {
         "a": 1,
         "ab": 2,

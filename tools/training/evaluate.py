@@ -9,14 +9,17 @@ trained on.
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
@@ -170,18 +173,40 @@ def noise_alone(ears: Ears, folder: Path, folds: str) -> tuple[int, int]:
     return sum(bool(ears.text(clip.audio * np.float32(0.3))) for clip in clips), len(clips)
 
 
-def word_errors(ears: Ears, shards: Sequence[Path]) -> Mapping[str, float]:
-    """Word error rate of both texts on what somebody said."""
+def spoken(shard: Path) -> Iterator[tuple[str, Wave]]:
+    """(text, audio) of a shard, in a silence that is no digital zero."""
+    for said in voices.read_shard(shard):
+        audio = padded(said.audio.astype(np.float32) / 32768 * 0.5)
+        yield said.text, audio + np.random.default_rng(0).normal(0, 1e-4, audio.size).astype(np.float32)
+
+
+def word_errors(ears: Ears, said: Iterable[tuple[str, Wave]]) -> Mapping[str, float]:
+    """Word error rate of both readings of (text, audio)."""
     wrong, words = {"greedy": 0, "written": 0}, 0
-    for shard in shards:
-        for said in voices.read_shard(shard):
-            audio = padded(said.audio.astype(np.float32) / 32768 * 0.5)
-            audio += np.random.default_rng(0).normal(0, 1e-4, audio.size).astype(np.float32)
-            heard = ears.recognize(audio)
-            for name, text in (("greedy", heard.transcript.text), ("written", ears.written(heard))):
-                wrong[name] += Levenshtein.distance(said.text.split(), text.split())
-            words += len(said.text.split())
+    for expected, audio in said:
+        heard = ears.recognize(audio)
+        for name, text in (("greedy", heard.transcript.text), ("written", ears.written(heard))):
+            wrong[name] += Levenshtein.distance(expected.split(), text.split())
+        words += len(expected.split())
     return {name: round(count / words, 3) for name, count in wrong.items()}
+
+
+PROMPTS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
+PROMPTS_TEXTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
+"""Debian's asterisk-core-sounds-en-g722 and asterisk-core-sounds-en: a real woman, who speaks for telephone systems."""
+
+
+def prompts() -> Iterator[tuple[str, Wave]]:
+    """(text, 16 kHz audio) of her sentences of two words and more, without digits and remarks."""
+    for line in gzip.decompress(PROMPTS_TEXTS.read_bytes()).decode("utf-8", "ignore").splitlines():
+        name, _, said = line.partition(":")
+        path, text = PROMPTS / f"{name.strip()}.g722", " ".join(re.findall(r"[a-z']+", said.lower()))
+        if line.startswith(";") or " " not in text or re.search(r"[\d\[(<]", said) or not path.exists():
+            continue
+        with av.open(str(path), format="g722") as stream:
+            pcm = np.concatenate([frame.to_ndarray().reshape(-1) for frame in stream.decode(audio=0)])
+        if 0.25 < pcm.size / voices.SAMPLE_RATE < voices.LONGEST_S:
+            yield text, to_float(pcm.tobytes()) / np.abs(to_float(pcm.tobytes())).max() * np.float32(0.5)
 
 
 SEED, SEEDS_TO_CHOOSE_BY = 7, (8, 9)
@@ -221,8 +246,10 @@ def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[
         print(f"{name:32s} {value}", flush=True)
 
     general, factory = unseen(work / "unseen")
-    known("WER general, unseen voice", word_errors(ears, [general]))
-    known("WER factory, unseen voice", word_errors(ears, [factory]))
+    known("WER general, unseen voice", word_errors(ears, spoken(general)))
+    known("WER factory, unseen voice", word_errors(ears, spoken(factory)))
+    if PROMPTS_TEXTS.exists() and PROMPTS.exists():
+        known("WER prompts, a real woman", word_errors(ears, ((text, padded(audio)) for text, audio in prompts())))
     if (shared / "spoken-digits").exists():
         known("digits greedy, written", digits(ears, shared / "spoken-digits"))
     if (shared / "noise").exists():
