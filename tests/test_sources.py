@@ -650,7 +650,7 @@ def test_a_driver_out_of_which_nothing_gets_its_process_is_a_hang(
             os.kill(zygote.pid, signal.SIGSTOP)  # as if it waited for what the kernel cannot end
             os.kill(source.pid or 0, signal.SIGKILL)
             await eventually(lambda: bool(zygote.fault), "it was not noticed")
-            assert zygote.fault == "the zygote hung for more than 0.5 s"
+            assert zygote.fault == "the zygote was stopped for more than 0.5 s"
             await eventually(lambda: source.trouble.endswith(zygote.fault), "it does not say so")
             os.kill(zygote.pid, signal.SIGCONT)
 
