@@ -6,6 +6,8 @@ therefore the newest hash leaves the box with every ``health``, and an MES's cop
 
 A record is written after what it tells of is committed. A crash in between leaves a gap in the sequence numbers, which
 is not a break of the chain and is told by :func:`verify`; half a line at the end is cut off when the log is opened.
+What a failed write leaves, where the disk does not even let it be taken back, stays behind in its file: the next record
+begins another file and says where (``left``), and :func:`verify` passes it over.
 Nobody waits for the log, and nothing stops because it cannot be written: that is an alarm.
 
 Where the disk fails in the newest file (EIO), another one goes on: with the next number and the newest hash, where that
@@ -56,8 +58,12 @@ MAX_WAITING: Final = 1000
 WRITE_LIMIT_S: Final = 5.0
 """A record that takes longer is told as an alarm."""
 
-CLOSE_LIMIT_S: Final = 2.0
-"""How long a stop waits for the last records."""
+STALL_LIMIT_S: Final = 4.0
+"""A disk that has written no record for so long is not waited for at a stop; a tired SD card may need 2 s for one."""
+
+CLOSE_LIMIT_S: Final = 8.0
+"""How long a stop waits for the last records of a disk that writes one after the other; with what the outbox's may take
+within TimeoutStopSec=."""
 
 _BROKEN: Final = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG})
 """What the disk answers where it fails in one place; in another it may be well."""
@@ -94,6 +100,17 @@ class Verdict:
     """``number:hash``"""
     missing: tuple[int, ...]
     """Sequence numbers of messages that no record tells of, between the first and the last that are told of."""
+    left: tuple[str, ...]
+    """Places where a failed write could not be taken back, as the record behind each says."""
+
+
+class _LeftError(OSError):
+    """A failed write that could not be taken back."""
+
+    def __init__(self, error: OSError, end: int) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.end = end
+        """Bytes of the file before it."""
 
 
 class AuditLog:
@@ -106,6 +123,8 @@ class AuditLog:
         self._newest: tuple[int, str] | None = None
         self._file = 0
         self._day: int | None = None
+        self._left: dict[str, Json] = {}
+        """What the next record has to say of the last write."""
         self.damage = ""
         """Which file was given up since the log was opened, a sentence; empty: none."""
 
@@ -164,14 +183,17 @@ class AuditLog:
         number = newest[0] + 1
         begins = self.is_of_another_day or number - self._file >= SEGMENT_RECORDS
         path = self._folder / _segment(number if begins else self._file)
-        record: dict[str, Json] = {"n": number, "time": clock.iso(clock.wall_ns()), **content, "before": newest[1]}
+        told = {**content, **self._left}
+        record: dict[str, Json] = {"n": number, "time": clock.iso(clock.wall_ns()), **told, "before": newest[1]}
         digest = _hash(record)
         try:
             _write(path, _line({**record, "hash": digest}), durable=durable)
-            self._newest = number, digest
+            self._newest, self._left = (number, digest), {}
             if begins:
                 self._file, self._day = number, _today()
         except OSError as error:
+            if isinstance(error, _LeftError):
+                self._left, self._day = {"left": {"file": path.name, "from_byte": error.end}}, None
             if begins or error.errno not in _BROKEN:
                 raise _refused(path, error) from None
             self._give_up(f"the disk fails in {path.name} ({error.strerror})")
@@ -199,6 +221,8 @@ class AuditedOutbox(Outbox):
         """Why the last record is not written; empty: it is."""
         self._since_s: float | None = None
         """When the scribe began to write (CLOCK_MONOTONIC); None: it does not."""
+        self._attempted = 0
+        """Records so far, written or refused."""
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._scribe = threading.Thread(target=self._scribble, name="audit", daemon=True)  # its disk may hang for ever
@@ -247,9 +271,12 @@ class AuditedOutbox(Outbox):
         """Finish both."""
         super().close()
         self._works.put(None)
-        self._scribe.join(CLOSE_LIMIT_S)
+        deadline_s, attempted = time.monotonic() + CLOSE_LIMIT_S, -1
+        while (left_s := deadline_s - time.monotonic()) > 0 and attempted != self._attempted:
+            attempted = self._attempted
+            self._scribe.join(min(STALL_LIMIT_S, left_s))
         if self._scribe.is_alive():
-            log.error("the disk of the audit log does not answer; the last records are not written")
+            log.error("the disk of the audit log is dead or too slow; the last records are not written")
 
     def _tell(self, content: Mapping[str, Json]) -> None:
         self._write(partial(self.audit.append, content, durable=False))
@@ -276,6 +303,7 @@ class AuditedOutbox(Outbox):
             self._refuse(f"the audit log fails ({error!r}); the log of the service knows more")
         finally:
             self._since_s = None
+            self._attempted += 1
             self._waiting.release()
 
     def _refuse(self, reason: str) -> None:
@@ -287,7 +315,7 @@ class AuditedOutbox(Outbox):
 def verify(folder: Path, known: str | None = None) -> Verdict:
     """Recompute every hash; ``known`` is a ``number:hash`` from outside. Raises AuditError at the first break."""
     number = first = 0
-    before, seen, seqs = "", known is None, []
+    before, seen, seqs, left = "", known is None, [], []
     for path, line_number, line in _lines(folder):
         where = f"{path.name}, line {line_number}"
         record = _parsed(where, line)
@@ -304,6 +332,7 @@ def verify(folder: Path, known: str | None = None) -> Verdict:
         if first == number == 1 and record["before"] != GENESIS:
             raise AuditError(f"{where}: is not the first record; the log was tampered with")
         seqs += [record["seq"]] if "seq" in record else []
+        left += [f"{record['left']['file']} from byte {record['left']['from_byte']} on"] if "left" in record else []
     if not number:
         raise AuditError(f"{folder}: holds no audit log; see docs/privacy.md")
     if known and not seen and known.partition(":")[0] in map(str, range(1, first - 1)):
@@ -313,17 +342,29 @@ def verify(folder: Path, known: str | None = None) -> Verdict:
     if not seen:
         raise AuditError(f"{folder}: has no record {known}; it was written anew or cut off, or that is another box's")
     missing = sorted(set(range(min(seqs), max(seqs) + 1)) - set(seqs)) if seqs else []
-    return Verdict(number - first + 1, first, f"{number}:{before}", tuple(missing))
+    return Verdict(number - first + 1, first, f"{number}:{before}", tuple(missing), tuple(left))
 
 
 def _lines(folder: Path) -> Iterator[tuple[Path, int, bytes]]:
-    for path in _segments(folder):
+    """Of every file, but for what a failed write left as the next file's first record says."""
+    files = _segments(folder)
+    for path, following in zip(files, (*files[1:], None), strict=True):
         try:
             content = path.read_bytes()
         except OSError as error:
             raise _refused(path, error) from None
-        for line_number, line in enumerate(content.splitlines(keepends=True), 1):
+        end = _left_from(path, following) if following else None
+        for line_number, line in enumerate(content[:end].splitlines(keepends=True), 1):
             yield path, line_number, line
+
+
+def _left_from(path: Path, following: Path) -> int | None:
+    """Where in a file begins what a failed write left, by the next file's first record; None: nowhere."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        left = json.loads(_first_line(following))["left"]
+        if left["file"] == path.name:
+            return int(left["from_byte"])
+    return None
 
 
 def _parsed(where: str, line: bytes) -> dict[str, Any]:
@@ -331,8 +372,11 @@ def _parsed(where: str, line: bytes) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("n"), int) or not line.endswith(b"\n"):
-        raise AuditError(f"{where}: is no record; the log was tampered with, is damaged or is being written")
+    if not line.endswith(b"\n"):
+        detail = "it is being written, or a write was cut short, which the next start mends"
+        raise AuditError(f"{where}: is no record but half of one: {detail}")
+    if not isinstance(record, dict) or not isinstance(record.get("n"), int):
+        raise AuditError(f"{where}: is no record; the log was tampered with or is damaged")
     return record
 
 
@@ -385,8 +429,8 @@ def _begun(folder: Path) -> tuple[int, int | None]:
     files = _segments(folder)
     if not files:
         return 0, None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), files[-1].open("rb") as file:
-        first = json.loads(file.readline())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        first = json.loads(_first_line(files[-1]))
         return int(first["n"]), int(dt.datetime.fromisoformat(first["time"]).timestamp()) // 86_400
     return 0, None
 
@@ -404,14 +448,22 @@ def _write(path: Path, line: bytes, *, durable: bool) -> None:
                 line = line[file.write(line) :]
             if durable:
                 os.fdatasync(file.fileno())
-        except OSError:
-            file.truncate(end)
+        except OSError as error:
+            try:
+                file.truncate(end)
+            except OSError:
+                raise _LeftError(error, end) from None
             raise
 
 
 def _segments(folder: Path) -> list[Path]:
     """Its files, oldest first; a copy that somebody keeps beside them is none."""
     return sorted(path for path in folder.glob(FILES) if path.stem.removeprefix("audit-").isdecimal())
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline()
 
 
 def _number_of(path: Path) -> int:

@@ -73,3 +73,5 @@ def audit_verify(options: Settings, known: str | None, **_: object) -> None:
     click.echo(f"{verdict.records} records from number {verdict.first} on are whole; newest {verdict.newest}")
     if verdict.missing:
         click.echo(f"no record tells of the messages {', '.join(map(str, verdict.missing))}: a crash, or a full disk")
+    for place in verdict.left:
+        click.echo(f"{place}: what a failed write left, as the record behind it says; no tampering")

@@ -19,7 +19,7 @@ from edge_asr.events import Utterance
 from edge_asr.hotwords import Hotword, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
 from edge_asr.language_model import LanguageModel
-from edge_asr.model_store import ModelError, ModelFiles
+from edge_asr.model_store import ModelFiles
 from edge_asr.pipeline import Ear, Understanding, understand
 from edge_asr.settings import Settings
 from edge_asr.text_decoding import TextDecoder
@@ -130,29 +130,8 @@ class Engine:
             yield self.understand(utterance, final=True)
 
 
-def prepare_engine(options: Settings, vocabulary: Vocabulary | None = None) -> tuple[Engine, str]:
-    """The engine, and what went wrong where a newly activated model had to make way.
-
-    It has heard its golden recording rightly, else ModelError; other errors as of Engine.build.
-    """
-    store = installation.Store(options.models_directory)
-    if options.model.name is not None or store.proven:
-        return _proven_engine(options, vocabulary), ""
-    candidate = store.active
-    reason = f"the daemon ended {installation.TRIALS} times with it"
-    if store.begin() is None:
-        try:
-            engine = _proven_engine(options, vocabulary)
-        except ModelError as error:
-            reason = str(error)
-            store.roll_back()
-        else:
-            store.prove()
-            return engine, ""
-    return _proven_engine(options, vocabulary), f"{candidate} is not used, {store.active} is again: {reason}"
-
-
-def _proven_engine(options: Settings, vocabulary: Vocabulary | None) -> Engine:
+def prepare_engine(options: Settings, vocabulary: Vocabulary) -> Engine:
+    """One that has heard its golden recording rightly, else ModelError; other errors as of Engine.build."""
     engine = Engine.build(options, vocabulary)
     trial.hear_golden(engine.recognizer, engine.files)
     return engine

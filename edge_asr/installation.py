@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -25,6 +26,8 @@ from edge_asr.archive import ArchiveError
 from edge_asr.model_store import EMBEDDED, MANIFEST, Manifest, ModelError
 from edge_asr.settings import Settings
 from edge_asr.whole_file import replace_file, sync
+
+log = logging.getLogger(__name__)
 
 SIGNATURE: Final = f"{MANIFEST}.sig"
 """64 bytes: Ed25519 over the manifest's bytes; the manifest holds the hash of everything else."""
@@ -211,6 +214,50 @@ class Store:
             yield hidden
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+class Probation:
+    """A beginning of the daemon's work with the model that is in use, which may be a newly activated one.
+
+    It is the daemon that keeps these books: in a recognizer a slow disk would look like a hang of the model.
+    """
+
+    def __init__(self, options: Settings) -> None:
+        self._store = Store(options.models_directory)
+        self._is_named = options.model.name is not None
+        self._candidate: str | None = None
+        """The model that is tried; None: the one in use has worked before."""
+        self.trouble = ""
+        """Why a newly activated model had to make way; empty: it had not."""
+
+    def begin(self) -> None:
+        """Count a try; a model that has had all of them makes way. Raises ModelError."""
+        if self._is_named or self._store.proven:
+            self._candidate = None
+            return
+        self._candidate = self._store.active
+        if self._store.begin() is not None:
+            self._tell(f"the daemon ended {TRIALS} times with it")
+
+    def fail(self, reason: str) -> bool:
+        """Let a newly activated model make way; False: it is none. Raises ModelError."""
+        if self._candidate is None:
+            return False
+        self._store.roll_back()
+        self._tell(reason)
+        return True
+
+    def succeed(self) -> None:
+        """The model works."""
+        if self._candidate is not None:
+            try:
+                self._store.prove()
+            except ModelError as error:
+                log.warning("%s works, and stays on probation: %s", self._candidate, error)
+
+    def _tell(self, reason: str) -> None:
+        self.trouble = f"{self._candidate} is not used, {self._store.active} is again: {reason}"
+        self._candidate = None
 
 
 def check_signature(folder: Path, signed_by: Path | None) -> None:

@@ -111,8 +111,6 @@ class Facts:
     """CPU time that hearing it took."""
     load_cpu_s: float
     """CPU time that it took to get so far."""
-    trouble: str
-    """Why a newly activated model had to make way; empty: it had not."""
     vocabulary: Vocabulary
     resident_bytes: int
 
@@ -308,23 +306,30 @@ class Worker:
     def _begin(self, plan: Plan, work_s: float = LOAD_LIMIT_S) -> _Process:
         """A worker that has loaded its model, in so much CPU time.
 
-        A new model that ends it makes way in the end (``installation``).
+        A new model that is refused, or ends it too often, makes way for the one before it (``installation``).
         """
-        trouble = ""
+        probation, trouble = installation.Probation(plan.options), ""
         for _ in range(LOAD_ATTEMPTS):
             process = _Process(self._zygote)
             try:
+                probation.begin()
                 facts, _ = process.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, work_s))
             except _EndedError as error:
                 trouble = str(error)
                 log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
                 continue
+            except ModelError:
+                process.end()
+                raise
             if isinstance(facts, _REFUSALS):
                 process.end()
+                if isinstance(facts, ModelError) and probation.fail(str(facts)):
+                    continue
                 raise facts
             assert isinstance(facts, Facts)  # noqa: S101 - what `serve` answers first
             process.facts, process.load_cpu_s = facts, facts.load_cpu_s
-            self.trouble = facts.trouble
+            probation.succeed()
+            self.trouble = probation.trouble
             if not facts.golden:
                 log.warning("%s hears nothing in the golden recording; is it the right model?", facts.files.name)
             return process
@@ -493,7 +498,7 @@ def _answered(
     if engine is None:
         assert isinstance(request, Plan)  # noqa: S101 - a worker's first request
         options, vocabulary = request.options, request.read()
-        engine, trouble = prepare_engine(options, vocabulary)
+        engine = prepare_engine(options, vocabulary)
         engine.recognizer.step = step
         graph = prepared.record_of(engine.files, options.models_directory)
         golden = _hear_golden(engine)
@@ -505,7 +510,6 @@ def _answered(
             golden_s=trial.golden_s(engine.files),
             golden_cpu_s=golden.cpu_s,
             load_cpu_s=time.process_time(),
-            trouble=trouble,
             vocabulary=vocabulary,
             resident_bytes=resident_bytes("self"),
         )

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
+import io
 import json
+import os
+import re
 import resource
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_asr import audit, clock, settings
+from edge_asr import outbox as outbox_room
 from edge_asr.audit import AuditedOutbox, AuditError, AuditLog, verify
 from edge_asr.daemon import kept_files, open_outbox
 from edge_asr.events import Draft, Json
 from edge_asr.outbox import OutboxError
 from edge_asr.settings import SettingsError, load
-from tests.broker import Broker, Subscriber, wait_until
+from tests.broker import PATIENCE_S, Broker, Subscriber, wait_until
+from tests.sysbox import CHECKOUT
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, RECORDINGS, running, write_settings
 
@@ -121,7 +128,7 @@ def test_half_a_line_of_a_crash_is_cut_off_and_told(tmp_path: Path) -> None:
     written(tmp_path)
     with segment(tmp_path).open("ab") as file:
         file.write(b'{"n":7,"half')
-    assert "is no record" in complaint(tmp_path)
+    assert "is no record but half of one: it is being written, or a write was cut short" in complaint(tmp_path)
     written(tmp_path, 0)
     assert verify(tmp_path).records == 7
     assert json.loads(segment(tmp_path).read_text(encoding="utf-8").splitlines()[-1])["cut_bytes"] == 12
@@ -185,6 +192,39 @@ def test_a_file_that_cannot_be_read_is_given_up_for_a_new_one_which_names_it_and
     (tmp_path / "later").mkdir()
     path.rename(tmp_path / "later" / path.name)
     assert verify(tmp_path / "later", fresh.newest).records == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_a_failed_write_leaves_where_it_cannot_be_taken_back_is_no_tampering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    log = written(tmp_path, 3)
+    old, end, opened = segment(tmp_path), segment(tmp_path).stat().st_size, Path.open
+
+    class Failing(io.FileIO):
+        """A file on a disk that takes 40 bytes of a record, and no order to take them back."""
+
+        def write(self, line: Any) -> int:
+            if self.tell() > end:
+                raise OSError(number, os.strerror(number))
+            return super().write(line[:40])
+
+        def truncate(self, size: int | None = None) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *a, **k: Failing(path, "a") if path == old else opened(path, *a, **k))
+        with contextlib.suppress(AuditError):
+            log.append({"what": "lost"})
+    log.append({"what": "test"})
+    log.append({"what": "test"})
+    assert old.stat().st_size > end
+    found = verify(tmp_path, log.newest)
+    assert found.left == (f"{old.name} from byte {end} on",)
+    with old.open("r+b") as file:  # what is before it still may not be touched
+        file.seek(end - 10)
+        file.write(b"x")
+    assert "tampered" in complaint(tmp_path)
 
 
 def test_a_file_in_which_the_disk_fails_is_followed_by_a_new_one_without_a_break(
@@ -440,6 +480,36 @@ def test_a_stop_does_not_wait_for_ever_for_a_log_whose_disk_does_not_answer(
     outbox.close()
     answers.set()
     assert "the last records are not written" in caplog.text
+
+
+def test_a_stop_waits_for_a_slow_disk_that_writes_one_record_after_the_other_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, slow = audit._write, threading.Event()  # noqa: SLF001 - the disk
+    monkeypatch.setattr(audit, "_write", lambda *a, **k: (slow.wait(0.2), write(*a, **k)))
+    monkeypatch.setattr(audit, "STALL_LIMIT_S", 1.0)
+
+    def stopped_over(records: int) -> AuditedOutbox:
+        folder = tmp_path / str(records)
+        with closing(AuditedOutbox(folder / "outbox.db", 2**20, AuditLog(folder / "audit", texts=True))) as outbox:
+            for _ in range(records):
+                outbox.note({"what": "test"})
+        return outbox
+
+    stopped_over(8)
+    assert verify(tmp_path / "8/audit").records == 9
+    assert not caplog.text
+    monkeypatch.setattr(audit, "CLOSE_LIMIT_S", 1.0)
+    late = stopped_over(200)
+    assert "too slow; the last records are not written" in caplog.text
+    slow.set()
+    late._scribe.join(PATIENCE_S)  # noqa: SLF001
+
+
+def test_a_stop_is_over_in_the_time_that_systemd_gives_it_whatever_the_disks_do() -> None:
+    unit = (CHECKOUT / "systemd/edge-asr.service").read_text(encoding="utf-8")
+    (stop_s,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(stop_s) > outbox_room.CLOSE_LIMIT_S + audit.CLOSE_LIMIT_S
 
 
 def test_without_texts_only_what_was_done_is_kept(tmp_path: Path) -> None:

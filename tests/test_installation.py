@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,13 @@ from typing import Any
 import onnx
 import pytest
 
-from edge_asr import installation, model_store, settings, trial
-from edge_asr.engine import prepare_engine
+from edge_asr import installation, model_store, settings, trial, worker
+from edge_asr.engine import Vocabulary, prepare_engine
 from edge_asr.installation import TRIALS, Store
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, bundled_manifests, sha256_of
 from edge_asr.settings import Settings
-from tests.broker import PATIENCE_S, Broker, Subscriber, free_port
+from edge_asr.worker import Worker
+from tests.broker import PATIENCE_S, Broker, Subscriber, free_port, wait_until
 from tests.mirror import mirror
 from tests.test_cli import typed
 from tests.test_daemon import COMMAND, running, write_settings
@@ -179,11 +181,12 @@ def test_a_model_whose_signature_no_longer_holds_is_not_heard_with(tmp_path: Pat
     sign(given, private)
     store.add(given, public)
     store.activate("signed")
-    assert prepare_engine(options)[0].name == "signed"
+    words = Vocabulary.read(options)
+    assert prepare_engine(options, words).name == "signed"
     (store.folder / "signed/manifest.json.sig").unlink()
-    assert "has no manifest.json.sig" in refusal(lambda: prepare_engine(options))
+    assert "has no manifest.json.sig" in refusal(lambda: prepare_engine(options, words))
     store.activate(EMBEDDED)  # ships with the program, whose package vouches for it
-    assert prepare_engine(options)[0].name == EMBEDDED
+    assert prepare_engine(options, words).name == EMBEDDED
 
 
 def test_a_link_in_a_folder_is_not_followed(store: Store, tmp_path: Path) -> None:
@@ -226,16 +229,21 @@ def options_for(store: Store, **more: Any) -> Settings:
     return Settings(state_dir=store.folder.parent, commands=settings.Commands(grammars=()), **more)
 
 
+def begun(store: Store) -> tuple[str, str]:
+    """Name of the model that a recognizer comes to work with, and which one had to make way for it."""
+    with contextlib.closing(Worker(options_for(store))) as works:
+        return works.name, works.trouble
+
+
 def test_a_model_that_cannot_be_loaded_makes_way_for_the_one_before_it(store: Store, tmp_path: Path) -> None:
     store.add(copy(tmp_path, "good"))
     store.activate("good")
-    engine, trouble = prepare_engine(options_for(store))
-    assert (engine.recognizer.name, trouble, store.proven) == ("good", "", True)
+    assert (*begun(store), store.proven) == ("good", "", True)
     store.add(copy(tmp_path, "bad"))
     store.activate("bad")
     (store.folder / "bad/tokens.txt").write_bytes(b"")
-    engine, trouble = prepare_engine(options_for(store))
-    assert engine.recognizer.name == store.active == "good"
+    name, trouble = begun(store)
+    assert name == store.active == "good"
     assert trouble.startswith("bad is not used, good is again: ")
 
 
@@ -244,9 +252,29 @@ def test_a_model_with_which_the_daemon_dies_makes_way_after_three_starts(store: 
     store.activate("deadly")
     for _ in range(TRIALS):
         assert store.begin() is None  # and the process ended before it could say that all is well
-    engine, trouble = prepare_engine(options_for(store))
-    assert engine.recognizer.name == store.active == EMBEDDED
+    name, trouble = begun(store)
+    assert name == store.active == EMBEDDED
     assert "the daemon ended 3 times with it" in trouble
+
+
+def test_a_disk_that_takes_its_time_over_the_books_is_no_hang_of_the_new_model(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "LIMIT_S", 1.0)
+    store.add(copy(tmp_path, "good"))
+    store.activate("good")
+    # As somebody whose own writing is slow. A process of its own: what we fork holds every lock that we have.
+    hold = ["flock", "--no-fork", str(store.folder / ".lock"), "sh", "-c", "echo held; exec sleep 600"]
+    with ThreadPoolExecutor() as others, subprocess.Popen(hold, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        begins = others.submit(begun, store)
+        began_s = time.monotonic()
+        wait_until(lambda: time.monotonic() > began_s + 2.5, "longer than a recognizer may sleep")
+        other.kill()
+    assert begins.result() == ("good", "")
+    assert store.proven
+    assert "the recognizer" not in caplog.text
 
 
 def test_a_start_does_not_wait_for_an_import_that_unpacks_and_nothing_is_taken_from_under_it(

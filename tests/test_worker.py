@@ -342,7 +342,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "on-the-card"
     file.touch()
 
-    def read_and_prepare(options: settings.Settings, vocabulary: engine.Vocabulary) -> tuple[engine.Engine, str]:
+    def read_and_prepare(options: settings.Settings, vocabulary: engine.Vocabulary) -> engine.Engine:
         file.read_bytes()
         return engine.prepare_engine(options, vocabulary)
 
@@ -402,7 +402,7 @@ def test_one_that_loads_from_a_slow_card_is_waited_for(card: Path, monkeypatch: 
 def test_one_that_computes_without_an_end_while_it_loads_is_ended_by_what_loading_took_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def prepare_unless_spoilt(options: settings.Settings, vocabulary: engine.Vocabulary) -> tuple[engine.Engine, str]:
+    def prepare_unless_spoilt(options: settings.Settings, vocabulary: engine.Vocabulary) -> engine.Engine:
         while (tmp_path / "spoilt").exists():
             pass
         return engine.prepare_engine(options, vocabulary)
