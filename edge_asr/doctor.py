@@ -149,7 +149,7 @@ def _model(options: Settings, loaded: Callable[[OnnxRecognizer | SherpaRecognize
             installation.chosen(options), options.models_directory, inference.reachable(options.model)
         )
         graph = prepared.find(files, options.models_directory, options.model)
-        recognizer = inference.open_recognizer(files, options.model, graph)
+        recognizer = inference.open_recognizer(files, options.model, graph, options.models_directory)
     except ModelError as error:
         return Finding("model", "failed", str(error), "choose another with model.name; see `edge-asr models list`")
     loaded(recognizer)

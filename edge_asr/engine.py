@@ -96,7 +96,7 @@ class Engine:
             log.warning("%s has 8-bit weights only, slower on %s than others; see docs/jetson.md", files.name, provider)
         vad = model_store.locate_vad()
         graph = prepared.find(files, options.models_directory, options.model)
-        recognizer = inference.open_recognizer(files, options.model, graph)
+        recognizer = inference.open_recognizer(files, options.model, graph, options.models_directory)
         language_model = build_language_model(files, options.model, recognizer)
         decoder = build_decoder(listed.hotwords, recognizer, language_model)
         interpreter = build_interpreter(options.commands, listed.grammars, recognizer)

@@ -7,6 +7,7 @@ reaches and as the oracle of the first. sherpa-onnx ends the process on a model 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -47,6 +48,12 @@ is a second less."""
 
 MIN_SAMPLES: Final = 400
 """25 ms: one feature window; less has no frame at all."""
+
+BUILD_LIMIT_S: Final = 1800.0
+"""For TensorRT's first meeting with a model; a guess, for it was never run here (docs/jetson.md)."""
+
+_ENGINES: Final = f".tensorrt-{ort.__version__}"
+"""Folder of TensorRT's engines, of which another version of onnxruntime has no use."""
 
 _INPUTS: Final = {
     "x": "tensor(float)",
@@ -134,7 +141,12 @@ def save_fused(model: Path, to: Path) -> None:
 
 
 def _open_session(
-    path: Path, *, provider: str = "cpu", threads: int = 1, options: ort.SessionOptions | None = None
+    path: Path,
+    *,
+    provider: Provider = "cpu",
+    threads: int = 1,
+    options: ort.SessionOptions | None = None,
+    engines: Path | None = None,
 ) -> ort.InferenceSession:
     """An onnxruntime session that does not spin; raises ModelError on a file it cannot read."""
     options = options or ort.SessionOptions()
@@ -142,15 +154,37 @@ def _open_session(
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning burns 29 ms after every call
     options.log_severity_level = 3
-    chosen = [_PROVIDERS[each] for each in (provider, "cpu") if _PROVIDERS[each] in ort.get_available_providers()]
     try:
-        session = ort.InferenceSession(str(path), options, providers=list(dict.fromkeys(chosen)))
+        session = ort.InferenceSession(str(path), options, providers=_providers(provider, engines))
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated classes: not a usable model
         reason = str(error).splitlines()[0][:160]
         raise ModelError(f"{path}: onnxruntime cannot load it ({reason}); import the model again") from None
     if session.get_providers()[0] != _PROVIDERS[provider]:
         log.warning("onnxruntime has no %s here: the model runs on the CPU; install a matching wheel", provider)
     return session
+
+
+def _providers(wanted: Provider, engines: Path | None) -> list[str | tuple[str, dict[str, str]]]:
+    """What onnxruntime is to take, the best first; what TensorRT cannot do is CUDA's."""
+    ranked: dict[Provider, tuple[Provider, ...]] = {"cpu": (), "cuda": ("cuda",), "tensorrt": ("tensorrt", "cuda")}
+    chosen = [each for each in (*ranked[wanted], "cpu") if _PROVIDERS[each] in ort.get_available_providers()]
+    return [(_PROVIDERS[each], _tensorrt(engines)) if each == "tensorrt" else _PROVIDERS[each] for each in chosen]
+
+
+def _tensorrt(engines: Path | None) -> dict[str, str]:
+    """One engine for speech of any length, for building one takes minutes; kept in a folder, where there is one."""
+
+    def shapes(seconds: float) -> str:
+        return f"x:1x{max(1, round(seconds / FRAME_S))}x560,x_length:1,language:1,text_norm:1"
+
+    usual, longest = shapes(3.0), shapes(2 * MAX_UTTERANCE_S)  # it may be listened to again, slower
+    kept = {"trt_profile_min_shapes": shapes(0.0), "trt_profile_opt_shapes": usual, "trt_profile_max_shapes": longest}
+    if engines is not None:
+        with contextlib.suppress(OSError):  # somebody who may not write there builds it for this once
+            engines.mkdir(parents=True, exist_ok=True)
+            kept |= dict.fromkeys(("trt_engine_cache_enable", "trt_timing_cache_enable"), "True")
+            kept["trt_engine_cache_path"] = kept["trt_timing_cache_path"] = str(engines)
+    return kept
 
 
 class Features:
@@ -225,10 +259,14 @@ def _same_beginning(one: NDArray[np.float32], other: NDArray[np.float32]) -> boo
 class OnnxRecognizer:
     """SenseVoice on onnxruntime: text, tags, token times, confidence and log-posteriors."""
 
-    def __init__(self, files: ModelFiles, options: settings.Model, graph: Path | None = None) -> None:
-        """``graph``: an equivalent of the model's own (``prepared``) to run in its place."""
+    def __init__(
+        self, files: ModelFiles, options: settings.Model, graph: Path | None = None, engines: Path | None = None
+    ) -> None:
+        """``graph``: an equivalent of the model's own (``prepared``) to run in its place; ``engines``: TensorRT's."""
         self.name = files.name
-        self._session = _open_session(graph or files.model, provider=options.provider, threads=options.threads)
+        self._session = _open_session(
+            graph or files.model, provider=options.provider, threads=options.threads, engines=engines
+        )
         self._output = self._session.get_outputs()[0].name
         self._contract = check_contract(self._session, files.model)
         self.table = load_tokens(files.tokens, self._contract.vocabulary)
@@ -400,12 +438,15 @@ def load_tokens(path: Path, expected: int | None = None) -> TokenTable:
 
 
 def open_recognizer(
-    files: ModelFiles, options: settings.Model, graph: Path | None = None
+    files: ModelFiles, options: settings.Model, graph: Path | None = None, installed: Path | None = None
 ) -> OnnxRecognizer | SherpaRecognizer:
-    """The engine the settings ask for; ``graph``: what onnxruntime is to run in place of the model's own."""
+    """The engine the settings ask for; ``graph``: what onnxruntime is to run in place of the model's own.
+
+    ``installed``: the folder of this box's models, where TensorRT's engines stay; None: they do not.
+    """
     if options.engine == "sherpa-onnx":
         return SherpaRecognizer(files, options)
-    return OnnxRecognizer(files, options, graph)
+    return OnnxRecognizer(files, options, graph, installed and installed / _ENGINES)
 
 
 def _checked(pcm: bytes) -> NDArray[np.float32]:

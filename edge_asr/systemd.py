@@ -31,6 +31,11 @@ def status(text: str) -> bool:
     return _notify(_status(text))
 
 
+def still_starting() -> bool:
+    """Ask for half a minute more than TimeoutStartSec= allows, from now on; of no effect once :func:`ready`."""
+    return _notify("EXTEND_TIMEOUT_USEC=30000000")
+
+
 def reloading() -> bool:
     """Report the beginning of a reload; :func:`ready` ends it. The time stamp is what Type=notify-reload asks for."""
     return _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")

@@ -91,9 +91,10 @@ def run(name_or_path: str, installed: Path, options: settings.Model) -> Verdict:
     """Try a model in a process of its own. Raises ModelError with what it does wrong."""
     chosen = options.model_copy(update={"name": name_or_path, "signed_by": None})
     try:
-        answer = child.ask("edge_asr.trial", str(installed), chosen.model_dump_json(), limit_s=LIMIT_S)
+        limit_s = inference.BUILD_LIMIT_S if inference.reachable(chosen) == "tensorrt" else LIMIT_S
+        answer = child.ask("edge_asr.trial", str(installed), chosen.model_dump_json(), limit_s=limit_s)
     except TimeoutError:
-        raise ModelError(f"{name_or_path}: is not ready after {LIMIT_S:g} s; choose a smaller model") from None
+        raise ModelError(f"{name_or_path}: is not ready after {limit_s:g} s; choose a smaller model") from None
     except ChildError as error:
         remedy = f"it is no model for {options.engine}"
         raise ModelError(f"{name_or_path}: ends the process that loads it ({error}); {remedy}") from None
@@ -107,7 +108,8 @@ def _child(installed: str, options: str) -> dict[str, str | None]:
     assert wanted.name is not None  # noqa: S101 - see run
     try:
         files = model_store.locate(wanted.name, Path(installed), inference.reachable(wanted))
-        return {"heard": hear_golden(inference.open_recognizer(files, wanted), files).heard, "error": None}
+        recognizer = inference.open_recognizer(files, wanted, installed=Path(installed))
+        return {"heard": hear_golden(recognizer, files).heard, "error": None}
     except ModelError as error:
         return {"heard": None, "error": str(error)}
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Final
 
-from edge_asr import installation, prepared, trial
+from edge_asr import inference, installation, prepared, systemd, trial
 from edge_asr.engine import Engine, Vocabulary, prepare_engine
 from edge_asr.events import Rejection, Utterance
 from edge_asr.grammar import GrammarError
@@ -282,8 +282,7 @@ class Worker:
         old.end()
         try:
             plan = Plan(self._options, old.facts.vocabulary)
-            before_s = old.load_cpu_s * old.slowdown
-            self._process = self._begin(plan, LOAD_LIMIT_S if self._another_is_chosen else load_limit_s(before_s))
+            self._process = self._begin(plan, None if self._another_is_chosen else old.load_cpu_s * old.slowdown)
         except _REFUSALS as error:
             raise WorkerError(f"no new recognizer: {error}") from None
         self._tell("")
@@ -303,8 +302,8 @@ class Worker:
         self.pause = pause
         self.on_change()
 
-    def _begin(self, plan: Plan, work_s: float = LOAD_LIMIT_S) -> _Process:
-        """A worker that has loaded its model, in so much CPU time.
+    def _begin(self, plan: Plan, before_s: float | None = None) -> _Process:
+        """A worker that has loaded its model. ``before_s``: CPU time that it took before; None: nobody knows.
 
         A new model that is refused, or ends it too often, makes way for the one before it (``installation``).
         """
@@ -313,7 +312,7 @@ class Worker:
             process = _Process(self._zygote)
             try:
                 probation.begin()
-                facts, _ = process.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, work_s))
+                facts, _ = process.load(plan, before_s)
             except _EndedError as error:
                 trouble = str(error)
                 log.error("while loading the model the recognizer %s", trouble)  # noqa: TRY400 - no bug, no traceback
@@ -384,7 +383,7 @@ class _Process:
         self.newest_golden_cpu_s = answer.cpu_s
         return answer.text
 
-    def retune(self, plan: Plan, looked: Callable[[], None]) -> None:
+    def retune(self, plan: Plan, looked: Callable[[], object]) -> None:
         """Hear with other hotwords and commands, which may take longer to build than those that were loaded.
 
         ``looked`` is called twice a second meanwhile. Raises HotwordError, GrammarError (then nothing has changed),
@@ -405,11 +404,20 @@ class _Process:
         except OSError:  # dead, and reaped with another's end
             raise _EndedError(f"ended by {self.end()}") from None
 
+    def load(self, plan: Plan, before_s: float | None) -> tuple[object, int]:
+        """As :meth:`ask`, in the time for loading a model. Raises _EndedError, WorkerError."""
+        if before_s is not None:
+            return self.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, load_limit_s(before_s)))
+        if inference.reachable(plan.options.model) != "tensorrt":
+            return self.ask(plan, Limits(LIMIT_S, LOAD_LIMIT_S, LOAD_LIMIT_S))
+        most_s = inference.BUILD_LIMIT_S
+        return self.ask(plan, Limits(most_s, most_s, most_s), systemd.still_starting)
+
     def ping(self) -> None:
         """Let it show that it takes requests. Raises _EndedError, WorkerError."""
         self.ask(_PING, Limits(PING_LIMIT_S, READ_LIMIT_S, STEP_BASE_S))
 
-    def ask(self, request: object, limits: Limits, looked: Callable[[], None] = lambda: None) -> tuple[object, int]:
+    def ask(self, request: object, limits: Limits, looked: Callable[[], object] = lambda: None) -> tuple[object, int]:
         """One question, one answer and the memory in use after it.
 
         The limits hold for each step; ``looked`` is called at each look at what takes longer than one. Raises
@@ -430,7 +438,7 @@ class _Process:
         self.end()
         raise _EndedError(f"took more than {STEPS} steps")
 
-    def _await_word(self, limits: Limits, looked: Callable[[], None]) -> None:
+    def _await_word(self, limits: Limits, looked: Callable[[], object]) -> None:
         wait = Wait(self.pid)
         while not self._line.poll(min(LIMIT_S, LOOK_S)):
             looked()

@@ -221,6 +221,38 @@ def test_weights_follow_the_provider_that_can_be_had(
     assert model_store.locate(str(folder), provider="cpu").model.name == "model.onnx"
 
 
+def test_tensorrt_builds_one_engine_for_speech_of_any_length_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is asked for; there is none here."""
+    open_session = onnxruntime.InferenceSession
+    asked: list[Any] = []
+
+    def open_on_the_cpu(path: str, options: onnxruntime.SessionOptions, providers: list[Any]) -> object:
+        asked[:] = providers
+        return open_session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_cpu)
+    there = [*ACCELERATORS.values(), "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    options = settings.Model(provider="tensorrt")
+    recognizer = open_recognizer(model_store.locate("micro-en"), options, installed=tmp_path / "models")
+    assert isinstance(recognizer, OnnxRecognizer)
+    (name, kept), *others = asked
+    assert (name, others) == ("TensorrtExecutionProvider", ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    (engines,) = (tmp_path / "models").iterdir()
+    assert kept["trt_engine_cache_path"] == kept["trt_timing_cache_path"] == str(engines)
+    assert kept["trt_engine_cache_enable"] == kept["trt_timing_cache_enable"] == "True"
+    changing = {each.name: len(each.shape) for each in recognizer._session.get_inputs() if "N" in each.shape}  # noqa: SLF001
+    for which in ("min", "opt", "max"):
+        shapes = dict(each.split(":") for each in kept[f"trt_profile_{which}_shapes"].split(","))
+        assert {name: len(shape.split("x")) for name, shape in shapes.items()} == changing
+    assert "x:1x1033x560," in kept["trt_profile_max_shapes"]  # 62 s
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError()))
+    open_recognizer(model_store.locate("micro-en"), options, installed=tmp_path / "elsewhere")
+    assert "trt_engine_cache_enable" not in asked[0][1]
+
+
 def test_the_cpu_needs_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert OnnxRecognizer(model_store.locate("micro-en"), settings.Model()).provider == "cpu"

@@ -10,6 +10,7 @@ import platform
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -311,6 +312,21 @@ def test_a_replacement_has_the_time_of_another_model_where_another_was_activated
     monkeypatch.setattr(installation, "chosen", lambda _: "another")
     os.kill(walled.pid, signal.SIGKILL)
     assert walled.understand(STOP, final=True).transcript is not None
+
+
+def test_a_model_that_tensorrt_meets_for_the_first_time_has_the_time_for_its_engine_and_systemd_is_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(inference, "reachable", lambda _: "tensorrt")
+    monkeypatch.setattr(worker, "LIMIT_S", 0.0)
+    monkeypatch.setattr(worker, "LOAD_LIMIT_S", 0.0)
+    monkeypatch.setattr(worker, "LOOK_S", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with closing(Worker(OPTIONS)) as works:
+            assert works.replaced == 0
+        assert manager.recv(100) == b"EXTEND_TIMEOUT_USEC=30000000"
 
 
 def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
