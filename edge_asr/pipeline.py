@@ -537,6 +537,7 @@ class Pipeline:
         if distrust and isinstance(heard.decision, Command) and not heard.decision.cancels:
             heard = replace(heard, decision=Rejection("too-noisy", distrust, heard.decision.confidence))
         outcomes = self._desk.judge(heard.utterance, heard.transcript, heard.decision)
+        self._spool.forgive(heard.utterance)
         await self._commit(outcomes, heard.utterance.id)
         self._confirming.set()
         self.utterances += 1

@@ -5,7 +5,8 @@ Law:
 - No audio reaches a file system. An utterance lies in a memory file (memfd_create) whose descriptor the service manager
   keeps (FileDescriptorStoreMax=) from its end until it is settled, over every way in which the process can end. It
   vanishes when the service is stopped and when the machine goes down. Without systemd nothing is kept.
-- What was begun :data:`ATTEMPTS` times and never settled is not begun again: it may be what ends the process.
+- What was begun :data:`ATTEMPTS` times and never understood is not begun again: it may be what ends the process. What
+  is understood and waits for a disk was not what ended it, however often it comes back.
 - What was committed but not settled in time is understood again and committed under the same message ids.
 """
 
@@ -57,6 +58,12 @@ class Spool:
         attempts = os.pread(file, 1, 0)[0] + 1
         os.pwrite(file, bytes([attempts]), 0)
         return attempts <= ATTEMPTS
+
+    def forgive(self, utterance: Utterance) -> None:
+        """Count no attempt any more: it was understood, and nothing ended."""
+        file = self._files.get(utterance.id)
+        if file is not None:
+            os.pwrite(file, b"\0", 0)
 
     def settle(self, utterance: Utterance) -> None:
         """Let go of an utterance: everything that came of it is committed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -12,11 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_asr import systemd
+from edge_asr import clock, contract, systemd
+from edge_asr.audio import read_file
+from edge_asr.engine import Engine
 from edge_asr.events import Utterance, derived_id, new_id
 from edge_asr.spool import Spool
 from edge_asr.zygote import Zygote
 from tests.broker import wait_until
+from tests.test_supervision import OPTIONS, RECORDINGS, Shelf, Speaker, pipe
 
 
 def utterance(pcm: bytes = b"\1\2\n\0", ended_ns: int = 7) -> Utterance:
@@ -99,6 +103,46 @@ def test_what_ends_the_process_every_time_is_not_begun_a_third_time(
         (poison,) = spool.recovered
         begun.append(spool.begin(poison))
     assert begun == [True, True, False]
+
+
+def test_what_was_understood_each_time_may_begin_for_ever(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    Spool().keep(utterance())
+    for _ in range(5):
+        manager.start_again(monkeypatch)
+        spool = Spool()
+        (waits,) = spool.recovered
+        assert spool.begin(waits)
+        spool.forgive(waits)
+
+
+def test_an_order_that_waits_for_its_disk_through_any_number_of_restarts_is_obeyed(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.build(OPTIONS)
+    pcm = read_file(RECORDINGS / "20-emergency-stop.flac")
+    Spool().keep(Utterance(new_id(), "stdin", 0, pcm, clock.boottime_ns()))
+
+    async def start_and_be_killed() -> None:
+        manager.start_again(monkeypatch)
+        shelf = Shelf(full_for=10**9)
+        running = asyncio.create_task(pipe(engine, Speaker(), shelf, Spool()).run())
+        await asyncio.wait_for(shelf.refused.wait(), 20)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    async def start_with_a_disk_that_works() -> None:
+        manager.start_again(monkeypatch)
+        speaker, shelf = Speaker(), Shelf()
+        running = asyncio.create_task(pipe(engine, speaker, shelf, Spool()).run())
+        await shelf.wait_for([contract.TRANSCRIPT, contract.COMMAND])
+        await speaker.close()
+        await running
+
+    for _ in range(3):
+        asyncio.run(start_and_be_killed())
+    asyncio.run(start_with_a_disk_that_works())
+    manager.listen()
+    assert manager.kept == {}
 
 
 def test_what_another_version_has_kept_is_said_to_be_lost(

@@ -26,6 +26,7 @@ from edge_asr.gateway.sessions import UPLOAD, Sessions
 from edge_asr.gateway.tokens import Tokens
 from edge_asr.outbox import Outbox, OutboxError
 from edge_asr.pipeline import Pipeline, with_company
+from edge_asr.spool import Spool
 from edge_asr.watchdog import Watchdog
 from edge_asr.worker import Worker
 from edge_asr.zygote import Zygote
@@ -90,7 +91,7 @@ class Shelf:
             await asyncio.wait_for(self.changed.wait_for(lambda: [d.topic for d in self.drafts] == list(topics)), 20)
 
 
-def pipe(engine: Engine, source: Speaker, shelf: Shelf | Outbox) -> Pipeline:
+def pipe(engine: Engine, source: Speaker, shelf: Shelf | Outbox, spool: Spool | None = None) -> Pipeline:
     return Pipeline(
         OPTIONS,
         sources=[source],
@@ -98,6 +99,7 @@ def pipe(engine: Engine, source: Speaker, shelf: Shelf | Outbox) -> Pipeline:
         engine=engine,
         outbox=shelf,
         live=lambda _topic, _data: None,
+        spool=spool,
     )
 
 
