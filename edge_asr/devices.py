@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ _SERVERS: Final = ("PULSE_SERVER", "PIPEWIRE_REMOTE", "PIPEWIRE_RUNTIME_DIR", "X
 """Variables by which a program finds a sound server, or devices that are no cards."""
 _SERVER_SOCKETS: Final = {"XDG_RUNTIME_DIR": ("pulse/native", "pipewire-0"), "PULSE_RUNTIME_PATH": ("native",)}
 """Where it listens, below the folder that a variable names."""
+_PULSE_PORT: Final = 4713
+_ANSWER_S: Final = 0.2
+"""One in the same hall takes a connection in a few milliseconds."""
+_BY_ADDRESS: Final = socket.AI_NUMERICHOST
 _CONNECTIONS: Final = Path("/sys/class/bluetooth")
 _SERVER_FILES: Final = ("/run/pulse/native", "/run/pipewire", "/etc/asound.conf")
 
@@ -160,13 +165,32 @@ def is_out_of_sight(wanted: str | int) -> bool:
 def signs() -> tuple[object, ...]:
     """What shows, without PortAudio, that a device has come or was let go of: another answer is a reason to try.
 
-    Not seen is only what a sound server learns by itself: from the network, or from whoever configures it.
+    Not seen is only what a sound server that is there learns by itself: in another container, from the network, or from
+    whoever configures it.
     """
     folders = [(os.environ[name], paths) for name, paths in _SERVER_SOCKETS.items() if name in os.environ]
     sockets = [Path(folder, path) for folder, paths in folders for path in paths]
-    named = os.environ.get("PULSE_SERVER", "").rpartition("unix:")[2]
-    nodes = [*ALSA_NODES.glob("pcmC*D*c"), *_CONNECTIONS.glob("*"), *sockets, *map(Path, (named, *_SERVER_FILES))]
-    return _cards_listing(), [*_owners("card*/pcm*c")], [(str(node), _changed_ns(node)) for node in nodes]
+    named = re.findall(r"(?:unix:)?(/[^\s}]*)", os.environ.get("PULSE_SERVER", ""))
+    nodes = [*ALSA_NODES.glob("pcmC*D*c"), *_CONNECTIONS.glob("*"), *sockets, *map(Path, (*named, *_SERVER_FILES))]
+    changed = [(str(node), _changed_ns(node)) for node in nodes]
+    return _cards_listing(), [*_owners("card*/pcm*c")], changed, [_answers(*server) for server in _distant_servers()]
+
+
+def _distant_servers() -> list[tuple[str, int]]:
+    """Where sound servers of the environment listen on a network."""
+    servers = re.findall(r"tcp[46]?:(?:\[([^]\s]+)\]|([^:\s]+))(?::(\d+))?", os.environ.get("PULSE_SERVER", ""))
+    return [(six or host, int(port or _PULSE_PORT)) for six, host, port in servers]
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody takes connections; of a host by its address only, for looking up a name may take long."""
+    try:
+        ((family, _, _, _, address), *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=_BY_ADDRESS)
+        with socket.socket(family) as probe:
+            probe.settimeout(_ANSWER_S)
+            return probe.connect_ex(address) == 0
+    except OSError:
+        return False
 
 
 def _changed_ns(path: Path) -> int | None:

@@ -23,6 +23,8 @@ class SoundCard:
 
     folder: Path
     channels: int = 1
+    port: int = 0
+    """Where the server listens on the network, too; 0: nowhere."""
     _server: subprocess.Popen[bytes] | None = None
     _modules: list[str] = field(default_factory=list)
 
@@ -34,6 +36,8 @@ class SoundCard:
     def start(self) -> None:
         """Start the server without a card."""
         script = f"load-module module-native-protocol-unix auth-anonymous=1 socket={self.folder}/native\n"
+        if self.port:
+            script += f"load-module module-native-protocol-tcp auth-anonymous=1 listen=127.0.0.1 port={self.port}\n"
         (self.folder / "default.pa").write_text(script, encoding="utf-8")
         home = {"HOME": str(self.folder), "XDG_RUNTIME_DIR": str(self.folder), "PULSE_RUNTIME_PATH": str(self.folder)}
         options = ["--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no", "--disable-shm=yes"]

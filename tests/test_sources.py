@@ -58,6 +58,7 @@ from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
 from edge_asr.settings import FilesSource, MicrophoneSource, StdinSource
 from edge_asr.sources import Files, Microphone, SourceError, Stdin, Timeline, audio_files
 from edge_asr.zygote import Zygote
+from tests.broker import free_port
 from tests.soundcard import SoundCard, sound_card, until
 
 T = TypeVar("T")
@@ -401,6 +402,22 @@ def test_a_sound_server_that_was_killed_is_found_again(card: SoundCard, caplog: 
         card.plug()
 
     outage(caplog, card.kill, up)
+
+
+def test_a_distant_sound_server_that_comes_back_when_there_was_no_more_hope_is_found_as_soon(
+    card: SoundCard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def up() -> None:
+        card.start()
+        card.plug()
+
+    card.kill()
+    card.port = free_port()
+    up()
+    monkeypatch.setenv("PULSE_SERVER", f"tcp:127.0.0.1:{card.port}")
+    monkeypatch.setattr(capture, "HOPE_S", 1.0)
+    monkeypatch.setattr(capture, "DIM_S", 1000.0)
+    outage(caplog, card.kill, up, away_s=4.0)
 
 
 def test_a_frozen_sound_server_is_a_loss_and_used_again_when_it_wakes(
@@ -952,7 +969,10 @@ def test_where_a_sound_server_may_have_it_a_lost_device_is_tried_rarely_until_so
         mark(tried)
         raise DeviceError("no microphone found")
 
-    monkeypatch.setenv("PULSE_SERVER", f"unix:{tmp_path}/native")
+    distant = socket.socket()
+    distant.bind(("127.0.0.1", 0))
+    address = "tcp:{}:{}".format(*distant.getsockname())
+    monkeypatch.setenv("PULSE_SERVER", f"{{an-id}}unix:{tmp_path}/native {address} tcp6:[::1]:1 tcp:no-such-name")
     monkeypatch.setattr(devices, "ALSA_NODES", there)
     monkeypatch.setattr(capture, "signs", look)
     monkeypatch.setattr(capture, "Stream", start)
@@ -973,13 +993,16 @@ def test_where_a_sound_server_may_have_it_a_lost_device_is_tried_rarely_until_so
                 functools.partial((there / "pcmC1D0c").chmod, 0o660),
                 (there / "pcmC1D0c").unlink,
                 (tmp_path / "native").touch,
+                distant.listen,
+                distant.close,
             ):
                 before = marks(tried)
                 change()
                 await eventually(lambda: marks(tried) > before, "it is not tried again")  # noqa: B023 - awaited here
                 await has_given_up()
 
-    run(main())
+    with distant:
+        run(main())
 
 
 # The timeline
