@@ -172,12 +172,16 @@ def build_decoder(
     """The site's words and the language model under the model's tokens; None without any."""
     if not listed and language_model is None:
         return None
-    return TextDecoder(build_hotwords(listed, recognizer), recognizer.table, language_model)
+    return TextDecoder(build_hotwords(listed, recognizer, language_model), recognizer.table, language_model)
 
 
-def build_hotwords(listed: Sequence[Hotword], recognizer: OnnxRecognizer | SherpaRecognizer) -> Hotwords:
+def build_hotwords(
+    listed: Sequence[Hotword],
+    recognizer: OnnxRecognizer | SherpaRecognizer,
+    language_model: LanguageModel | None = None,
+) -> Hotwords:
     """The site's words under the model's tokens."""
-    words = Hotwords(listed, recognizer.table)
+    words = Hotwords(listed, recognizer.table, language_model)
     if words.unspellable:
         never = ", ".join(words.unspellable)
         log.warning("the model %s cannot write, so never hear: %s; give them `spoken`", recognizer.name, never)

@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import get_args
 
 from edge_asr import settings
+from edge_asr.language_model import LanguageModel
 from edge_asr.numbers import Language, respell
 from edge_asr.posteriors import WORD_START, TokenTable
+
+UNDER_LANGUAGE_MODEL = 0.5
+"""Share of the weights that is due where a language model speaks for the likelier of the other words: with all of it
+hotwords are invented (tools/hotwords-benchmark)."""
+
+READ_AFTER = 2
+"""Tokens before one, of a hotword's, after which the language model must have read it to know the hotword."""
 
 MAX_WEIGHT = 20.0
 
@@ -146,8 +154,8 @@ class Worth:
     """What a text is worth."""
 
     bonus: float
-    hotwords: Sequence[tuple[int, int]] = ()
-    """(start, end) of each in the text that is worth anything."""
+    unread: Sequence[tuple[int, int]] = ()
+    """(start, end) of each hotword in it that the language model has never read."""
     length: int = 0
     """Of the text."""
 
@@ -158,8 +166,10 @@ class Context:
     A state is the end of the text that may yet become a hotword: empty at a word boundary, ``_INSIDE`` within a word.
     """
 
-    def __init__(self, bonus: Mapping[str, float]) -> None:
-        self._bonus = bonus
+    def __init__(self, bonus: Mapping[str, float], unread: frozenset[str] = frozenset()) -> None:
+        """``unread``: those of the hotwords that the language model has never read."""
+        self._bonus, self._unread = bonus, unread
+        self._unread_beginnings = {form[:end] for form in unread for end in range(1, len(form) + 1)}
         self._credit: dict[str, float] = {}
         """Every beginning of a hotword -> the share of the bonus that leads the beam."""
         for form, worth in bonus.items():
@@ -176,6 +186,10 @@ class Context:
     def beginnings(self) -> Iterable[str]:
         """All texts that a hotword begins with."""
         return self._credit
+
+    def begins_unread(self, state: str) -> bool:
+        """Whether a state may become a hotword that the language model has never read."""
+        return state in self._unread_beginnings
 
     def occurrences(self, text: str, *, ended: bool = True) -> tuple[list[tuple[int, int]], str]:
         """(start, end) of each hotword in canonical text, and the state after it."""
@@ -212,8 +226,8 @@ class Context:
         return self._worth(state, self.occurrences(state)[0])
 
     def _worth(self, text: str, found: Sequence[tuple[int, int]]) -> Worth:
-        preferred = [(start, end) for start, end in found if self._bonus[text[start:end]]]
-        return Worth(sum(self._bonus[text[start:end]] for start, end in preferred), preferred, len(text))
+        unread = [(start, end) for start, end in found if text[start:end] in self._unread]
+        return Worth(sum(self._bonus[text[start:end]] for start, end in found), unread, len(text))
 
 
 # ---------------------------------------------------------------- tokens
@@ -241,6 +255,22 @@ class Vocabulary:
                         counts[end] = min(counts[start] + 1, counts.get(end, end))
         return counts.get(len(form))
 
+    def is_read(self, model: LanguageModel, form: str) -> bool:
+        """Whether the language model has read a spelling of canonical text: each token after those before it."""
+        known = min(READ_AFTER, model.order - 1)
+        reached: dict[int, set[tuple[int, ...]]] = {0: {()}}
+        for start in range(len(form)):
+            for before in reached.get(start, ()):
+                for end in range(start + 1, min(len(form), start + self.longest) + 1):
+                    following = self.writing(form[:start], form[start:end]) if start else self._first(form[:end])
+                    read = (token for token in following if not before or model.lists(before, token))
+                    reached.setdefault(end, set()).update((*before, token)[-known:] for token in read)
+        return bool(reached.get(len(form)))
+
+    def _first(self, text: str) -> Sequence[int]:
+        """Tokens that begin a text, and a word where there are words."""
+        return self.writing("", text) if _is_wide(text[0]) else self._ids.get(" " + text, ())
+
     def writing(self, before: str, text: str) -> list[int]:
         """Tokens that append ``text`` to ``before``, with a gap of no meaning in front or without."""
         gapless = not before or _is_wide(before[-1]) or _is_wide(text[0])
@@ -259,7 +289,10 @@ def _gapped(piece: str) -> str:
 class Hotwords:
     """A list of hotwords under one model's tokens."""
 
-    def __init__(self, hotwords: Iterable[Hotword], table: TokenTable) -> None:
+    def __init__(
+        self, hotwords: Iterable[Hotword], table: TokenTable, language_model: LanguageModel | None = None
+    ) -> None:
+        share = 1.0 if language_model is None else UNDER_LANGUAGE_MODEL
         self._written: dict[str, str] = {}
         bonus: dict[str, float] = {}
         self.vocabulary = Vocabulary(table)
@@ -268,11 +301,15 @@ class Hotwords:
             for form in _forms(hotword):
                 tokens = self.vocabulary.fewest(form)
                 if tokens is not None:
-                    self._written[form], bonus[form] = hotword.written, hotword.weight * tokens
+                    self._written[form], bonus[form] = hotword.written, share * hotword.weight * tokens
         hearable = set(self._written.values())
         self.unspellable = tuple(each.written for each in listed if each.written not in hearable)
         """Hotwords that no tokens of the model write; they are never heard."""
-        self.context = Context(bonus)
+
+        def is_unread(form: str) -> bool:
+            return language_model is not None and not self.vocabulary.is_read(language_model, form)
+
+        self.context = Context(bonus, frozenset(form for form, worth in bonus.items() if worth and is_unread(form)))
 
     def __len__(self) -> int:
         """How many there are."""

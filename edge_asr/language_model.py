@@ -96,21 +96,32 @@ class LanguageModel:
         """What the token after this one depends on."""
         return (*context, token)[1 - self.order :]
 
+    def lists(self, context: tuple[int, ...], token: int) -> bool:
+        """Whether a token was read often enough after a context of at least one token."""
+        level, at = self._found(context)
+        if at is None:
+            return False
+        return token in level.tokens[level.offsets[at] : level.offsets[at + 1]]
+
     def _row(self, context: tuple[int, ...]) -> Floats:
         if not context:
             return self._first
         shorter = self.row(context[1:])
-        level = self._levels[len(context) - 1]
-        packed = 0
-        for token in context:
-            packed = packed << self._bits | token
-        at = int(np.searchsorted(level.contexts, level.contexts.dtype.type(packed)))
-        if at == len(level.contexts) or int(level.contexts[at]) != packed:
+        level, at = self._found(context)
+        if at is None:
             return shorter
         listed = slice(int(level.offsets[at]), int(level.offsets[at + 1]))
         row: Floats = shorter + _SCALE * level.backoff[at]
         row[level.tokens[listed]] = _SCALE * level.scores[listed]
         return row
+
+    def _found(self, context: tuple[int, ...]) -> tuple[_Level, int | None]:
+        """Where a context of at least one token stands; None: nowhere."""
+        level, packed = self._levels[len(context) - 1], 0
+        for token in context:
+            packed = packed << self._bits | token
+        at = int(np.searchsorted(level.contexts, level.contexts.dtype.type(packed)))
+        return level, at if at < len(level.contexts) and int(level.contexts[at]) == packed else None
 
 
 def _whole(level: _Level, vocabulary: int, length: int) -> bool:

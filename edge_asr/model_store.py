@@ -310,7 +310,8 @@ def _recognize(folder: Path, provider: Provider | None) -> Manifest:
         del models[1:]
     for model in models:
         _check_onnx(model)
-    found = {path.name: ManifestFile(size=_size(path), sha256=sha256_of(path)) for path in (*models, tokens)}
+    beside = [path for path in (folder / LANGUAGE_MODEL,) if path.exists()]
+    found = {path.name: ManifestFile(size=_size(path), sha256=sha256_of(path)) for path in (*models, tokens, *beside)}
     for release in PUBLIC_RELEASES:
         if release.files["model.int8.onnx"] == found.get("model.int8.onnx"):
             if release.files[TOKENS] != found[TOKENS]:

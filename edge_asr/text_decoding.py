@@ -1,8 +1,8 @@
 """Writes what was said: a CTC prefix beam search under a language model and the site's hotwords.
 
 Law: a sequence of tokens scores its CTC log-probability, all alignments summed; its log-probability in the language
-model, weighed, and a bonus for each token; and the bonus of each hotword that its text holds. The language model has
-never read the site's words: of what it took from a hotword's tokens all beyond :data:`UNREAD` is given back.
+model, weighed, and a bonus for each token; and the bonus of each hotword that its text holds. What the language model
+took from the tokens of a hotword that it has never read is given back with its bonus.
 Without a language model, a text that holds no hotword is the greedy one, to the token; and with it, too, nothing is
 written where the greedy text is empty.
 """
@@ -46,10 +46,6 @@ tools/hotwords-benchmark for the flattest frame of real recordings: 0.11."""
 MARGIN = 12.0
 """Nats that a prefix or a token may lie behind the best one before it is dropped without a look."""
 
-UNREAD = 3.0
-"""Nats that the language model may take from a token of a hotword, which it has never read. With less, or nothing,
-hotwords are invented: tools/hotwords-benchmark; docs/decisions.md."""
-
 _IMPOSSIBLE = -math.inf
 
 
@@ -73,7 +69,7 @@ class _Prefix:
         self.weighed = 0.0
         """What the language model gave the tokens, hotwords or not."""
         self.taken = 0.0
-        """What it took for the last token beyond what it may take from a hotword's; never negative."""
+        """What it took for the last token; never negative."""
         self.secured_back = self.credited_back = 0.0
         """What would be given back with ``secured`` and ``credit``."""
         self.children: dict[int, _Prefix] = {}
@@ -159,7 +155,7 @@ class _Search:
         beam: int,
         margin: float,
     ) -> None:
-        self._vocabulary, self._language_model = vocabulary, language_model
+        self._context, self._vocabulary, self._language_model = context, vocabulary, language_model
         self._beam, self._margin = beam, margin
         self._onward: dict[str, list[str]] = defaultdict(list)
         for beginning in context.beginnings:
@@ -252,7 +248,7 @@ class _Search:
                     promise = prefix.secured + self._starting.get(token, 0.0)
                 bound = reached + certain + weighed + promise
                 if promise:
-                    bound += prefix.credited_back + max(0.0, -UNREAD - weighed)
+                    bound += prefix.credited_back + max(0.0, -weighed)
                 if bound >= floor and prefix.children.get(token) not in inside:
                     grown.append((bound, reached, weighed, prefix, token))
         grown.sort(key=lambda each: -each[0])
@@ -286,10 +282,11 @@ class _Search:
         child.gained = prefix.gained + gained.bonus
         if self._language_model is not None:
             child.context = self._language_model.onward(prefix.context, token)
-            child.weighed, child.taken = prefix.weighed + weighed, max(0.0, -UNREAD - weighed)
-            child.gained += self._given_back(child, gained.length, gained.hotwords)
-            child.secured_back = self._given_back(child, secured.length, secured.hotwords)
-            child.credited_back = self._given_back(child, len(state), [(0, len(state))]) if child.credit else 0.0
+            child.weighed, child.taken = prefix.weighed + weighed, max(0.0, -weighed)
+            child.gained += self._given_back(child, gained.length, gained.unread)
+            child.secured_back = self._given_back(child, secured.length, secured.unread)
+            if self._context.begins_unread(state):
+                child.credited_back = self._given_back(child, len(state), [(0, len(state))])
         prefix.children[token] = child
         return child
 

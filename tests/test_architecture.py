@@ -25,7 +25,6 @@ ORDER = (
         "biasing",
     ),
     *(
-        "hotwords",
         "text_matching",
         "commands",
         "linter",
@@ -39,6 +38,7 @@ ORDER = (
         "audit",
         "model_store",
         "language_model",
+        "hotwords",
         "text_decoding",
         "archive",
         "download",

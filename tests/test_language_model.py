@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from edge_asr.audio import read_file
 from edge_asr.engine import Engine
 from edge_asr.events import Utterance
-from edge_asr.hotwords import Hotword, Hotwords
+from edge_asr.hotwords import UNDER_LANGUAGE_MODEL, Hotword, Hotwords, Vocabulary
 from edge_asr.language_model import START, STEP, LanguageModel, bits
 from edge_asr.model_store import EMBEDDED, ModelError, bundled, locate
 from edge_asr.posteriors import BLANK, Recognition, TokenTable, log_softmax, transcribe
 from edge_asr.settings import Settings
-from edge_asr.text_decoding import UNREAD, TextDecoder
+from edge_asr.text_decoding import TextDecoder
 
 Arrays = Mapping[str, NDArray[Any]]
 Context = tuple[int, ...]
@@ -156,12 +156,16 @@ def by_brute_force(
 ) -> dict[Context, float]:
     """Score of every token sequence: its alignments, each written out, language model, and hotwords.
 
-    The language model may take only so much from a hotword's tokens.
+    The language model may help the tokens of a hotword that it has not read, but take nothing from them.
     """
     total: dict[Context, float] = defaultdict(float)
     for alignment in itertools.product(range(SIZE), repeat=len(log_posteriors)):
         sequence = tuple(label for label, _ in itertools.groupby(alignment) if label != BLANK)
         total[sequence] += math.exp(sum(log_posteriors[t, label] for t, label in enumerate(alignment)))
+
+    def is_unread(phrase: str) -> bool:
+        return bonus[re.sub(" +", " ", phrase)] > 0 and not Vocabulary(TINY).is_read(model, re.sub(" +", " ", phrase))
+
     longest_first = "|".join(phrase.replace(" ", " +") for phrase in sorted(bonus, key=lambda phrase: -len(phrase)))
     scores = {}
     for sequence, probability in total.items():
@@ -172,11 +176,18 @@ def by_brute_force(
         for token in sequence:
             start, end = end, end + len(TINY.pieces[token])
             given = model.weight * float(model.row(context)[token]) + model.bonus
-            preferred = any(start < each.end() and each.start() < end for each in found)
-            score += max(-UNREAD, given) if preferred else given
+            preferred = any(start < each.end() and each.start() < end for each in found if is_unread(each[0]))
+            score += max(0.0, given) if preferred else given
             context = model.onward(context, token)
         scores[sequence] = score + model.weight * float(model.row(context)[BLANK])
     return scores
+
+
+def test_a_hotword_is_read_if_each_of_its_tokens_was_read_after_the_two_before_it() -> None:
+    model = LanguageModel(arrays_of([9] * SIZE, {(1,): (3, {2: 1}), (1, 2): (0, {4: 1}), (2,): (0, {1: 1})}), SIZE)
+    words = Vocabulary(TINY)
+    assert all(words.is_read(model, each) for each in ("a", "ab", "aba"))
+    assert not any(words.is_read(model, each) for each in ("aa", "abb", "ab a", "b a"))
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
@@ -204,9 +215,9 @@ def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
         "aba": 3,
         "a b": 3,
     }  # "▁a" and "a" are one token, "▁b" is two
-    worth = {phrase: weight * letters[phrase] for phrase, weight in weights.items()}
+    worth = {phrase: UNDER_LANGUAGE_MODEL * weight * letters[phrase] for phrase, weight in weights.items()}
     scores = by_brute_force(log_posteriors, model, worth)
-    hotwords = Hotwords([Hotword(phrase, weight) for phrase, weight in weights.items()], TINY)
+    hotwords = Hotwords([Hotword(phrase, weight) for phrase, weight in weights.items()], TINY, model)
     decoder = TextDecoder(hotwords, TINY, model, beam=10**6, margin=math.inf)
     tokens, score = decoder.search(log_posteriors)
     assert score == pytest.approx(max(scores.values()), abs=1e-3)

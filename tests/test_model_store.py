@@ -142,6 +142,15 @@ def test_a_directory_without_a_manifest_is_accepted_as_unverified(download: Path
     assert files.sha256 == sha256_of(MICRO / MODEL)
 
 
+def test_a_language_model_is_one_of_the_models_files_and_may_be_missing(copy: Path) -> None:
+    with_manifest = locate(str(copy))
+    assert with_manifest.language_model == copy / "language_model.npz"
+    (copy / "manifest.json").unlink()
+    assert locate(str(copy)).language_model == copy / "language_model.npz"
+    (copy / "language_model.npz").unlink()
+    assert locate(str(copy)).language_model is None
+
+
 def test_an_unquantized_model_is_found_under_its_own_name(download: Path) -> None:
     (download / MODEL).rename(download / "model.onnx")
     assert locate(str(download)).model.name == "model.onnx"
@@ -152,6 +161,7 @@ def test_a_public_release_is_recognized_by_the_hash_of_its_model(
 ) -> None:
     (micro,) = (manifest for manifest in bundled_manifests() if manifest.name == "micro-en")
     ours = {name: micro.files[name] for name in (MODEL, "tokens.txt")}
+    (download / "language_model.npz").unlink()
     release = PUBLIC_RELEASES[0].model_copy(update={"files": ours})
     monkeypatch.setattr(model_store, "PUBLIC_RELEASES", (PUBLIC_RELEASES[1], release))
     assert locate(str(download)).manifest == release

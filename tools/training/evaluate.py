@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -209,6 +210,9 @@ def prompts() -> Iterator[tuple[str, Wave]]:
             yield text, to_float(pcm.tobytes()) / np.abs(to_float(pcm.tobytes())).max() * np.float32(0.5)
 
 
+ACCURACY = Path(__file__).resolve().parents[1] / "accuracy"
+"""What must not be accepted, written down; see tools/make-accuracy-sets."""
+
 SEED, SEEDS_TO_CHOOSE_BY = 7, (8, 9)
 """Of the unseen voice's sentences: those of the figures, and those that choices may be made by."""
 
@@ -228,13 +232,14 @@ def unseen(out: Path, seed: int = SEED) -> tuple[Path, Path]:
 
 
 def unheard() -> frozenset[str]:
-    """All sentences of the unseen voice: no language model may have read them."""
+    """The sentences of the unseen voice and of docs/accuracy.md's sets: no language model may have read them."""
     drawn = (
         voices.drawn("piper", seed, 0, voices.SHARD, make)[0]
         for seed in (SEED, *SEEDS_TO_CHOOSE_BY)
         for make in UNSEEN.values()
     )
-    return frozenset(sentence.text for sentences in drawn for sentence in sentences)
+    listed = (path.read_text(encoding="utf-8").splitlines() for path in ACCURACY.glob("*.txt"))
+    return frozenset(chain((each.text for each in chain.from_iterable(drawn)), chain.from_iterable(listed)))
 
 
 def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[str, Any]:
