@@ -37,7 +37,7 @@ def scenario(folder: Path) -> object:
             shown = page.inner_text("#live")
             time.sleep(CUT_S / 4)
             link.weather.there = link.weather.back = True
-            page.wait_for_selector("#history li[data-kind=expired], #history li[data-kind=command]", timeout=60_000)
+            page.wait_for_selector("#history li:not([data-kind=transcript])", timeout=60_000)
             said = page.locator("#history .said").all_inner_texts()
             kinds = page.evaluate("[...document.querySelectorAll('#history li')].map(line => line.dataset.kind)")
         log = running.log

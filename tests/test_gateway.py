@@ -1037,5 +1037,6 @@ def test_a_call_cut_in_the_middle_of_a_sentence_goes_on_over_the_websocket_and_c
     found = cut_link()
     assert found["way"] == "rtp"
     assert found["said"] == [row["text"] for row in transcribed(PRESS)]
+    assert found["kinds"] in (["expired"], ["command"])
     assert found["sessions"] == 1
     assert "30 s are kept" in found["shown"]

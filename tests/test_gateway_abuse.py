@@ -448,7 +448,7 @@ def test_a_first_message_that_is_no_good_hello_ends_the_connection(
 
 
 def test_a_minute_of_any_bytes_into_every_parser_finds_nothing() -> None:
-    fuzz = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
+    fuzz = ["nice", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
     done = subprocess.run(fuzz, check=False, capture_output=True, text=True, cwd=CHECKOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{PARSERS} passed" in done.stdout
