@@ -447,8 +447,9 @@ def test_a_first_message_that_is_no_good_hello_ends_the_connection(
     assert run(ask) in codes
 
 
+@pytest.mark.timeout(600)  # it gives way to tests that listen in real time
 def test_a_minute_of_any_bytes_into_every_parser_finds_nothing() -> None:
-    fuzz = ["nice", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
+    fuzz = ["nice", "-n", "5", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz_gateway.py"]
     done = subprocess.run(fuzz, check=False, capture_output=True, text=True, cwd=CHECKOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{PARSERS} passed" in done.stdout

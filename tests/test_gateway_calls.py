@@ -28,7 +28,8 @@ SECRET = "kept in a file"  # noqa: S105 - of a relay that lives for one test
 
 
 def own_addresses() -> set[str]:
-    return {ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)}
+    found = (ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips)
+    return {each if isinstance(each, str) else each[0] for each in found}  # IPv6 with its flow and scope
 
 
 @contextlib.contextmanager
