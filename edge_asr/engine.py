@@ -97,7 +97,7 @@ class Engine:
         vad = model_store.locate_vad()
         graph = prepared.find(files, options.models_directory, options.model)
         recognizer = inference.open_recognizer(files, options.model, graph, options.models_directory)
-        language_model = build_language_model(files, options.model, recognizer)
+        language_model = LanguageModel.of(files, options.model, len(recognizer.table))
         decoder = build_decoder(listed.hotwords, recognizer, language_model)
         interpreter = build_interpreter(options.commands, listed.grammars, recognizer)
         return cls(files, recognizer, decoder, language_model, interpreter, lambda: SileroDetector(vad))
@@ -150,18 +150,6 @@ def build_interpreter(
         words = ", ".join(interpreter.unspellable)
         log.warning("the model %s cannot write, so never hear: %s; reword the grammar", recognizer.name, words)
     return interpreter
-
-
-def build_language_model(
-    files: ModelFiles, options: settings.Model, recognizer: OnnxRecognizer | SherpaRecognizer
-) -> LanguageModel | None:
-    """What the model brings to weigh words by; None where it brings nothing, or the engine no posteriors.
-
-    Raises ModelError.
-    """
-    if not options.language_model or files.language_model is None or isinstance(recognizer, SherpaRecognizer):
-        return None
-    return LanguageModel.load(files.language_model, len(recognizer.table))
 
 
 def build_decoder(

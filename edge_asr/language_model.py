@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_asr.model_store import ModelError
+from edge_asr import settings
+from edge_asr.model_store import ModelError, ModelFiles
 from edge_asr.posteriors import BLANK
 
 Floats = NDArray[np.float32]
@@ -91,6 +92,13 @@ class LanguageModel:
                 return cls(np.load(file, allow_pickle=False), vocabulary)
         except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, ModelError) as error:
             raise ModelError(f"{path}: {error}; import the model again") from None
+
+    @classmethod
+    def of(cls, files: ModelFiles, options: settings.Model, vocabulary: int) -> LanguageModel | None:
+        """What a model brings; None: nothing, or the settings or their engine do without. Raises ModelError."""
+        if files.language_model is None or not options.language_model or options.engine == "sherpa-onnx":
+            return None
+        return cls.load(files.language_model, vocabulary)
 
     def onward(self, context: tuple[int, ...], token: int) -> tuple[int, ...]:
         """What the token after this one depends on."""

@@ -20,6 +20,7 @@ from edge_asr.audio import AudioFileError, read_file
 from edge_asr.child import ChildError
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
 from edge_asr.inference import RecognizerError
+from edge_asr.language_model import LanguageModel
 from edge_asr.model_store import Golden, ModelError, ModelFiles
 
 LIMIT_S: Final = 120.0
@@ -109,6 +110,7 @@ def _child(installed: str, options: str) -> dict[str, str | None]:
     try:
         files = model_store.locate(wanted.name, Path(installed), inference.reachable(wanted))
         recognizer = inference.open_recognizer(files, wanted, installed=Path(installed))
+        LanguageModel.of(files, wanted, len(recognizer.table))
         return {"heard": hear_golden(recognizer, files).heard, "error": None}
     except ModelError as error:
         return {"heard": None, "error": str(error)}

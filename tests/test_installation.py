@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -313,6 +314,21 @@ def test_a_model_that_hears_something_else_is_not_activated(tmp_path: Path) -> N
     done = typed("models", "activate", "deaf", "--set", f"state_dir={state}")
     assert done.returncode == 78
     assert "hears 'start conveyor three' where 'good night' is said" in done.stderr
+    assert Store(state / "models").active == EMBEDDED
+
+
+def test_a_model_whose_language_model_is_of_another_vocabulary_is_not_activated(tmp_path: Path) -> None:
+    given, state = copy(tmp_path, "mixed"), tmp_path / "state"
+    with np.load(given / "language_model.npz") as arrays:
+        np.savez_compressed(given / "language_model.npz", **{**arrays, "vocabulary": np.array(25_055)})
+    tree = json.loads((given / "manifest.json").read_bytes())
+    changed = given / "language_model.npz"
+    tree["files"][changed.name] = {"sha256": sha256_of(changed), "size": changed.stat().st_size}
+    (given / "manifest.json").write_text(json.dumps(tree), encoding="utf-8")
+    Store(state / "models").add(given)
+    done = typed("models", "activate", "mixed", "--set", f"state_dir={state}")
+    assert done.returncode == 78
+    assert "language_model.npz: is damaged, or made for another model: 25055 tokens, expected 526" in done.stderr
     assert Store(state / "models").active == EMBEDDED
 
 

@@ -30,6 +30,7 @@ from edge_asr.audio import from_float, read_file, to_float
 from edge_asr.commands import Interpreter, load_graph
 from edge_asr.evaluation import mix
 from edge_asr.events import Command
+from edge_asr.language_model import LanguageModel
 from edge_asr.posteriors import Recognition
 from edge_asr.wordgraph import Arc, WordGraph
 from training import texts, voices
@@ -100,7 +101,7 @@ class Ears:
     def __init__(self, folder: Path) -> None:
         files, options = model_store.locate(f"{folder}/"), settings.Model()
         self.recognizer = inference.OnnxRecognizer(files, options)
-        language_model = engine.build_language_model(files, options, self.recognizer)
+        language_model = LanguageModel.of(files, options, len(self.recognizer.table))
         self._decoder = engine.build_decoder((), self.recognizer, language_model)
         self.cpu_s = self.heard_s = 0.0
 
