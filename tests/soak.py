@@ -222,9 +222,13 @@ def effort(pids: list[int]) -> dict[str, dict[str, float]]:
     """CPU time and times woken so far of each thread, those of one name together."""
     found: dict[str, dict[str, float]] = {}
     for task in (each for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()):
-        status = dict(line.split(":\t", 1) for line in (task / "status").read_text(encoding="utf-8").splitlines())
+        try:
+            status = dict(line.split(":\t", 1) for line in (task / "status").read_text(encoding="utf-8").splitlines())
+            spent_ns = int((task / "schedstat").read_text(encoding="ascii").split()[0])
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            continue
         so_far = found.setdefault(status["Name"], {"cpu_s": 0.0, "woken": 0.0})
-        so_far["cpu_s"] += int((task / "schedstat").read_text(encoding="ascii").split()[0]) / clock.NS_PER_S
+        so_far["cpu_s"] += spent_ns / clock.NS_PER_S
         so_far["woken"] += int(status["voluntary_ctxt_switches"])
     return found
 
