@@ -587,9 +587,7 @@ Environment=PULSE_SERVER=unix:/run/speaker/native
 @pytest.fixture
 def order(site: Sysbox) -> Iterator[Sysbox]:
     """The shipped watchdog of 10 s, a microphone, and one order five seconds after the test has started it."""
-    with wave.open(str(site.root / "etc/edge-asr/pause.wav"), "wb") as pause:
-        pause.setparams((1, 2, 16_000, 0, "NONE", ""))
-        pause.writeframes(bytes(4 * 2 * 16_000))
+    pause_before_the_order(site, 4.0)
     site.write("/etc/asound.conf", PULSE)
     site.write("/etc/sound.pa", SOUND)
     site.start("sound.service", SOUND_SERVER)
@@ -604,6 +602,12 @@ def order(site: Sysbox) -> Iterator[Sysbox]:
     site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
     site.run("rm", "-f", "/etc/systemd/system/edge-asr.service.d/unasked.conf")
     site.run("systemctl", "daemon-reload")
+
+
+def pause_before_the_order(box: Sysbox, seconds: float) -> None:
+    with wave.open(str(box.root / "etc/edge-asr/pause.wav"), "wb") as pause:
+        pause.setparams((1, 2, 16_000, 0, "NONE", ""))
+        pause.writeframes(bytes(2 * round(seconds * 16_000)))
 
 
 def everything_logged(box: Sysbox) -> str:
@@ -682,8 +686,10 @@ def test_a_sound_server_that_freezes_in_mid_sentence_costs_no_restart_and_what_w
 def test_an_outbox_whose_thread_stands_still_ends_in_a_restart_and_the_interrupted_order_is_obeyed(
     order: Sysbox,
 ) -> None:
+    pause_before_the_order(order, 2.5)  # so that it is over before the restart, six seconds after the first commit
     capturing(order)
     with standing_still(order, "fdatasync,fsync"):
+        order.wait_for("the order", lambda: order.show("edge-asr", "NFileDescriptorStore") == "1")
         order.wait_for("a restart", lambda: restarts(order) == 1, 25)
     assert "and not because of its disk; starting again" in everything_logged(order)
     recovers(order)
