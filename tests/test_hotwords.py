@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from edge_asr import settings
 from edge_asr.audio import read_file
@@ -23,8 +21,7 @@ from edge_asr.inference import load_tokens
 from edge_asr.model_store import bundled, locate
 from edge_asr.posteriors import BLANK, FRAME_S, Recognition, TokenTable, greedy, log_softmax, transcribe
 from edge_asr.text_decoding import TextDecoder, aligned, best_tokens
-
-Floats = NDArray[np.float32]
+from tests.alignments import TINY, TOKENS_OF, Floats, likelihoods, posteriors_of
 
 TABLE = TokenTable(
     (
@@ -81,54 +78,31 @@ def text_of(hotwords: TextDecoder, *frames: str | Mapping[str, float]) -> str:
 
 # ---------------------------------------------------------------- the law, against brute force
 
-TINY = TokenTable(("<blank>", "▁a", "b", "▁", "a"))
-
-
 LETTERS = TokenTable(("<blank>", "▁", "a", "b", "1", "三", "号"))
-
-
-def posteriors_of(table: TokenTable, max_frames: int) -> st.SearchStrategy[Floats]:
-    logit = st.floats(-3, 3, width=32)
-    row = st.lists(logit, min_size=len(table), max_size=len(table))
-    return st.lists(row, min_size=1, max_size=max_frames).map(lambda rows: log_softmax(np.array(rows, np.float32)))
 
 
 def by_brute_force(
     log_posteriors: Floats, table: TokenTable, bonus: Mapping[str, float]
 ) -> dict[tuple[int, ...], float]:
-    """Score of every token sequence: its alignments, each written out, summed; and the bonus of its text."""
-    frames, size = log_posteriors.shape
-    total: dict[tuple[int, ...], float] = defaultdict(float)
-    for alignment in itertools.product(range(size), repeat=frames):
-        sequence = tuple(label for label, _ in itertools.groupby(alignment) if label != BLANK)
-        total[sequence] += math.exp(sum(log_posteriors[t, label] for t, label in enumerate(alignment)))
+    """Score of every token sequence: its log-likelihood and the bonus of its text."""
     longest_first = "|".join(sorted(bonus, key=lambda phrase: -len(phrase)))
     scores = {}
-    for sequence, probability in total.items():
+    for sequence, likelihood in likelihoods(log_posteriors).items():
         text = "".join(table.pieces[label] for label in sequence).replace("▁", " ")
         found = re.findall(rf"\b(?:{longest_first})\b", re.sub(" +", " ", text))
-        scores[sequence] = math.log(probability) + sum(bonus[phrase] for phrase in found)
+        scores[sequence] = likelihood + sum(bonus[phrase] for phrase in found)
     return scores
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(
     posteriors_of(TINY, 4),
-    st.dictionaries(st.sampled_from(["a", "ab", "aa", "ab a", "b", "aba", "a b"]), st.floats(0, 3), min_size=1),
+    st.dictionaries(st.sampled_from(list(TOKENS_OF)), st.floats(0, 3), min_size=1),
 )
 def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     log_posteriors: Floats, weights: Mapping[str, float]
 ) -> None:
-    letters = {
-        "a": 1,
-        "ab": 2,
-        "aa": 2,
-        "ab a": 3,
-        "b": 1,
-        "aba": 3,
-        "a b": 3,
-    }  # "▁a" and "a" are one token, "▁b" is two
-    bonus = {phrase: weight * letters[phrase] for phrase, weight in weights.items()}
+    bonus = {phrase: weight * TOKENS_OF[phrase] for phrase, weight in weights.items()}
     scores = by_brute_force(log_posteriors, TINY, bonus)
     hotwords = Hotwords([Hotword(phrase, weight) for phrase, weight in weights.items()], TINY)
     decoder = TextDecoder(hotwords, TINY, beam=10**6, margin=math.inf)

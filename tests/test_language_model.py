@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ from edge_asr.model_store import EMBEDDED, ModelError, bundled, locate
 from edge_asr.posteriors import BLANK, Recognition, TokenTable, log_softmax, transcribe
 from edge_asr.settings import Settings
 from edge_asr.text_decoding import TextDecoder
+from tests.alignments import TINY, TOKENS_OF, likelihoods, posteriors_of
 
 Arrays = Mapping[str, NDArray[Any]]
 Context = tuple[int, ...]
 
-TINY = TokenTable(("<blank>", "▁a", "b", "▁", "a"))
 SIZE = len(TINY)
 
 
@@ -146,32 +144,23 @@ def test_a_file_that_is_no_archive_or_cut_off_is_refused_in_one_line(tmp_path: P
 # ---------------------------------------------------------------- the search under it
 
 
-def posteriors_of(max_frames: int) -> st.SearchStrategy[NDArray[np.float32]]:
-    row = st.lists(st.floats(-3, 3, width=32), min_size=SIZE, max_size=SIZE)
-    return st.lists(row, min_size=1, max_size=max_frames).map(lambda rows: log_softmax(np.array(rows, np.float32)))
-
-
 def by_brute_force(
     log_posteriors: NDArray[np.float32], model: LanguageModel, bonus: Mapping[str, float]
 ) -> dict[Context, float]:
-    """Score of every token sequence: its alignments, each written out, language model, and hotwords.
+    """Score of every token sequence: its log-likelihood, language model, and hotwords.
 
     The language model may help the tokens of a hotword that it has not read, but take nothing from them.
     """
-    total: dict[Context, float] = defaultdict(float)
-    for alignment in itertools.product(range(SIZE), repeat=len(log_posteriors)):
-        sequence = tuple(label for label, _ in itertools.groupby(alignment) if label != BLANK)
-        total[sequence] += math.exp(sum(log_posteriors[t, label] for t, label in enumerate(alignment)))
 
     def is_unread(phrase: str) -> bool:
         return bonus[re.sub(" +", " ", phrase)] > 0 and not Vocabulary(TINY).is_read(model, re.sub(" +", " ", phrase))
 
     longest_first = "|".join(phrase.replace(" ", " +") for phrase in sorted(bonus, key=lambda phrase: -len(phrase)))
     scores = {}
-    for sequence, probability in total.items():
+    for sequence, likelihood in likelihoods(log_posteriors).items():
         text = "".join(TINY.pieces[label] for label in sequence).replace("▁", " ")
         found = list(re.finditer(rf"\b(?:{longest_first})\b", text)) if bonus else []
-        score = math.log(probability) + sum(bonus[re.sub(" +", " ", each[0])] for each in found)
+        score = likelihood + sum(bonus[re.sub(" +", " ", each[0])] for each in found)
         context, end = START, 0
         for token in sequence:
             start, end = end, end + len(TINY.pieces[token])
@@ -192,11 +181,11 @@ def test_a_hotword_is_read_if_each_of_its_tokens_was_read_after_the_two_before_i
 
 @hypothesis_settings(max_examples=60, deadline=None)
 @given(
-    posteriors_of(4),
+    posteriors_of(TINY, 4),
     FIRST,
     LEVELS,
     st.floats(0, 2),
-    st.dictionaries(st.sampled_from(["a", "ab", "aa", "ab a", "b", "aba", "a b"]), st.floats(0.5, 3)),
+    st.dictionaries(st.sampled_from(list(TOKENS_OF)), st.floats(0.5, 3)),
 )
 def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     log_posteriors: NDArray[np.float32],
@@ -206,16 +195,7 @@ def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
     weights: Mapping[str, float],
 ) -> None:
     model = LanguageModel(arrays_of(first, levels, 2.0, bonus), SIZE)
-    letters = {
-        "a": 1,
-        "ab": 2,
-        "aa": 2,
-        "ab a": 3,
-        "b": 1,
-        "aba": 3,
-        "a b": 3,
-    }  # "▁a" and "a" are one token, "▁b" is two
-    worth = {phrase: UNDER_LANGUAGE_MODEL * weight * letters[phrase] for phrase, weight in weights.items()}
+    worth = {phrase: UNDER_LANGUAGE_MODEL * weight * TOKENS_OF[phrase] for phrase, weight in weights.items()}
     scores = by_brute_force(log_posteriors, model, worth)
     hotwords = Hotwords([Hotword(phrase, weight) for phrase, weight in weights.items()], TINY, model)
     decoder = TextDecoder(hotwords, TINY, model, beam=10**6, margin=math.inf)
@@ -225,7 +205,7 @@ def test_without_pruning_the_search_finds_the_best_of_all_token_sequences(
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
-@given(posteriors_of(8), FIRST, LEVELS)
+@given(posteriors_of(TINY, 8), FIRST, LEVELS)
 def test_where_the_greedy_text_is_empty_nothing_is_written(
     log_posteriors: NDArray[np.float32],
     first: list[int],
