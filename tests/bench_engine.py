@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from edge_asr.events import SAMPLE_RATE
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer
 from edge_asr.model_store import ModelFiles
 from edge_asr.optimization import Pass
+from tests import cpu_mask
 from tests.sense_voice import LANGUAGES, SenseVoice
 
 STOCK = "sherpa-onnx"
@@ -68,11 +69,11 @@ def noise(seconds: int, take: int) -> bytes:
 def make_model(folder: Path, blocks: int = 50, more_blocks: int = 20, vocabulary: int = 25055) -> ModelFiles:
     """SenseVoice of some size in a folder that the product, sherpa-onnx and funasr-onnx take."""
     folder.mkdir(parents=True, exist_ok=True)
-    tags = [*(f"<|{name}|>" for name in LANGUAGES if name != "auto"), "<|withitn|>", "<|woitn|>"]
-    pieces = ["<unk>", *(f"t{index}" for index in range(1, vocabulary - len(tags))), *tags]
-    tokens = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
-    (folder / "tokens.txt").write_text(tokens, encoding="utf-8")
     if not (folder / "model.int8.onnx").exists():
+        tags = [*(f"<|{name}|>" for name in LANGUAGES if name != "auto"), "<|withitn|>", "<|woitn|>"]
+        pieces = ["<unk>", *(f"t{index}" for index in range(1, vocabulary - len(tags))), *tags]
+        tokens = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
+        (folder / "tokens.txt").write_text(tokens, encoding="utf-8")
         SenseVoice(blocks, more_blocks, vocabulary).save(folder / "model.int8.onnx")
     return model_store.locate(f"{folder}/")
 
@@ -88,14 +89,16 @@ def timed(work: Callable[[Any], object]) -> Callable[[Any], float]:
     return spent_s
 
 
-def contenders(files: ModelFiles, folder: Path, steps: Sequence[tuple[str, tuple[Pass, ...]]]) -> Iterator[Contender]:
-    """Sherpa-onnx, then each step of ours."""
+def contenders(
+    files: ModelFiles, folder: Path, steps: Sequence[tuple[str, tuple[Pass, ...]]], features: Collection[str]
+) -> Iterator[Contender]:
+    """Sherpa-onnx, then each step of ours, on a CPU with these features."""
     options = settings.Model(language="en")
     yield Contender(STOCK, timed(SherpaRecognizer(files, options).recognize))
     fused = folder / "fused.onnx"
     inference.save_fused(files.model, fused)
     graph = onnx_file.read(fused)
-    has_vnni = prepared.has_vnni(prepared.cpu_features())
+    has_vnni = prepared.has_vnni(features)
     for number, (name, passes) in enumerate(steps):
         path: Path | None = None
         for each in passes:
@@ -228,14 +231,14 @@ def loaded(files: ModelFiles, graph: Path | None) -> dict[str, Any]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What it ran on."""
+def machine(without: Collection[str] = ()) -> dict[str, Any]:
+    """What it ran on, less what was hidden from it."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
-        "features": sorted(prepared.cpu_features()),
+        "features": sorted(prepared.cpu_features().difference(without)),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "onnxruntime": ort.__version__,
@@ -299,20 +302,41 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--chart", type=Path, help="draw them there (SVG)")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=cpu_mask.PLACES, metavar="FEATURE",
+        help=f"measure as on a CPU that lacks some of {' '.join(cpu_mask.PLACES)}",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.without and not cpu_mask.is_in_force():
+        raise SystemExit(_masked(arguments.without))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        files = make_model(arguments.model or folder / "model")
-        figures: dict[str, Any] = {"machine": machine()}
-        taking_part = list(contenders(files, folder, STEPS))
-        if arguments.funasr:
-            python, bpe_model = arguments.funasr
-            taking_part.append(funasr(python, Path(bpe_model), files.model.parent))
-        figures["engine"] = measured(taking_part, arguments.lengths, arguments.rounds)
-        last = max(folder.glob("step*.onnx"))
-        taking_part.clear()
-        figures["limits"] = most = limits(files)
-        figures["load"] = {"the model's own graph": loaded(files, None), OURS: loaded(files, last)}
+        _run(arguments, Path(name))
+
+
+def _masked(without: Collection[str]) -> int:
+    """The same run in a process that does not find these instructions; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        try:
+            environment = cpu_mask.environment(without, Path(name))
+        except cpu_mask.MaskError as error:
+            raise SystemExit(f"tools/bench engine: {error}") from None
+        command = [sys.executable, "-m", "tests.bench_engine", *sys.argv[1:]]
+        return subprocess.run(command, check=False, env=environment).returncode
+
+
+def _run(arguments: argparse.Namespace, folder: Path) -> None:
+    features = prepared.cpu_features().difference(arguments.without)
+    files = make_model(arguments.model or folder / "model")
+    figures: dict[str, Any] = {"machine": machine(arguments.without)}
+    taking_part = list(contenders(files, folder, STEPS, features))
+    if arguments.funasr:
+        python, bpe_model = arguments.funasr
+        taking_part.append(funasr(python, Path(bpe_model), files.model.parent))
+    figures["engine"] = measured(taking_part, arguments.lengths, arguments.rounds)
+    last = max(folder.glob("step*.onnx"))
+    taking_part.clear()
+    figures["limits"] = most = limits(files)
+    figures["load"] = {"the model's own graph": loaded(files, None), OURS: loaded(files, last)}
     for row in figures["engine"]:
         row["share_of_limit"] = round(share_of_limit(row, most), 2)
     print(table(figures["engine"]))
