@@ -71,6 +71,9 @@ dearest of 8,000 names takes half a second here. What comes by request was looke
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
 
+SLACK_BYTES: Final = 16 << 20
+"""What its allocator may keep until somebody is silent: giving it back takes a millisecond."""
+
 GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and gives it back."""
@@ -484,19 +487,26 @@ def serve(line: socket.socket) -> None:
     It says None before each run of the model, and between the steps of other work that may take long.
     """
     connection, engine = Connection(line.detach()), None
+    held_bytes = tidy_bytes = 0
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
-            if request == _PING:
+            if request == _PING:  # nobody speaks
                 connection.send((None, 0))
+                if held_bytes != tidy_bytes:
+                    give_back()
+                    held_bytes = tidy_bytes = resident_bytes("self")
                 continue
             try:
                 engine, answer = _answered(engine, request, step=lambda: connection.send(None))
             except _REFUSALS as error:
                 vars(error)["errno"] = getattr(error.__context__, "errno", None)  # a context does not come along
                 answer = error
-            give_back()
-            connection.send((answer, resident_bytes("self")))
+            held_bytes = resident_bytes("self")
+            if held_bytes > tidy_bytes + SLACK_BYTES:
+                give_back()
+                held_bytes = tidy_bytes = resident_bytes("self")
+            connection.send((answer, held_bytes))
 
 
 def _answered(
