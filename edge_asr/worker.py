@@ -71,12 +71,9 @@ dearest of 8,000 names takes half a second here. What comes by request was looke
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
 
-SLACK_BYTES: Final = 16 << 20
-"""What its allocator may keep until somebody is silent: giving it back takes a millisecond."""
-
 GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
-less than that, and gives it back."""
+less than that, and it is given back when nobody speaks."""
 
 _RETUNING: Final = "the recognizer takes over other words and commands"
 
@@ -487,26 +484,24 @@ def serve(line: socket.socket) -> None:
     It says None before each run of the model, and between the steps of other work that may take long.
     """
     connection, engine = Connection(line.detach()), None
-    held_bytes = tidy_bytes = 0
+    has_heard = False
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
             if request == _PING:  # nobody speaks
                 connection.send((None, 0))
-                if held_bytes != tidy_bytes:
+                if engine is not None and has_heard:
+                    engine.recognizer.give_back()
                     give_back()
-                    held_bytes = tidy_bytes = resident_bytes("self")
+                    has_heard = False
                 continue
             try:
                 engine, answer = _answered(engine, request, step=lambda: connection.send(None))
             except _REFUSALS as error:
                 vars(error)["errno"] = getattr(error.__context__, "errno", None)  # a context does not come along
                 answer = error
-            held_bytes = resident_bytes("self")
-            if held_bytes > tidy_bytes + SLACK_BYTES:
-                give_back()
-                held_bytes = tidy_bytes = resident_bytes("self")
-            connection.send((answer, held_bytes))
+            has_heard = True
+            connection.send((answer, resident_bytes("self")))
 
 
 def _answered(

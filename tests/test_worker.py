@@ -42,8 +42,9 @@ from edge_asr import (
     worker,
 )
 from edge_asr.audio import read_file
-from edge_asr.events import Command, Rejection, Utterance, new_id
+from edge_asr.events import SAMPLE_RATE, Command, Rejection, Utterance, new_id
 from edge_asr.model_store import ModelError
+from edge_asr.process_state import resident_bytes
 from edge_asr.worker import Worker, WorkerError
 from edge_asr.zygote import ZygoteError
 from tests.soundcard import until
@@ -350,6 +351,17 @@ def test_a_worker_that_has_grown_is_replaced_between_two_utterances(
     before = walled.pid
     assert isinstance(walled.understand(STOP, final=True).decision, Command)
     assert walled.pid != before
+
+
+def test_what_a_long_utterance_took_is_given_back_when_nobody_speaks(walled: Worker) -> None:
+    murmur = np.random.default_rng(0).normal(0, 1000, 20 * SAMPLE_RATE).astype("<i2").tobytes()
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
+    before = resident_bytes(walled.pid)
+    walled.understand(Utterance(new_id(), "microphone", 0, murmur, clock.boottime_ns()), final=True)
+    assert resident_bytes(walled.pid) > before + (40 << 20)
+    walled.ping()
+    until(lambda: resident_bytes(walled.pid) < before + (12 << 20), "what it took is not given back")
+    assert isinstance(walled.understand(STOP, final=True).decision, Command)
 
 
 @pytest.fixture
