@@ -71,6 +71,9 @@ dearest of 8,000 names takes half a second here. What comes by request was looke
 LOAD_ATTEMPTS: Final = installation.TRIALS + 1
 """The last one is without the new model that ended all before."""
 
+SLACK_BYTES: Final = 2 << 20
+"""What its allocator may keep from one utterance to the next; giving it back takes a millisecond."""
+
 GROWTH_LIMIT_BYTES: Final = 256 << 20
 """Memory a worker may gain after loading before it is replaced between two utterances; the longest utterance needs
 less than that, and it is given back when nobody speaks."""
@@ -484,7 +487,7 @@ def serve(line: socket.socket) -> None:
     It says None before each run of the model, and between the steps of other work that may take long.
     """
     connection, engine = Connection(line.detach()), None
-    has_heard = False
+    has_heard, tidy_bytes = False, 0
     with contextlib.suppress(EOFError):
         while True:
             request = connection.recv()
@@ -493,15 +496,18 @@ def serve(line: socket.socket) -> None:
                 if engine is not None and has_heard:
                     engine.recognizer.give_back()
                     give_back()
-                    has_heard = False
+                    has_heard, tidy_bytes = False, resident_bytes("self")
                 continue
             try:
                 engine, answer = _answered(engine, request, step=lambda: connection.send(None))
             except _REFUSALS as error:
                 vars(error)["errno"] = getattr(error.__context__, "errno", None)  # a context does not come along
                 answer = error
-            has_heard = True
-            connection.send((answer, resident_bytes("self")))
+            has_heard, held_bytes = True, resident_bytes("self")
+            if held_bytes > tidy_bytes + SLACK_BYTES:
+                give_back()
+                held_bytes = tidy_bytes = resident_bytes("self")
+            connection.send((answer, held_bytes))
 
 
 def _answered(
