@@ -19,16 +19,13 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 from aiortc.mediastreams import AudioStreamTrack
-from paho.mqtt.client import Client as MqttClient
-from paho.mqtt.client import MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion
 
 from edge_asr import model_store, settings
 from edge_asr.audio import FrameCutter, quiet, read_file
@@ -37,7 +34,7 @@ from edge_asr.inference import SileroDetector
 from edge_asr.pipeline import Ear
 from edge_asr.process_state import cpu_s, resident_bytes
 from tests.bench_page import begin_talk, page_waits
-from tests.broker import Broker, free_port
+from tests.broker import Broker, arrivals, free_port
 from tests.gateway import Box, Client, box, chromium, microphone_file, open_page, recording
 from tests.soak import family
 
@@ -129,26 +126,6 @@ def hold(pid: int, cores: set[int]) -> None:
     for each in family(pid):
         for task in Path(f"/proc/{each}/task").iterdir():
             os.sched_setaffinity(int(task.name), cores)
-
-
-@contextlib.contextmanager
-def subscribed(broker: Broker) -> Iterator[dict[str, float]]:
-    """Utterance -> when its transcript came from the broker (monotonic seconds)."""
-    arrivals: dict[str, float] = {}
-
-    def note(_client: object, _data: object, message: MQTTMessage) -> None:
-        arrivals[json.loads(message.payload)["data"]["utterance_id"]] = time.monotonic()
-
-    client = MqttClient(CallbackAPIVersion.VERSION2)
-    client.on_message = note
-    client.connect(broker.host, broker.port)
-    client.subscribe("voice/+/evt/transcript", qos=1)
-    client.loop_start()
-    try:
-        yield arrivals
-    finally:
-        client.disconnect()
-        client.loop_stop()
 
 
 async def silent(running: Box, count: int, seconds: float) -> dict[str, float]:
@@ -282,23 +259,23 @@ def sustained(running: Box, most: int, rounds: int) -> dict[str, Any]:
     return {"sessions": good, "at_most_tried": most, "steps": steps}
 
 
-def pages(running: Box, folder: Path, arrivals: dict[str, float], rounds: int) -> dict[str, Any]:
+def pages(running: Box, folder: Path, arrived: dict[str, float], rounds: int) -> dict[str, Any]:
     """The latency as a worker sees it: on the page in a real Chromium, by WebRTC and by WebSocket."""
     names = list(itertools.islice(itertools.cycle(NAMES), rounds))
     wall_s = time.time() - time.monotonic()
     found = {}
     for way, name in (("auto", "webrtc"), ("pcm", "websocket")):
-        to_page, to_subscriber = page_waits(running, folder, way, names, arrivals, wall_s)
+        to_page, to_subscriber = page_waits(running, folder, way, names, arrived, wall_s)
         found[name] = {"to_page": quantiles_ms(to_page), "to_subscriber": quantiles_ms(to_subscriber)}
         print(name, found[name], flush=True)
     return found
 
 
-def spoken_once(running: Box, arrivals: dict[str, float], port: int, rounds: int) -> dict[str, Any]:
+def spoken_once(running: Box, arrived: dict[str, float], port: int, rounds: int) -> dict[str, Any]:
     """The latency of one session, to its client and to the subscriber, and where it comes from."""
     before = stages(port)
     heard = asyncio.run(sessions(running, 1, rounds))
-    known = [arrivals[each.ident] - each.closed for each in heard if each.ident in arrivals]
+    known = [arrived[each.ident] - each.closed for each in heard if each.ident in arrived]
     found = {
         "to_page": quantiles_ms([each.at - each.closed for each in heard]),
         "to_subscriber": quantiles_ms(known),
@@ -336,7 +313,7 @@ def main() -> None:
         with (
             Broker(folder) as broker,
             box(folder, broker, monitoring=port, **limits) as running,
-            subscribed(broker) as arrivals,
+            arrivals(broker) as arrived,
         ):
             # The clients get what is left, so that they are not what is measured.
             others = os.sched_getaffinity(0) - {0} or {0}
@@ -347,10 +324,10 @@ def main() -> None:
                 "machine": {"load": os.getloadavg()[0], "cores": os.cpu_count(), "held_to_cores": 1}
             }
             if not arguments.silent_only:
-                figures.update(spoken_once(running, arrivals, port, arguments.rounds))
+                figures.update(spoken_once(running, arrived, port, arguments.rounds))
             figures.update(silence(running, folder))
             if not arguments.silent_only:
-                figures["page"] = pages(running, folder, arrivals, arguments.rounds)
+                figures["page"] = pages(running, folder, arrived, arguments.rounds)
                 figures["sustained"] = sustained(running, arguments.most, max(4, arguments.rounds // 2))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

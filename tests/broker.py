@@ -224,6 +224,30 @@ class Subscriber:
             self._changed.notify_all()
 
 
+@contextlib.contextmanager
+def arrivals(broker: Broker) -> Iterator[dict[str, float]]:
+    """Utterance -> when its transcript came from the broker (monotonic seconds)."""
+    at: dict[str, float] = {}
+    granted = threading.Event()
+
+    def note(_client: object, _data: object, message: MQTTMessage) -> None:
+        arrived = time.monotonic()
+        at[json.loads(message.payload)["data"]["utterance_id"]] = arrived
+
+    client = Client(CallbackAPIVersion.VERSION2)
+    client.on_message = note
+    client.on_subscribe = lambda *_: granted.set()
+    client.connect(broker.host, broker.port)
+    client.subscribe("voice/+/evt/transcript", qos=1)
+    client.loop_start()
+    try:
+        assert granted.wait(PATIENCE_S), "the broker granted no subscription"
+        yield at
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
 def _parsed(message: MQTTMessage) -> dict[str, Any]:
     """The JSON; of a request whatever it is, for some are rubbish on purpose."""
     try:
