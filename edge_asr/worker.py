@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from typing import Final
+from typing import Any, Final
 
 from edge_asr import inference, installation, prepared, systemd, trial
 from edge_asr.engine import Engine, Vocabulary, prepare_engine
@@ -37,8 +37,8 @@ from edge_asr.zygote import Zygote, ZygoteError
 log = logging.getLogger(__name__)
 
 LIMIT_S: Final = 8.0
-"""Asleep, all naps together, since it last read anything: a worker that waits for so long waits for ever. One that
-could run and gets no time is only starved, one that reads has a slow card."""
+"""Asleep, all naps together, since it last read anything: a worker that waits for so long, be it in the middle of an
+answer, waits for ever. One that could run and gets no time is only starved, one that reads has a slow card."""
 
 STEP_BASE_S: Final = 2.0
 """CPU time that any step may take, from one run of the model to the next: more is a loop without an end. What does not
@@ -79,6 +79,11 @@ GROWTH_LIMIT_BYTES: Final = 256 << 20
 less than that, and it is given back when nobody speaks."""
 
 _RETUNING: Final = "the recognizer takes over other words and commands"
+
+_LENGTH: Final = struct.Struct("!Q")
+"""Of a message, before it."""
+
+_PIECE_BYTES: Final = 1 << 16
 
 _GOLDEN: Final = "golden"
 """The request to hear the golden recording: by the model alone, whose text no hotword changes."""
@@ -356,9 +361,7 @@ class _Process:
         except OSError as error:
             remedy = "if this comes again, raise LimitNOFILE= or allow fewer sessions"
             raise WorkerError(f"no recognizer: no line to its process ({error.strerror}); {remedy}") from None
-        # Long speech is more than a socket holds: one that hangs before it has taken it all would block us for ever.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", *divmod(round(1e6 * LIMIT_S), 10**6)))
-        self._line = Connection(ours.detach())
+        self._line = _Line(ours)
         with theirs, _of_the_recognizer():
             self.pid = zygote.fork(serve, theirs, "recognizer")
         self._how_it_ended = ""
@@ -426,30 +429,32 @@ class _Process:
         The limits hold for each step; ``looked`` is called at each look at what takes longer than one. Raises
         _EndedError, WorkerError.
         """
+        look = self._watch(limits, looked)
         try:
-            self._line.send(request)
+            self._line.send(request, look)
             for _ in range(STEPS):
-                self._await_word(limits, looked)
-                answer: tuple[object, int] | None = self._line.recv()
+                answer: tuple[object, int] | None = self._line.receive(look)
                 if answer is not None:
                     return answer
-        except BlockingIOError:
-            self.end()
-            raise _EndedError(f"took no audio for more than {LIMIT_S:g} s") from None
+                look = self._watch(limits, looked)
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
         self.end()
         raise _EndedError(f"took more than {STEPS} steps")
 
-    def _await_word(self, limits: Limits, looked: Callable[[], object]) -> None:
+    def _watch(self, limits: Limits, looked: Callable[[], object]) -> Callable[[], None]:
+        """What looks at it while it says nothing, up to its next word; that raises _EndedError, WorkerError."""
         wait = Wait(self.pid)
-        while not self._line.poll(min(LIMIT_S, LOOK_S)):
+
+        def look() -> None:
             looked()
             wait.look()
             fault = wait.fault(limits)
             if fault:
                 self.end()
                 raise _EndedError(fault)
+
+        return look
 
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""
@@ -461,6 +466,49 @@ class _Process:
                 self._how_it_ended = f"itself, but process {self.pid} hangs in the kernel and may still hold memory"
                 log.error("the recognizer's process %d hangs in the kernel and may still hold its memory", self.pid)
         return self._how_it_ended
+
+
+class _Line:
+    """Messages both ways. A process may stop in the middle of one: long speech is more than a socket holds."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def send(self, message: object, look: Callable[[], None] | None = None) -> None:
+        """Where ``look`` is given, it is called when nothing has moved for LOOK_S, and may raise. Raises OSError."""
+        self._socket.settimeout(LOOK_S if look else None)
+        content = pickle.dumps(message)
+        rest = memoryview(_LENGTH.pack(len(content)) + content)
+        while rest:
+            try:
+                rest = rest[self._socket.send(rest) :]
+            except TimeoutError:
+                assert look is not None  # noqa: S101 - else there is no time-out
+                look()
+
+    def receive(self, look: Callable[[], None] | None = None) -> Any:  # noqa: ANN401 - whatever was sent
+        """The other way, as :meth:`send`. Raises OSError, and EOFError where the other end is closed."""
+        self._socket.settimeout(LOOK_S if look else None)
+        (length,) = _LENGTH.unpack(self._take(_LENGTH.size, look))
+        return pickle.loads(self._take(length, look))  # noqa: S301 - see the law
+
+    def close(self) -> None:
+        """Let the other end know that nothing more comes."""
+        self._socket.close()
+
+    def _take(self, size: int, look: Callable[[], None] | None) -> bytearray:
+        taken = bytearray()
+        while len(taken) < size:
+            try:
+                piece = self._socket.recv(min(size - len(taken), _PIECE_BYTES))
+            except TimeoutError:
+                assert look is not None  # noqa: S101 - else there is no time-out
+                look()
+                continue
+            if not piece:
+                raise EOFError
+            taken += piece
+        return taken
 
 
 def step_limit_s(speech_s: float, pace: float) -> float:
@@ -486,11 +534,11 @@ def serve(line: socket.socket) -> None:
 
     It says None before each run of the model, and between the steps of other work that may take long.
     """
-    connection, engine = Connection(line.detach()), None
+    connection, engine = _Line(line), None
     has_heard, tidy_bytes = False, 0
     with contextlib.suppress(EOFError):
         while True:
-            request = connection.recv()
+            request = connection.receive()
             if request == _PING:  # nobody speaks
                 connection.send((None, 0))
                 if engine is not None and has_heard:

@@ -160,6 +160,42 @@ def test_a_hang_ends_in_time_and_costs_nothing_else(times: int, monkeypatch: pyt
         assert walled.replaced == 1
 
 
+_SERVE = worker.serve
+
+
+def stop_in_the_middle(line: socket.socket) -> None:
+    """A worker that writes the first bytes of its next long answer and stops, once there is a file that says so."""
+    ours, theirs = socket.socketpair()
+
+    def forward() -> None:
+        while request := line.recv(1 << 16):
+            ours.sendall(request)
+        os._exit(0)
+
+    threading.Thread(target=forward, daemon=True).start()
+    threading.Thread(target=_SERVE, args=(theirs,), daemon=True).start()
+    while answer := ours.recv(1 << 16):
+        if len(answer) > 10_000 and (order := Path(os.environ["STOP_AT"])).exists():
+            order.unlink()
+            line.sendall(answer[:5_000])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        line.sendall(answer)
+
+
+def test_one_that_stops_in_the_middle_of_its_answer_is_replaced_in_time_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "LIMIT_S", 2.0)
+    monkeypatch.setattr(worker, "serve", stop_in_the_middle)
+    monkeypatch.setenv("STOP_AT", str(tmp_path / "now"))
+    with closing(Worker(OPTIONS)) as walled:
+        (tmp_path / "now").touch()
+        assert isinstance(walled.understand(STOP, final=True).decision, Command)
+        assert walled.replaced == 1
+        assert not (tmp_path / "now").exists()
+    assert "the recognizer was stopped for more than 2 s; a new one takes its place" in caplog.text
+
+
 def test_a_loop_without_an_end_is_noticed_in_time_and_costs_nothing_else(
     walled: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,7 +344,7 @@ def test_a_wait_for_a_disk_is_told_from_sleep(monkeypatch: pytest.MonkeyPatch) -
 def test_a_replacement_has_the_time_of_another_model_where_another_was_activated_meanwhile(
     walled: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "LOOK_S", 0.0)
+    monkeypatch.setattr(worker, "LOOK_S", 0.001)
     monkeypatch.setattr(worker, "load_limit_s", lambda _: -1.0)
     monkeypatch.setattr(installation, "chosen", lambda _: "another")
     os.kill(walled.pid, signal.SIGKILL)
@@ -334,7 +370,7 @@ def test_an_utterance_that_nothing_survives_is_rejected_and_the_next_one_heard(
     walled: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.0)
+        patch.setattr(worker, "LOOK_S", 0.001)
         patch.setattr(worker, "step_limit_s", lambda *_: -1.0)
         heard = walled.understand(STOP, final=True)
     assert heard.decision == Rejection(
