@@ -8,7 +8,8 @@ Law: WATCHDOG=1 is sent only while
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
   is no hang,
-- the recognizer answers: it is asked as often while nobody speaks, so that the next one who does finds one that hears,
+- the recognizer answers: it is asked as often while nobody speaks, so that the next one who does finds one that hears;
+  and whichever of our threads waits for its answer looks at it all the time, else it is deadlocked itself,
 - the recognizer hears the golden recording as it did at first.
 
 A hang ends the process at once instead of waiting for systemd to notice: SIGABRT through WATCHDOG=trigger, or exit 70
@@ -44,6 +45,9 @@ DISK_LIMIT_S: Final = 30.0
 MEND_LIMIT_S: Final = 90.0
 """How long carrying a damaged file over may take; as TimeoutStartSec=, where that would be done again."""
 
+STILL_LIMIT_S: Final = 8.0
+"""A thread that waits for the recognizer and does not look at it for so long looks no more: within WatchdogSec=."""
+
 LOCKED_LOOKS: Final = 2
 """So often in a row the outbox's thread is seen at a lock before it is deadlocked: once it may be about to answer."""
 
@@ -60,6 +64,20 @@ GOLDEN_INTERVAL_S: Final = 300.0
 EXIT_HUNG: Final = 70
 
 
+class _Standstill:
+    """For how long something has not moved while somebody looked: a box that is frozen hangs nowhere."""
+
+    def __init__(self) -> None:
+        self.lasts_s = 0.0
+        self._looked_s = time.monotonic()
+
+    def look(self, unmoved_s: float) -> None:
+        """``unmoved_s``: for how long it has not, by the clock."""
+        now_s = time.monotonic()
+        passed_s, self._looked_s = min(now_s - self._looked_s, 2 * LOOK_S), now_s
+        self.lasts_s = min(unmoved_s, self.lasts_s + passed_s)
+
+
 class Watchdog:
     """Looks at the parts of a running daemon."""
 
@@ -67,9 +85,10 @@ class Watchdog:
         self._zygote = zygote
         self._outbox = outbox
         self._worker = worker
-        self._looked_s = time.monotonic()
-        self._stuck_s = 0.0
-        """For how long the outbox has answered nobody while somebody looked: a box that is frozen hangs nowhere."""
+        self._waiting = _Standstill()
+        """Of a thread that waits for the recognizer."""
+        self._stuck = _Standstill()
+        """Of an outbox that owes answers."""
         self._locked = 0
         """Looks in a row that saw the outbox's thread at a lock over what it owes."""
         self._late = ""
@@ -90,18 +109,22 @@ class Watchdog:
         """What hangs, as the beginning of a sentence; empty: nothing."""
         if self._zygote.fault:
             return f"no process can be had or ended: {self._zygote.fault}"
+        if self._waiting.lasts_s > STILL_LIMIT_S:
+            return f"the thread that waits for the recognizer has stood still for {self._waiting.lasts_s:.0f} s"
         if self._locked >= LOCKED_LOOKS:
-            return f"the outbox has not answered for {self._stuck_s:.0f} s, and not because of its disk"
-        if self._stuck_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
-            return f"the disk of the outbox has not answered for {self._stuck_s:.0f} s"
+            return f"the outbox has not answered for {self._stuck.lasts_s:.0f} s, and not because of its disk"
+        if self._stuck.lasts_s > (MEND_LIMIT_S if self._outbox.mending else DISK_LIMIT_S):
+            return f"the disk of the outbox has not answered for {self._stuck.lasts_s:.0f} s"
         return ""
+
+    def look_at_worker(self) -> None:
+        """See whether whoever waits for it still looks at it."""
+        self._waiting.look(self._worker.unlooked_s)
 
     def look_at_outbox(self) -> None:
         """Tell when it begins to be late, and when it answers again."""
-        now_s = time.monotonic()
-        passed_s, self._looked_s = min(now_s - self._looked_s, 2 * LOOK_S), now_s
-        self._stuck_s = min(self._outbox.unanswered_s, self._stuck_s + passed_s)
-        if self._stuck_s <= COMMIT_LIMIT_S:
+        self._stuck.look(self._outbox.unanswered_s)
+        if self._stuck.lasts_s <= COMMIT_LIMIT_S:
             if self._late:
                 log.info("the disk of the outbox answers again")
             self._late, self._locked = "", 0
@@ -116,6 +139,7 @@ class Watchdog:
         pause_s = min(systemd.watchdog_interval_s() or LOOK_S, LOOK_S)
         while True:
             self.look_at_outbox()
+            self.look_at_worker()
             cause = self.hang()
             if cause:
                 _give_up(cause)

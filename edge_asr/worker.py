@@ -155,6 +155,8 @@ class Worker:
         self._options = options
         self._chosen = installation.chosen(options)
         self._turn = threading.Lock()
+        self._looks: dict[int, float] = {}
+        """When each thread that waits for an answer last looked whether one comes (monotonic)."""
         self._zygote = zygote or Zygote()
         self._shares_zygote = zygote is not None
         self.replaced = 0
@@ -190,6 +192,12 @@ class Worker:
     def pid(self) -> int:
         """The process of this moment."""
         return self._process.pid
+
+    @property
+    def unlooked_s(self) -> float:
+        """For how long a thread that waits for an answer has not looked for it; one that works does so every LOOK_S."""
+        now_s = time.monotonic()
+        return max((now_s - looked_s for looked_s in list(self._looks.values())), default=0.0)
 
     def understand(self, utterance: Utterance, *, final: bool) -> Understanding:
         """As :meth:`Engine.understand`. Raises WorkerError."""
@@ -317,7 +325,7 @@ class Worker:
         """
         probation, trouble = installation.Probation(plan.options), ""
         for _ in range(LOAD_ATTEMPTS):
-            process = _Process(self._zygote)
+            process = _Process(self._zygote, self._looks)
             try:
                 probation.begin()
                 facts, _ = process.load(plan, before_s)
@@ -353,9 +361,10 @@ class _Process:
     load_cpu_s: float
     """CPU time that another one would need to get where this one is."""
 
-    def __init__(self, zygote: Zygote) -> None:
-        """Raises WorkerError."""
+    def __init__(self, zygote: Zygote, looks: dict[int, float]) -> None:
+        """``looks``: where each thread that waits notes when it last looked. Raises WorkerError."""
         self._zygote = zygote
+        self._looks = looks
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
@@ -439,14 +448,18 @@ class _Process:
                 look = self._watch(limits, looked)
         except (EOFError, OSError):
             raise _EndedError(f"ended by {self.end()}") from None
+        finally:
+            self._looks.pop(threading.get_ident(), None)
         self.end()
         raise _EndedError(f"took more than {STEPS} steps")
 
     def _watch(self, limits: Limits, looked: Callable[[], object]) -> Callable[[], None]:
         """What looks at it while it says nothing, up to its next word; that raises _EndedError, WorkerError."""
-        wait = Wait(self.pid)
+        wait, thread = Wait(self.pid), threading.get_ident()
+        self._looks[thread] = time.monotonic()
 
         def look() -> None:
+            self._looks[thread] = time.monotonic()
             looked()
             wait.look()
             fault = wait.fault(limits)
@@ -459,6 +472,7 @@ class _Process:
     def end(self) -> str:
         """Make sure that it is gone; how it went. Raises WorkerError."""
         if not self._how_it_ended:
+            self._looks.pop(threading.get_ident(), None)  # from here on it waits for the zygote, which has its own time
             self._line.close()
             with _of_the_recognizer():
                 self._how_it_ended = self._zygote.end(self.pid)

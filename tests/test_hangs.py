@@ -171,6 +171,36 @@ def test_a_hang_that_no_systemd_watches_ends_with_exit_code_70_and_every_threads
     assert "(most recent call first)" in box.log
 
 
+DEADLOCKED = """
+import os, threading
+from edge_asr import cli, process_state, watchdog, worker
+watchdog.STILL_LIMIT_S, watchdog.PING_INTERVAL_S = 2.0, 0.5
+def deadlock():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+class Wait(process_state.Wait):
+    def look(self):
+        if os.path.exists({flag!r}):
+            deadlock()
+        super().look()
+worker.Wait = Wait
+cli.main()
+"""
+"""A daemon whose threads deadlock when they next look at the recognizer, once there is a file that says so."""
+
+
+def test_a_thread_that_waits_for_the_recognizer_and_deadlocks_ends_the_daemon_with_its_stack(tmp_path: Path) -> None:
+    flag, path = tmp_path / "deadlock", write_settings(tmp_path, free_port())
+    with running(path, program=("-c", DEADLOCKED.format(flag=str(flag))), NOTIFY_SOCKET="", WATCHDOG_USEC="") as box:
+        box.wait_for_log("listening to")
+        flag.touch()
+        os.kill(recognizer_of(box), signal.SIGSTOP)  # so that whoever asks has to look
+        assert box.process.wait(PATIENCE_S) == EXIT_HUNG
+    assert re.search(r"the thread that waits for the recognizer has stood still for \d s; starting again", box.log)
+    assert re.search(r'line \d+ in deadlock\n.* in look\n.*worker.py"', box.log)
+
+
 def lives(port: int) -> bool:
     """Whether the daemon says so of itself."""
     with contextlib.suppress(ConnectionRefusedError):

@@ -7,10 +7,13 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
 import threading
+import time
+import types
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -399,6 +402,25 @@ def test_time_in_which_everything_was_frozen_counts_against_no_disk(
             await probing
 
     asyncio.run(scenario())
+
+
+def test_time_in_which_everything_was_frozen_counts_against_no_thread_that_waits_for_the_recognizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "STILL_LIMIT_S", 2.5 * watchdog.LOOK_S)
+    hour_ago_s = time.monotonic() - 3600
+    asked, clock_s = Worker.__new__(Worker), itertools.count(time.monotonic() + 3600, 3600)
+    asked._looks = {1: hour_ago_s}  # noqa: SLF001 - what a question under way leaves
+    with contextlib.closing(Outbox(tmp_path / "outbox.db", 2**20)) as kept:
+        dog = Watchdog(Zygote.__new__(Zygote), kept, asked)
+        monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: next(clock_s)))
+        dog.look_at_worker()
+        assert dog.hang() == ""
+        dog.look_at_worker()
+        assert dog.hang() == "the thread that waits for the recognizer has stood still for 4 s"
+        asked._looks.clear()  # noqa: SLF001
+        dog.look_at_worker()
+        assert dog.hang() == ""
 
 
 HOLDER = """

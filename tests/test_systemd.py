@@ -796,6 +796,7 @@ def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
         watchdog.PING_INTERVAL_S + zygote.LIMIT_S + process_state.LOOK_S + watchdog.LOOK_S,
         zygote.END_S + process_state.LOOK_S + watchdog.PING_INTERVAL_S,  # an honest end is none
         worker.LIMIT_S + process_state.LOOK_S,
+        watchdog.STILL_LIMIT_S + watchdog.LOOK_S,
         watchdog.PING_INTERVAL_S + worker.PING_LIMIT_S + process_state.LOOK_S,  # while nobody speaks
         worker.step_limit_s(Vad().max_utterance_s, HERE) + process_state.LOOK_S,
         worker.step_limit_s(2.0, SLOW) + process_state.LOOK_S,  # the golden recording
@@ -803,6 +804,7 @@ def test_every_hang_has_a_limit_within_the_watchdogs_time() -> None:
         worker.RETUNE_LIMIT_S + process_state.LOOK_S,
     ):
         assert noticed_s < int(watchdog_s)
+    assert process_state.LOOK_S < watchdog.STILL_LIMIT_S / 10
     assert zygote.END_S < zygote.LIMIT_S
     assert 2 * outbox_file.LOCK_S < watchdog.COMMIT_LIMIT_S  # another's lock is refused before it looks like the disk
 
