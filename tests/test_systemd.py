@@ -818,6 +818,7 @@ def test_the_hangs_that_take_longer_than_the_watchdogs_time_are_documented_with_
             (worker.step_limit_s(Vad().max_utterance_s, SLOW), worker.step_limit_s(30, HERE)),
             (worker.load_limit_s(5 * LOADING_S), worker.LOAD_LIMIT_S),
             (worker.READ_LIMIT_S, worker.LOAD_LIMIT_S, zygote.READ_LIMIT_S),
+            (watchdog.GOLDEN_INTERVAL_S, worker.LIMIT_S),
             (watchdog.DISK_LIMIT_S, watchdog.MEND_LIMIT_S),
         ),
         strict=True,
