@@ -265,6 +265,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def machine_table(known: dict[str, Any]) -> str:
+    """Markdown: a line for everything that is known of a machine."""
+    cells = {name: " ".join(value) if isinstance(value, list) else value for name, value in known.items()}
+    return "\n".join(["| machine | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells.items())])
+
+
 def chart(rows: Sequence[dict[str, Any]]) -> str:
     """SVG: bars of the ratios, a group per length."""
     lengths, names = sorted({row["audio_s"] for row in rows}), list(dict.fromkeys(row["name"] for row in rows))
