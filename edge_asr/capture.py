@@ -23,12 +23,20 @@ from edge_asr.audio import Resampler
 from edge_asr.clock import NS_PER_S, boottime_ns, until_next
 from edge_asr.devices import DeviceError, Stream, is_out_of_sight, signs
 from edge_asr.events import BYTES_PER_SAMPLE, SAMPLE_RATE
+from edge_asr.process_state import resident_bytes
 from edge_asr.settings import MicrophoneSource
 from edge_asr.zygote import Zygote, ZygoteError
 
 LIMIT_S: Final = 6.0
 """Opening a suspended or Bluetooth source may take 5 s, and something is said before and after it. A frozen sound
 server is noticed by its silence after 2 s and costs 8 s."""
+
+WEIGHING_INTERVAL_S: Final = 300.0
+"""Between two looks at its memory."""
+
+GROWTH_LIMIT_BYTES: Final = 64 << 20
+"""Memory it may gain since it was first looked at before it is replaced in silence. It keeps no audio: a sound library
+leaks, and at MemoryMax= it would be the kernel that picks the moment."""
 
 RETRY_S: Final = 1.0
 """Between two looks for a lost device, and between two attempts to get it back while there is hope."""
@@ -160,12 +168,16 @@ class CaptureProcess:
         """For how long it has said nothing while somebody looked: a box that is suspended or frozen hangs nowhere."""
         self._looked_s = 0.0
         """Up to when, in the event loop's time."""
+        self._weighing_s = 0.0
+        """When its memory is looked at next, in the same time."""
+        self._first_bytes = 0
+        """What it held when it was first looked at; 0: it was not yet."""
         self.nonsense = ""
         """What it said that cannot be, for which it is to be ended."""
         self._over = asyncio.Event()
 
     async def run(self) -> str:
-        """From its fork until it is dead, is to end, or hangs: then the cause, a sentence. Raises ZygoteError."""
+        """From its fork until it is dead, is to end, hangs or grows: then the cause, a sentence. Raises ZygoteError."""
         loop = asyncio.get_running_loop()
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -225,9 +237,10 @@ class CaptureProcess:
         self.stop()
 
     async def _until_over(self) -> str:
-        """Return when it is dead or to be ended, or with what hangs."""
+        """Return when it is dead or to be ended, or with what is wrong."""
         loop = asyncio.get_running_loop()
         self._silent_s, self._looked_s = 0.0, loop.time()
+        self._weighing_s = self._looked_s + WEIGHING_INTERVAL_S
         while self._silent_s < LIMIT_S:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), min(until_next(_LOOK_S), LIMIT_S - self._silent_s))
@@ -235,7 +248,21 @@ class CaptureProcess:
             now_s = loop.time()
             self._silent_s += min(now_s - self._looked_s, 2 * _LOOK_S)  # more: both of us were frozen or starved
             self._looked_s = now_s
+            if now_s >= self._weighing_s and not self._speaking:
+                self._weighing_s = now_s + WEIGHING_INTERVAL_S
+                if too_much := self._weigh():
+                    return too_much
         return f"the sound driver has not answered for {LIMIT_S:g} s"
+
+    def _weigh(self) -> str:
+        """That it has grown too large; empty: it has not."""
+        assert self.pid is not None  # noqa: S101 - run has forked it
+        with contextlib.suppress(OSError):  # it has just died
+            held_bytes = resident_bytes(self.pid)
+            self._first_bytes = self._first_bytes or held_bytes
+            if held_bytes > self._first_bytes + GROWTH_LIMIT_BYTES:
+                return f"capture has grown to {held_bytes >> 20} MB"
+        return ""
 
 
 def serve(line: socket.socket) -> None:

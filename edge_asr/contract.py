@@ -134,7 +134,7 @@ class MicrophoneHealth:
     troubles: Sequence[str] = ()
     """Kinds of the alarms about it that are not over."""
     captures_replaced: int | None = None
-    """Processes that listened to it and died or hung, since the start; None: it needs none."""
+    """Processes that listened to it and died, hung or grew, since the start; None: it needs none."""
 
 
 @dataclass(frozen=True, slots=True)

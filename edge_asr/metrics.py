@@ -167,7 +167,7 @@ def _of_the_box(now: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily("edge_asr_partials_dropped", about, value=now.partials_dropped)
     about = "Recognizer processes that died, hung, grew or heard wrongly."
     yield CounterMetricFamily("edge_asr_recognizers_replaced", about, value=now.recognizers_replaced)
-    about = "Processes of a microphone whose sound driver crashed or hung."
+    about = "Processes of a microphone whose sound driver crashed, hung or leaked."
     captures = CounterMetricFamily("edge_asr_captures_replaced", about, labels=("source",))
     for source, count in now.captures_replaced.items():
         captures.add_metric([source], count)

@@ -147,7 +147,7 @@ class Microphone:
         self.rate_error: float | None = None
         """Measured sample rate over the nominal one, less one; None: not known yet."""
         self.replaced = 0
-        """Capture processes that died or hung."""
+        """Capture processes that died, hung or grew too large."""
         self._settings = settings
         self._zygote = zygote
         self._cutter = FrameCutter(settings.name)
@@ -212,14 +212,14 @@ class Microphone:
         process.attend(speaking=self._speaking)
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        hung = await process.run()
+        fault = await process.run()
         pause_s = RETRY_S if self.state == "lost" else 0.0
         if loop.time() - began_s >= _CALM_S:
             self._crashes, self._told = 0, set()
-        if hung:
-            self._fail(hung)
+        if fault:
+            self._fail(fault)
         how = await process.end()
-        if not (hung or self._closing.is_set()):
+        if not (fault or self._closing.is_set()):
             self._fail(process.nonsense or f"capture ended by {how or 'itself'}")
             self._crashes += 1
             if self._crashes > 1:

@@ -4,8 +4,8 @@ Law: WATCHDOG=1 is sent only while
 
 - the event loop turns (it is the loop that sends it),
 - the zygote takes orders: it is asked every few seconds. What hangs is replaced by ``sources`` and ``worker``; a
-  process that hangs in the kernel is outlived, for a restart would not end it either. Nor does one plug a microphone in:
-  audio is not asked for, its absence is an alarm and `degraded`,
+  process that hangs in the kernel is outlived, for a restart would not end it either. Nor would one plug a microphone
+  in: audio is not asked for, its absence is an alarm and `degraded`,
 - the outbox answers. One whose disk is slow is told at once and waited for: a restart mends no disk, and ends no thread
   that waits in the kernel. One that sleeps over a lock of ours is deadlocked. A commit that is refused, on a full disk,
   is no hang,

@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,6 +56,7 @@ from edge_asr.devices import (
     signs,
 )
 from edge_asr.events import FRAME_SAMPLES, SAMPLE_RATE, AudioFrame
+from edge_asr.process_state import resident_bytes
 from edge_asr.settings import FilesSource, MicrophoneSource, StdinSource
 from edge_asr.sources import Files, Microphone, SourceError, Stdin, Timeline, audio_files
 from edge_asr.zygote import Zygote
@@ -565,6 +567,59 @@ def test_a_driver_that_crashes_again_and_again_is_left_alone_for_longer_each_tim
     assert card.environment  # held until here
 
 
+class Leaking(capture.RateMeter):
+    """Keeps a megabyte at each look, while there is a file that says so."""
+
+    kept: list[bytes] = []  # noqa: RUF012 - for as long as the process lives
+
+    def feed(self, now_ns: int, samples: int) -> None:
+        if Path(os.environ["LEAKS"]).exists():
+            self.kept.append(os.urandom(1 << 20))
+        super().feed(now_ns, samples)
+
+
+def test_a_capture_process_that_leaks_is_replaced_when_nobody_speaks(
+    card: SoundCard, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leaks, weighed = tmp_path / "leaks", []
+
+    def weigh(pid: int) -> int:
+        weighed.append(resident_bytes(pid))
+        return weighed[-1]
+
+    monkeypatch.setenv("LEAKS", str(leaks))
+    monkeypatch.setattr(capture, "RateMeter", Leaking)
+    monkeypatch.setattr(capture, "resident_bytes", weigh)
+    monkeypatch.setattr(capture, "WEIGHING_INTERVAL_S", 0.0)
+    monkeypatch.setattr(capture, "GROWTH_LIMIT_BYTES", 16 << 20)
+
+    async def main() -> None:
+        async with listening() as (source, frames):
+            await eventually(lambda: source.state == "capturing", "no capture")
+            source.attend(speaking=False)
+            await eventually(lambda: bool(weighed), "nobody looks")
+            source.attend(speaking=True)
+            before, first = source.pid, weighed[0]
+            assert before is not None
+            leaks.touch()
+            await eventually(lambda: resident_bytes(before) > first + (20 << 20), "it does not leak")
+            until_ns = boottime_ns() + 2 * NS_PER_S
+            await eventually(lambda: frames[-1].captured_ns > until_ns, "no frames")
+            assert source.replaced == 0
+            leaks.unlink()
+            source.attend(speaking=False)
+            await eventually(lambda: source.replaced == 1, "it was not replaced")
+            await eventually(lambda: source.state == "capturing", "nobody took its place")
+            enough = len(weighed) + 2
+            await eventually(lambda: len(weighed) >= enough, "nobody looks at the new one")
+            assert (source.pid != before, source.replaced) == (True, 1)
+
+    run(main())
+    (line,) = warnings_of(caplog)
+    assert re.fullmatch(r"microphone: capture has grown to \d+ MB; a new process takes its place", line)
+    assert card.environment  # held until here
+
+
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -883,7 +938,7 @@ def test_the_kernel_tells_whether_a_microphone_can_be_there_at_all_unless_a_soun
     monkeypatch.setattr(devices, "_SERVER_FILES", ())
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in devices._SERVERS:  # noqa: SLF001
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name)
     assert is_out_of_sight(wanted) != is_there
     monkeypatch.setenv("PULSE_SERVER", "unix:/nowhere")
     assert not is_out_of_sight(wanted)
