@@ -661,6 +661,16 @@ def the_command_arrives(box: Sysbox) -> None:
     assert received(box, "evt/command")["intent"] == "StopMachine"
 
 
+def now_us() -> int:
+    """As the journal counts."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def noticed_in_time(box: Sysbox, words: str, since_us: int) -> bool:
+    """Whether the journal tells of it within WatchdogSec= of the unit, and what it takes to look."""
+    return min(at for at, text in told(box) if re.search(words, text) and at > since_us) < since_us + 11_000_000
+
+
 def test_a_sound_server_that_freezes_in_mid_sentence_costs_no_restart_and_what_was_said_is_committed(
     order: Sysbox,
 ) -> None:
@@ -671,11 +681,11 @@ def test_a_sound_server_that_freezes_in_mid_sentence_costs_no_restart_and_what_w
     play = ("paplay", "--device=speaker", "/etc/edge-asr/talk.wav")
     order.run("systemd-run", "--quiet", "--setenv=PULSE_SERVER=unix:/run/speaker/native", *play)
     assert received(order, "live/partial")["source"] == "microphone"
-    began = time.monotonic()
+    began_us = now_us()
     order.run("systemctl", "kill", "--signal=STOP", "sound")
     replaced = "microphone: the sound driver has not answered for 6 s; a new process takes its place"
-    order.wait_for("another process", lambda: replaced in everything_logged(order), 12)
-    assert time.monotonic() - began < 12  # 10 s, and what it takes to look
+    order.wait_for("another process", lambda: replaced in everything_logged(order))
+    assert noticed_in_time(order, replaced, began_us)
     before, _, _ = everything_logged(order).partition(replaced)
     assert re.search(r"microphone: \d+\.\d s of speech: rejected: ", before)  # written after its commit
     order.run("systemctl", "kill", "--signal=CONT", "sound")
@@ -699,11 +709,10 @@ def test_an_outbox_whose_thread_stands_still_ends_in_a_restart_and_the_interrupt
 def test_a_commit_that_hangs_while_nobody_speaks_is_noticed_within_the_watchdogs_time(order: Sysbox) -> None:
     order.write("/etc/edge-asr/settings.yaml", ONE_MICROPHONE)
     capturing(order)
-    began_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    began_us = now_us()
     with standing_still(order, "fdatasync,fsync"):
         order.wait_for("a restart", lambda: restarts(order) == 1, 25)
-    noticed_us = min(at for at, text in told(order) if "disk of the outbox has not answered" in text and at > began_us)
-    assert noticed_us - began_us < 11_000_000  # WatchdogSec= of the unit, and what it takes to look
+    assert noticed_in_time(order, "disk of the outbox has not answered", began_us)
 
 
 STATE = "/var/lib/private/edge-asr"
@@ -849,9 +858,12 @@ def test_a_recognizer_that_hangs_spins_or_dies_is_replaced_without_a_restart(
     order: Sysbox, harm: Callable[[int], None], cause: str
 ) -> None:
     order.run("systemctl", "start", "edge-asr")
+    began_us = now_us()
     harm(pid_outside(order, recognizer(order)))
     the_command_arrives(order)
-    assert re.search(rf"the recognizer {cause}.*; a new one takes its place", everything_logged(order))
+    noticed = rf"the recognizer {cause}.*; a new one takes its place"
+    assert re.search(noticed, everything_logged(order))
+    assert harm is spin or noticed_in_time(order, noticed, began_us)  # how long CPU time takes is the box's affair
     assert restarts(order) == 0
 
 
