@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from edge_asr.model_store import LANGUAGE_MODEL
-from training import evaluate, export, fit, front, language_model, people, prove, texts, tokens, voices
+from training import evaluate, export, fit, front, language_model, people, prove, restore, texts, tokens, voices
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+MODELS = Path(__file__).resolve().parents[2] / "models"
 SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
 """Utterances of each synthesizer: twenty-five hours; kokoro's take two hours of CPU, the others' one."""
 
@@ -52,7 +53,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
     parser.add_argument(
         "step",
-        choices=("all", "synthesize", "prepare", "train", "blend", "export", "language-model", "prove", "evaluate"),
+        choices=("all", *"synthesize prepare restore train blend export language-model prove evaluate".split()),
     )
     parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
@@ -68,6 +69,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--start", type=Path, help="a checkpoint to begin with, for a second run")
     parser.add_argument(
         "--of", nargs=2, action="append", default=[], metavar=("NAME", "SHARE"), help="a checkpoint to blend"
+    )
+    parser.add_argument(
+        "--package", type=Path, default=MODELS / "micro-en", help="what `restore` restores (default: the shipped one)"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="model", help="of the checkpoint and the folder of the export")
@@ -94,6 +98,7 @@ def main() -> None:
     steps: dict[str, Callable[[], None]] = {
         "synthesize": lambda: synthesize(work),
         "prepare": lambda: prepare(work),
+        "restore": lambda: restore.begin(options.package, work, checkpoint),
         "train": lambda: train(work, options),
         "blend": lambda: fit.blend({work / f"{name}.pt": float(share) for name, share in options.of}, checkpoint),
         "export": lambda: export.export(checkpoint, pieces(), model),
@@ -102,7 +107,7 @@ def main() -> None:
         "evaluate": lambda: _evaluate(work, model, options),
     }
     for step, take in steps.items():
-        if options.step == step or (options.step == "all" and step != "blend"):
+        if options.step == step or (options.step == "all" and step not in {"restore", "blend"}):
             print(f"== {step}", flush=True)
             take()
 

@@ -28,7 +28,7 @@ from training.voices import SAMPLE_RATE, Said
 
 Wave = NDArray[np.float32]
 
-WEIGHTS = {"kokoro": 4.0, "flite:rms": 1.2, "flite:slt": 1.2, "flite:awb": 1.2, "flite:kal16": 0.3, "festival:slt": 0.8}
+WEIGHTS = {"kokoro": 6.5, "flite:rms": 1.2, "flite:slt": 1.2, "flite:awb": 1.2, "flite:kal16": 0.3, "festival:slt": 0.8}
 WEIGHTS |= {"festival:kal": 0.2, "festival:ked": 0.3, "espeak": 1.3, "people": 3.0}
 """How often a voice is drawn, against the others; the neural one most often, as it is nearest to people."""
 
@@ -235,7 +235,7 @@ class Pool:
         noise = self.babble(audio.size) if random.random() < self.babbling else self.noise(audio.size)[1]
         if random.random() < 0.3:
             noise = noise / np.sqrt(loudest(noise)) + self.noise(audio.size)[1] * random.uniform(0.01, 0.1)
-        return mixed(audio, np.asarray(noise, np.float32), random.triangular(-3, 30, 6))
+        return mixed(audio, np.asarray(noise, np.float32), random.triangular(-3, 32, 8))
 
 
 # ---------------------------------------------------------------- batches

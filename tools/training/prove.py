@@ -12,6 +12,7 @@ from edge_asr import inference, model_store, settings
 from edge_asr.audio import from_float
 from training import voices
 from training.front import whisper_power
+from training.kokoro import folder
 from training.whisper import Encoder, weights_file
 
 FILES = 500
@@ -43,7 +44,7 @@ def _beside(size: str, name: str) -> Path | None:
     from training.whisper import PACKAGES  # noqa: PLC0415
 
     package, _, inside = PACKAGES[size][0].partition("/")
-    path = voices._folder(package) / Path(inside).parent / name  # noqa: SLF001
+    path = folder(package) / Path(inside).parent / name
     return path if path.exists() else None
 
 

@@ -6,6 +6,7 @@ exported and quantized once more, and the n-th MatMul with a weight of one graph
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edge_asr.inference import load_tokens
 from training.export import quantize, write_float
 from training.network import Network, Shape
 
@@ -69,6 +71,14 @@ def network(model: Path, tokens: Sequence[str], size: str = "base") -> Network:
     state["tag_place"] = torch.from_numpy(folded[0].astype(np.float32))  # the exporter folds its new axis
     fresh.load_state_dict(state)
     return fresh
+
+
+def begin(package: Path, work: Path, checkpoint: Path) -> None:
+    """Of a package of tools/train: its pieces and front into WORK, and its network as a checkpoint to start from."""
+    shutil.copyfile(package / "pieces.model", work / "pieces.model")
+    restored = network(package / "model.int8.onnx", load_tokens(package / "tokens.txt").pieces)
+    torch.save(restored.front.state_dict(), work / "front.pt")
+    torch.save(restored.checkpoint(), checkpoint)
 
 
 def _blocks(arrays: dict[str, NDArray[np.generic]]) -> int:

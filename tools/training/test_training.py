@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_asr import evaluation, inference, model_store
+from edge_asr import settings as edge_settings
+from edge_asr.audio import read_file
 from edge_asr.commands import load_graph
 from edge_asr.installation import Store
 from edge_asr.language_model import LanguageModel, bits
 from edge_asr.text_matching import TextMatcher
 from training import (
+    adapt,
     evaluate,
     examples,
     export,
@@ -38,6 +41,7 @@ from training import (
 from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
 from training.network import Network, Shape
 from training.tokens import TAGS as ALL_TAGS
+from training.tokens import Tokenizer
 from training.voices import Said
 
 
@@ -142,6 +146,20 @@ def test_a_network_survives_the_way_through_the_shipped_file(tmp_path: Path) -> 
     for name, value in before.items():
         step = value.abs().max() / 63 if value.ndim == 2 else 1e-5  # seven bits
         assert (after[name] - value).abs().max() <= step * 0.51 + 1e-6, name
+
+
+def test_a_run_can_start_from_the_package_that_ships(tmp_path: Path) -> None:
+    package = texts.GRAMMARS.parents[1] / "models/micro-en"
+    restore.begin(package, tmp_path, tmp_path / "start.pt")
+    run = fit.Run(tmp_path, "more", fit.Plan(1.0), tmp_path / "start.pt")
+    _, contract = fit.load_front(tmp_path / "front.pt")
+    files = model_store.locate(f"{package}/")
+    pcm = read_file(texts.GRAMMARS.parent / "recordings/golden.flac")
+    heard = inference.OnnxRecognizer(files, edge_settings.Model()).recognize(pcm).transcript.text
+    golden = Said("somebody", "golden", heard, np.frombuffer(pcm, np.int16))
+    ears = adapt.Ears(contract, Tokenizer(tmp_path / "pieces.model"))
+    assert heard
+    assert ears.word_error_rate(run.network, [golden]) == 0.0
 
 
 @given(st.integers(0, 1000))

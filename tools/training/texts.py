@@ -188,8 +188,9 @@ def decoy(random: Random, name: str) -> Sentence:
     words = of_grammar(random, name).say.split()
     if random.random() < 0.5:
         words = words[: random.randint(3, 8)]
-    for at in random.sample(range(len(words)), min(len(words), random.choice((1, 1, 2)))):
-        alike = [word for word in _words() if word[:2] == words[at][:2]] if random.random() < 0.6 else []
+    telling = [at for at, word in enumerate(words) if len(word) > 3] or range(len(words))
+    for at in random.sample(telling, min(len(telling), random.choice((1, 1, 2)))):
+        alike = [word for word in _words() if word[:2] == words[at][:2]] if random.random() < 0.8 else []
         words[at] = random.choice(alike or _words())
     return sentence("decoy", " ".join(words))
 
