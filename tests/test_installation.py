@@ -405,7 +405,7 @@ def test_pull_shows_how_far_it_is_and_imports_what_it_has_checked(tmp_path: Path
             wait_for(rf"remote\.tar\.gz .*━+.*{half_mb}/{total_mb} MB")
             served.half_is_seen.set()
             wait_for(rf"━{{40}}.*{total_mb}/{total_mb} MB")
-            wait_for(r"remote 2\.1\.0: imported")
+            wait_for(r"remote 2\.2\.0: imported")
         served.half_is_seen = None
         wrong = typed("models", *pull[:-1], "0" * 64, *state, no_proxy="*")
         assert (wrong.returncode, len(wrong.stderr.strip().splitlines()[-1:])) == (69, 1)
