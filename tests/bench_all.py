@@ -25,7 +25,7 @@ PARTS = (*FULL_SIZE, "gateway", "peers")
 EDGE_ASR = Path(sys.executable).with_name("edge-asr")
 BESIDE: Mapping[str, Sequence[str]] = {
     "hearing": (
-        str(Path(sys.executable).with_name("edge-asr")),
+        str(EDGE_ASR),
         "bench",
         "--json",
         "--set",

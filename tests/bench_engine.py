@@ -300,13 +300,18 @@ def chart(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """What every part that measures the full graph takes."""
+    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench engine", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="decodes of each contender and length")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 3, 10, 30], help="seconds of audio")
     parser.add_argument("--funasr", nargs=2, metavar=("PYTHON", "BPE_MODEL"), help="an interpreter with funasr-onnx")
-    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_places(parser)
     parser.add_argument("--chart", type=Path, help="draw them there (SVG)")
     parser.add_argument(
         "--without", nargs="+", default=[], choices=cpu_mask.PLACES, metavar="FEATURE",

@@ -43,7 +43,7 @@ from edge_asr.publisher import Publisher
 from edge_asr.settings import Settings
 from edge_asr.speech import KEEP_SILENCE_S
 from edge_asr.worker import Worker
-from tests.bench_engine import machine, make_model, noise
+from tests.bench_engine import add_places, machine, make_model, noise
 from tests.broker import Broker, arrivals, wait_until
 from tests.soak import effort
 
@@ -234,8 +234,7 @@ def measured(files: ModelFiles, folder: Path, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="times each recording is played")
-    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_places(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)

@@ -26,7 +26,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_asr import prepared
-from tests.bench_engine import machine, make_model
+from tests.bench_engine import add_places, machine, make_model
 
 AS_THE_PRODUCT = "edge-asr"
 LONG_S = 20
@@ -183,8 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/bench session", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=int, default=3, help="of audio in an utterance")
-    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_places(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)

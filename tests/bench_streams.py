@@ -41,8 +41,9 @@ from edge_asr.outbox import Outbox
 from edge_asr.pipeline import Ear
 from edge_asr.settings import Settings
 from edge_asr.worker import Worker
-from tests.bench_engine import machine, make_model, noise
+from tests.bench_engine import add_places, machine, make_model, noise
 from tests.bench_pipeline import Course, Spoken, cpu_s, listening, options_of, quantiles
+from tests.bench_session import anonymous_mb
 
 SILENCE_S = 60
 SILENCE_LEVEL = 3.0
@@ -104,10 +105,8 @@ def recognize_for(
         recognizer.recognize(takes[count % TAKES])
         count += 1
     spent_s = time.process_time() - used
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    anonymous_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:"))
     audio_s = UTTERANCE_S * count
-    answers.put({"per_s": audio_s / passed_s, "cpu": spent_s / audio_s, "mb": anonymous_kb / 1024})
+    answers.put({"per_s": audio_s / passed_s, "cpu": spent_s / audio_s, "mb": anonymous_mb()})
 
 
 def throughput(processes: int, threads: int, files: ModelFiles, graph: Path, seconds: float) -> dict[str, float]:
@@ -207,8 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--speakers", type=int, default=12, metavar="N", help="who speak at once, end to end")
     parser.add_argument("--seconds", type=float, default=40, help="that they speak; a quarter of it for a throughput")
-    parser.add_argument("--model", type=Path, help="keep the model here, or use the one that is here")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    add_places(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
