@@ -600,7 +600,7 @@ def order(site: Sysbox) -> Iterator[Sysbox]:
     site.run("systemctl", "reset-failed", "edge-asr", check=False)
     site.run("systemctl", "stop", "sound")
     site.write("/etc/systemd/system/edge-asr.service.d/sooner.conf", SOONER)
-    site.run("rm", "-f", "/etc/systemd/system/edge-asr.service.d/unasked.conf")
+    site.run("rm", "-f", "/etc/systemd/system/edge-asr.service.d/changed.conf")
     site.run("systemctl", "daemon-reload")
 
 
@@ -636,12 +636,17 @@ def grandchild(box: Sysbox, name: str) -> int:
     return found
 
 
+def watch_with(box: Sysbox, limit: str) -> None:
+    """Change one of the watchdog's times, such as ``PING_INTERVAL_S = 3600``."""
+    program = f"from edge_asr import cli, watchdog; watchdog.{limit}; cli.main()"
+    command = f"{PYTHON} -c '{program}' run --settings /etc/edge-asr/settings.yaml"
+    box.write("/etc/systemd/system/edge-asr.service.d/changed.conf", f"[Service]\nExecStart=\nExecStart={command}\n")
+    box.run("systemctl", "daemon-reload")
+
+
 def hold_up_orders(box: Sysbox) -> None:
     """Let the recognizer hang from the order on; nobody asks it before whether it is there."""
-    quiet = "from edge_asr import cli, watchdog; watchdog.PING_INTERVAL_S = 3600; cli.main()"
-    command = f"{PYTHON} -c '{quiet}' run --settings /etc/edge-asr/settings.yaml"
-    box.write("/etc/systemd/system/edge-asr.service.d/unasked.conf", f"[Service]\nExecStart=\nExecStart={command}\n")
-    box.run("systemctl", "daemon-reload")
+    watch_with(box, "PING_INTERVAL_S = 3600")
     capturing(box)
     doze(pid_outside(box, recognizer(box)))
     box.wait_for("the order", lambda: box.show("edge-asr", "NFileDescriptorStore") == "1")
@@ -788,6 +793,24 @@ def test_a_disk_that_takes_nothing_is_told_to_whoever_asks_and_waited_for_and_th
     disk.wait_for("the order", lambda: "command StopMachine" in everything_logged(disk))  # written after its commit
     disk.wait_for("its end", lambda: "the disk of the outbox answers again" in everything_logged(disk))
     assert restarts(disk) == 0
+
+
+IN_VAIN = r"the disk of the outbox has not answered for (8|9) s; starting again"
+
+
+def test_a_disk_that_is_waited_for_in_vain_ends_in_a_restart_once_it_lets_go_and_the_order_is_obeyed(
+    disk: Sysbox,
+) -> None:
+    pause_before_the_order(disk, 2.5)
+    watch_with(disk, "DISK_LIMIT_S = 8.0")
+    capturing(disk)
+    with frozen(disk):
+        disk.wait_for("the order", lambda: disk.show("edge-asr", "NFileDescriptorStore") == "1")
+        disk.wait_for("the end of patience", lambda: bool(re.search(IN_VAIN, everything_logged(disk))), 25)
+        assert restarts(disk) == 0  # no signal reaches who waits in the kernel
+    disk.wait_for("a restart", lambda: restarts(disk) == 1, 25)
+    recovers(disk)
+    the_command_arrives(disk)
 
 
 HERE, SLOW = 0.07, 0.3
