@@ -257,5 +257,5 @@ def _word_error_rate(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Words to compare: full-width letters and typographic apostrophes are the plain ones."""
-    return words_of(unicodedata.normalize("NFKC", text).replace("\u2019", "'"))
+    """Words to compare; ligatures and compatibility characters are the plain ones."""
+    return words_of(unicodedata.normalize("NFKC", text))

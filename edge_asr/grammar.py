@@ -33,6 +33,12 @@ MAX_NUMBERS = 100_000
 """Values of one range; more would take minutes to spell out."""
 
 _CJK = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_CAPITALS = re.compile(r"\W*[A-Z]{2,}\W*")
+_PLAIN = {
+    **{0xFF01 + i: chr(0x21 + i) for i in range(94)},  # full-width letters, digits and punctuation
+    **dict.fromkeys(map(ord, "\u2019\u02bc"), "'"),
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-"),  # a minus sign, too, is more than a dash
+}
 _NAME = re.compile(r"[\w-]+")
 _PIECES = re.compile(r"\{[^{}]*\}|<[^<>]*>|[\[\]()|;]|[^\s\[\](){}<>|;]+")
 
@@ -306,6 +312,7 @@ class _TemplateParser:
         return parsed
 
     def parse(self, template: str) -> _Template:
+        template = plain(template)
         stripped = _PIECES.sub("", template).strip()
         if stripped:
             raise GrammarError(f"{self._where}: {template!r}: unpaired {stripped[0]!r}")
@@ -400,17 +407,31 @@ def _kinds(template: _Template) -> Iterator[str]:
 
 
 def _spelled(piece: str) -> _Template:
-    """One written word as the words of the graph."""
-    words = tuple(words_of(piece))
-    if len(piece) > 1 and piece.isascii() and piece.isalpha() and piece.isupper():
-        return _Choice((_Text(words), _Text(tuple(piece.lower()))))
+    """What stands between two spaces as the words of the graph."""
+    parts = tuple(_spelled_word(part) for part in _apart(piece).split())
+    return parts[0] if len(parts) == 1 else _Sequence(parts)
+
+
+def _spelled_word(part: str) -> _Template:
+    words = tuple(words_of(part))
+    if _CAPITALS.fullmatch(part):
+        return _Choice((_Text(words), _Text(tuple("".join(words)))))
     return _Text(words)
+
+
+def plain(text: str) -> str:
+    """The text with ASCII letters, digits, apostrophes and minus signs, whichever keyboard it was written on."""
+    return text.translate(_PLAIN)
+
+
+def _apart(text: str) -> str:
+    """The text with spaces around every CJK character."""
+    return _CJK.sub(lambda match: f" {match[0]} ", text)
 
 
 def words_of(text: str) -> list[str]:
     """A text as the graph's words: lower case, punctuation dropped, every CJK character a word of its own."""
-    spaced = _CJK.sub(lambda match: f" {match[0]} ", text.lower())
-    kept = re.sub(r"[^\w' ]|_", " ", spaced)
+    kept = re.sub(r"[^\w' ]|_", " ", _apart(plain(text).lower()))
     return [word for word in (part.strip("'") for part in kept.split()) if word]
 
 

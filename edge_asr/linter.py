@@ -222,7 +222,7 @@ def _doubts(graph: grammar.CommandGraph, *, told: bool) -> Iterator[Remark]:
 
 def _unused(loaded: Grammar) -> Iterator[Remark]:
     sentences = [sentence for intent in loaded.intents.values() for sentence in intent.sentences]
-    written = "\n".join([*sentences, *loaded.rules.values(), *_templates(loaded)])
+    written = grammar.plain("\n".join([*sentences, *loaded.rules.values(), *_templates(loaded)]))
     for rule in loaded.rules:
         if f"<{rule}>" not in written.replace(" ", ""):
             yield Remark("warning", f"rules.{rule} is used nowhere; remove it, or use <{rule}> in a sentence")

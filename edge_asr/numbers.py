@@ -299,6 +299,12 @@ def respell(text: str, language: Language) -> str:
     return re.sub(r" +", " ", spelled).strip() if language == "en" else spelled
 
 
+def is_clear(text: str) -> bool:
+    """Whether digits stand together only where they write one number: "1,5", "12:30" and "20-25" are not respelled."""
+    runs = re.findall(r"[0-9]+(?:[^\w\s]+[0-9]+)+", text)
+    return all(re.fullmatch(_WRITTEN, run) for run in runs)
+
+
 # ---------------------------------------------------------------- what all languages share
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from edge_asr.grammar import CommandGraph, NamePlace, Reading, read, words_of
-from edge_asr.numbers import respell
+from edge_asr.grammar import CommandGraph, NamePlace, Reading, plain, read, words_of
+from edge_asr.numbers import is_clear, respell
 from edge_asr.phonetics import Name, likeness, name_of
 from edge_asr.wordgraph import Arc, Mark, Step, Value, WordGraph
 
@@ -85,7 +85,9 @@ class TextMatcher:
         return [(reading, BY_SOUND * alike) for reading, alike in ranked if alike > best - MARGIN]
 
     def _spellings(self, text: str) -> Iterator[list[str]]:
-        for spelling in dict.fromkeys([text, *(respell(text, language) for language in self._languages)]):
+        text = plain(text)
+        spoken = [respell(text, language) for language in self._languages] if is_clear(text) else []
+        for spelling in dict.fromkeys([text, *spoken]):
             yield words_of(spelling)
 
     def _framed(self, words: Sequence[str]) -> Iterator[tuple[tuple[Step, ...], tuple[Mark, ...], float]]:

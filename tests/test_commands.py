@@ -312,6 +312,7 @@ def test_no_posteriors_whatsoever_do_anything_but_command_or_be_refused(frames: 
         ("set press speed to 1200 rpm.", {"machine": "press", "speed": 1200}),
         ("set press speed to twelve hundred rpm", {"machine": "press", "speed": 1200}),
         ("open gate 7", {"gate": "7"}),
+        ("\uff33\uff54\uff41\uff52\uff54 line \uff13\uff01", {"machine": "line-3"}),  # full-width, as an IME writes
     ],
 )
 def test_a_text_that_is_a_sentence_is_a_command(text: str, slots: dict[str, object]) -> None:
@@ -335,6 +336,28 @@ def test_a_text_that_is_a_sentence_is_a_command(text: str, slots: dict[str, obje
 def test_a_text_that_is_no_sentence_is_not_understood_and_quoted(text: str) -> None:
     got = rejection(interpreter().interpret(said(text)))
     assert (got.reason, got.detail) == ("not-understood", f"heard {text!r}, no command")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("1,5", "12:30", "20-25", "3/4", "1.200,5", "80%-90", "5°30"),
+        *(f"{minus}18" for minus in "-\u2212\u2013\uff0d"),
+    ],
+)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_written_number_is_read_with_its_sign_and_whole_or_not_at_all(language: str, written: str) -> None:
+    site = {
+        "language": language,
+        "intents": {"Set": {"sentences": ["set {value}"]}},
+        "slots": {"value": {"range": [-3000, 3000]}},
+    }
+    interpreter = Interpreter(compile_graph({"x": Grammar.model_validate(site)}), TABLE, settings.Commands())
+    got = interpreter.interpret(said(f"set {written}"))
+    if written.endswith("18"):
+        assert command(got).slots == {"value": -18}
+    else:
+        assert rejection(got).reason == "not-understood"
 
 
 def test_words_that_the_model_cannot_write_are_known() -> None:

@@ -203,6 +203,19 @@ def test_words_keep_apostrophes_inside_and_split_every_character_of_the_east() -
     assert words_of("タスクー々 한국") == ["タ", "ス", "ク", "ー", "々", "한", "국"]
 
 
+def test_texts_are_the_same_from_every_keyboard() -> None:
+    assert words_of("I\u2019d like \uff32\uff23\uff23\uff22\uff0c \uff11") == ["i'd", "like", "rccb", "1"]
+    loaded = Grammar.model_validate({"language": "zh", "intents": {"A": {"sentences": ["停"]}}})
+    written = "\uff08启动\uff5c开启\uff09\uff3b一下\uff3d机"
+    assert set(grammar.expansions(written, loaded)) == {"启动机", "开启机", "启动一下机", "开启一下机"}
+
+
+def test_capitals_are_heard_letter_by_letter_within_chinese_and_before_a_comma_too() -> None:
+    loaded = Grammar.model_validate({"language": "zh", "intents": {"A": {"sentences": ["停"]}}})
+    for written in ("复位RCCB机", "复位 RCCB, 机"):
+        assert set(grammar.expansions(written, loaded)) == {"复位rccb机", "复位r c c b机"}
+
+
 # ---------------------------------------------------------------- several files
 
 
