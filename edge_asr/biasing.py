@@ -403,6 +403,7 @@ class _Alignment:
 
 
 WORDS_OF_ONE_LETTER = frozenset("aio")
+"""Letters that are words as well, unless they end what is said or a slot's value: no article does ("pump A")."""
 
 
 def _exact(steps: Sequence[Step], language: Language) -> Iterator[int]:
@@ -410,16 +411,19 @@ def _exact(steps: Sequence[Step], language: Language) -> Iterator[int]:
 
     Three letters and more are an abbreviation ("R C C B"): together they tell themselves from others as a word does.
     """
-    for is_letter, run in itertools.groupby(enumerate(steps), lambda each: _is_letter(each[1].word)):
-        places = [place for place, _ in run]
+    for is_letter, run in itertools.groupby(range(len(steps)), lambda place: _is_letter(steps, place)):
+        places = list(run)
         if is_letter and len(places) <= 2:
             yield from places
         else:
             yield from (place for place in places if _is_numeral(steps[place], language))
 
 
-def _is_letter(word: str) -> bool:
-    return len(word) == 1 and word.isascii() and word.isalpha() and word not in WORDS_OF_ONE_LETTER
+def _is_letter(steps: Sequence[Step], place: int) -> bool:
+    word = steps[place].word
+    if not (len(word) == 1 and word.isascii() and word.isalpha()):
+        return False
+    return word not in WORDS_OF_ONE_LETTER or place == len(steps) - 1 or bool(steps[place + 1].marks)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -72,7 +72,10 @@ def digest(listed: Iterable[Hotword]) -> str:
 
 
 def _read(path: Path, weight: float) -> dict[str, Hotword]:
-    """One phrase per line, its weight after a colon if it has its own; ``#`` begins a comment line."""
+    """One phrase per line, its weight after a colon if it has its own; ``#`` begins a comment line.
+
+    A colon right behind a digit may be either and is refused: "12:05" would be 12 of weight 5.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -80,12 +83,13 @@ def _read(path: Path, weight: float) -> dict[str, Hotword]:
         raise HotwordError(f"{path}: cannot be read ({reason}); check hotwords.file") from None
     found, problems = {}, []
     for number, line in enumerate(lines, start=1):
-        phrase, colon, own = (part.strip() for part in line.rpartition(":"))
+        before, colon, after = line.replace("\uff1a", ":").rpartition(":")
+        phrase, own = before.strip(), after.strip()
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not colon:
             phrase = line.strip()
-        elif not re.fullmatch(r"\d+(\.\d+)?", own) or float(own) > MAX_WEIGHT or not phrase:
+        elif not re.fullmatch(r"\d+(\.\d+)?", own) or float(own) > MAX_WEIGHT or not phrase or before[-1:].isdigit():
             problems.append(f"{path}: line {number}: {line.strip()!r} is not `phrase` or `phrase :0..{MAX_WEIGHT:g}`")
             continue
         found[phrase] = Hotword(phrase, float(own) if colon else weight)
@@ -142,7 +146,7 @@ def _forms(hotword: Hotword) -> list[str]:
     found: dict[str, None] = {}
     for text in (hotword.written, *hotword.spoken):
         normal = unicodedata.normalize("NFKC", text)
-        lettered = re.sub(r"\b[A-Z]{2,}\b", lambda match: " ".join(match[0]), normal)
+        lettered = re.sub(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])", lambda match: " ".join(match[0]), normal)
         for spelled in (normal, lettered):
             said = [respell(spelled, language) for language in get_args(Language)] if re.search(r"\d", spelled) else []
             found.update((_canonical(form)[0].strip(), None) for form in (spelled, *said))
@@ -296,14 +300,17 @@ class Hotwords:
         self._written: dict[str, str] = {}
         bonus: dict[str, float] = {}
         self.vocabulary = Vocabulary(table)
-        listed = list(hotwords)
-        for hotword in listed:
+        lost: list[str] = []
+        for hotword in hotwords:
+            is_hearable = False
             for form in _forms(hotword):
                 tokens = self.vocabulary.fewest(form)
                 if tokens is not None:
+                    is_hearable = True
                     self._written[form], bonus[form] = hotword.written, share * hotword.weight * tokens
-        hearable = set(self._written.values())
-        self.unspellable = tuple(each.written for each in listed if each.written not in hearable)
+            if not is_hearable:
+                lost.append(hotword.written)
+        self.unspellable = tuple(lost)
         """Hotwords that no tokens of the model write; they are never heard."""
 
         def is_unread(form: str) -> bool:

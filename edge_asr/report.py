@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from edge_asr.evaluation import Condition, Outcome
 
@@ -174,7 +175,7 @@ def _worst(conditions: Sequence[Condition], folder: Path) -> Iterator[str]:
     yield f'<div class="wide"><table class="worst"><tr>{heads}</tr>'
     for snr_db, outcome in failed[:WORST]:
         label = f"{outcome.item.intent} {dict(outcome.item.slots)}" if outcome.item.intent else "no command"
-        link = escape(Path(os.path.relpath(outcome.item.audio, folder)).as_posix(), quote=True)
+        link = quote(Path(os.path.relpath(outcome.item.audio, folder)).as_posix())
         said = f"{label}: “{outcome.item.text}”" if outcome.item.text else label
         cells = "".join(f'<td class="text words">{escape(each)}</td>' for each in (said, _came(outcome), outcome.text))
         noise = "clean" if snr_db is None else f"{snr_db:g} dB"

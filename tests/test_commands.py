@@ -38,6 +38,7 @@ WORDS = (
         "open",
         "gate",
         "the",
+        "a",
         "b",
         "d",
     ),
@@ -48,7 +49,7 @@ TABLE = TokenTable(("<blank>", "<unk>", *(f"▁{word}" for word in WORDS), "启"
 SITE: Mapping[str, Any] = {
     "language": "en",
     "intents": {
-        "Start": {"sentences": ["start [the] {machine} [now]"], "ttl_s": 5},
+        "Start": {"sentences": ["start [a|the] {machine} [now]"], "ttl_s": 5},
         "Stop": {"sentences": ["stop [the] {machine} [now]"], "min_confidence": 0.2},
         "SetSpeed": {"sentences": ["set {machine} speed to {speed} [rpm]"], "risk": "confirm"},
         "Gate": {"sentences": ["open gate {gate}"]},
@@ -60,7 +61,7 @@ SITE: Mapping[str, Any] = {
         "machine": {
             "values": [
                 *("press", "mixer", {"mill": "milling press"}, {"line-3": "line three"}, {"line-4": "line four"}),
-                *("gate b", "gate d"),
+                *("gate a", "gate b", "gate d"),
             ]
         },
         "speed": {"range": [100, 4000], "step": 100, "unit": "rpm"},
@@ -181,6 +182,17 @@ def test_the_letter_of_an_id_with_a_rival_is_never_a_command(other: float) -> No
 
     assert rejection(gate({"b": 0.99 - other, "d": other})).reason == "unsafe-number"
     assert command(gate({"b": 0.97, "d": 0.01})).slots == {"machine": "gate b"}
+
+
+@pytest.mark.parametrize("end", [(), ("now",)])
+def test_an_a_that_names_something_is_held_to_it_and_an_article_is_not(end: Sequence[str]) -> None:
+    def start(*frames: str | Mapping[str, float]) -> Command | Rejection:
+        return interpreter(min_confidence=0.2).interpret(heard(sounds("start", *frames, *end)))
+
+    assert rejection(start("gate", {"a": 0.7, "d": 0.29})).reason == "unsafe-number"
+    assert rejection(start("gate", {"a": 0.2, "weather": 0.79})).reason == "unsafe-number"
+    assert command(start("gate", {"a": 0.97, "d": 0.01})).slots == {"machine": "gate a"}
+    assert command(start({"a": 0.2, "weather": 0.79}, "press")).slots == {"machine": "press"}
 
 
 @pytest.mark.parametrize("chance", [0.2, 0.5, 0.75])

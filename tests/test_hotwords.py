@@ -237,11 +237,13 @@ def test_each_occurrence_earns_its_bonus_once_however_long_it_sounds() -> None:
 )
 def test_mixed_scripts_digits_and_capitals_are_heard_in_every_spelling(frames: tuple[str, ...]) -> None:
     assert text_of(listed("3号 RCCB"), *frames, "机") == "3号 RCCB机"
+    assert text_of(listed("3号RCCB"), *frames, "机") == "3号RCCB机"
 
 
 def test_a_product_code_is_heard_as_it_is_said() -> None:
     assert text_of(listed("XK-47"), "▁the", "▁x", "k", "▁forty", "▁seven", "▁drum") == "the XK-47 drum"
     assert text_of(listed("XK-47"), "▁the", "▁x", "▁", "k", "▁forty", "▁seven") == "the XK-47"
+    assert text_of(listed("XK47"), "▁the", "▁x", "▁", "k", "▁forty", "▁seven") == "the XK47"
 
 
 def test_what_the_model_writes_instead_can_be_listed() -> None:
@@ -284,7 +286,9 @@ def test_the_best_tokens_of_a_frame_are_found(size: int) -> None:
 
 def test_a_list_is_read_with_its_own_weights_and_the_settings_win(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
-    file.write_text("\ufeff# line three\nRCCB\n\nconveyor belt :2.5\n输送带:0\n", encoding="utf-8")
+    file.write_text(
+        "\ufeff# line three\nRCCB\n\nconveyor belt :2.5\n输送带:0\n轴承\uff1a3\n12:05 :4\n", encoding="utf-8"
+    )
     options = settings.Hotwords.model_validate(
         {"file": file, "weight": 1.5, "phrases": [{"phrase": "RCCB", "weight": 4, "spoken": ["our ccb"]}, "MCB"]}
     )
@@ -292,19 +296,22 @@ def test_a_list_is_read_with_its_own_weights_and_the_settings_win(tmp_path: Path
         Hotword("RCCB", 4.0, ("our ccb",)),
         Hotword("conveyor belt", 2.5),
         Hotword("输送带", 0.0),
+        Hotword("轴承", 3.0),
+        Hotword("12:05", 4.0),
         Hotword("MCB", 1.5),
     )
 
 
 def test_every_bad_line_of_a_list_is_named(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
-    file.write_text("RCCB :heavy\nMCB\n:3\nbelt:21\n", encoding="utf-8")
+    file.write_text("RCCB :heavy\nMCB\n:3\nbelt:21\n12:05\n", encoding="utf-8")
     with pytest.raises(HotwordError) as raised:
         load(settings.Hotwords(file=file))
     assert [line.split(" is not ")[0] for line in str(raised.value).splitlines()] == [
         f"{file}: line 1: 'RCCB :heavy'",
         f"{file}: line 3: ':3'",
         f"{file}: line 4: 'belt:21'",
+        f"{file}: line 5: '12:05'",
     ]
 
 
@@ -318,6 +325,12 @@ def test_a_list_that_is_not_there_and_a_word_without_letters_are_errors(tmp_path
 def test_hotwords_that_the_model_cannot_write_are_reported() -> None:
     listed = [Hotword(phrase, 1.0) for phrase in ("RCCB", "Zylinder", "3号", "4号")]
     assert Hotwords(listed, TABLE).unspellable == ("Zylinder", "4号")
+
+
+def test_a_hotword_that_stands_twice_in_other_letters_is_no_word_that_cannot_be_written() -> None:
+    twice = Hotwords([Hotword("Belt", 1.0), Hotword("belt", 2.0)], TABLE)
+    assert twice.unspellable == ()
+    assert twice.found("the BELT") == [(4, 8, "belt")], "the later one counts"
 
 
 # ---------------------------------------------------------------- the product
