@@ -24,7 +24,7 @@ from edge_asr.grammar import Grammar, GrammarError, Reading, compile_graph
 from edge_asr.numbers import value_of
 from edge_asr.posteriors import BLANK, TokenTable, log_softmax
 from edge_asr.settings import Model
-from edge_asr.wordgraph import WordGraph
+from edge_asr.wordgraph import Step, WordGraph
 from tests.test_wordgraph import language
 
 kaldifst: Any = importlib.import_module("kaldifst")  # no types
@@ -107,11 +107,13 @@ class Sentence:
     """Its number words, in number slots and elsewhere."""
 
 
-def ids_of_letters(words: tuple[str, ...]) -> set[int]:
-    """Where the letter b stands alone or twice."""
-    text = " ".join(words)
-    runs = [run for run in re.finditer(r"(?<!\S)b( b)*(?!\S)", text) if len(run[0]) < 4]
-    return {text[: run.start()].count(" ") + at for run in runs for at in range(len(run[0].split()))}
+def ids_of_letters(steps: Sequence[Step]) -> set[int]:
+    """Where one or two letters stand: b anywhere, a where a value or the sentence ends."""
+    ends = [*(bool(step.marks) for step in steps[1:]), True]
+    kinds = "".join(
+        "x" if step.word == "b" or (step.word == "a" and end) else "-" for step, end in zip(steps, ends, strict=True)
+    )
+    return {place for run in re.finditer("(?<!x)xx?(?!x)", kinds) for place in range(*run.span())}
 
 
 def every_sentence(graph: WordGraph, rows: Floats) -> list[Sentence]:
@@ -122,7 +124,7 @@ def every_sentence(graph: WordGraph, rows: Floats) -> list[Sentence]:
         words = tuple(step.word for step in steps)
         ways = [(aligned(tokens, relative), len(tokens)) for tokens in written(words)]
         score, gap = max(((gap + float(INSERTION) * count, gap) for gap, count in ways), default=(-math.inf, -math.inf))
-        ids = ids_of_letters(words)
+        ids = ids_of_letters(steps)
         numbers = tuple(
             s.word
             for place, s in enumerate(steps)
