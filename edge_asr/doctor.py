@@ -217,7 +217,8 @@ def _spoken_test(source: MicrophoneSource, options: Settings, ask: Callable[[str
     ask(f"Please say a command now; {source.name} listens for {SPOKEN_TEST_S:g} seconds.")
     try:
         engine = Engine.build(options)
-        heard = list(engine.hear(record(source.device, SPOKEN_TEST_S, source.channel), options.vad))
+        pcm = record(source.device, SPOKEN_TEST_S, source.channel)
+        heard = list(engine.hear(pcm, options.vad, source.name))
     except (DeviceError, ModelError, HotwordError, GrammarError) as error:
         return Finding(subject, "failed", str(error).splitlines()[0], "mend what is said above")
     if not heard:

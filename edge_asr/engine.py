@@ -20,7 +20,7 @@ from edge_asr.hotwords import Hotword, Hotwords
 from edge_asr.inference import OnnxRecognizer, SherpaRecognizer, SileroDetector
 from edge_asr.language_model import LanguageModel
 from edge_asr.model_store import ModelFiles
-from edge_asr.pipeline import Ear, Understanding, understand
+from edge_asr.pipeline import NO_STATION, Ear, Understanding, understand
 from edge_asr.settings import Settings
 from edge_asr.text_decoding import TextDecoder
 
@@ -118,10 +118,10 @@ class Engine:
         interpreter = build_interpreter(options.commands, vocabulary.grammars, self.recognizer)
         return replace(self, decoder=decoder, interpreter=interpreter)
 
-    def hear(self, pcm: bytes, options: settings.Vad) -> Iterator[Understanding]:
+    def hear(self, pcm: bytes, options: settings.Vad, source: str = NO_STATION) -> Iterator[Understanding]:
         """Every utterance of a recording (16 kHz mono int16), as the daemon would hear it."""
         ear = Ear(self.new_detector(), options)
-        cutter = FrameCutter("file")
+        cutter = FrameCutter(source)
         now_ns = clock.boottime_ns()
         for frame in (*cutter.feed(pcm, now_ns), *cutter.flush(now_ns)):
             for utterance in ear.feed(frame):

@@ -55,6 +55,9 @@ from edge_asr.turns import Kind, Turns
 
 log = logging.getLogger(__name__)
 
+NO_STATION = ""
+"""Source of a recording that is only looked at: it may command everything."""
+
 DETECTOR_REST_SAMPLES = 32 * FRAME_SAMPLES
 """After so much silence below the energy gate the detector's memory is stale and is cleared."""
 
@@ -253,7 +256,7 @@ def understand(
         return Understanding(utterance, None, Rejection("recognizer-failed", str(error)))
     recognized_s, interpreted_s = recognized - began, time.perf_counter() - recognized
     transcript = recognition.transcript
-    if isinstance(decision, Command) and decision.stations and utterance.source not in decision.stations:
+    if isinstance(decision, Command) and decision.stations and utterance.source not in {NO_STATION, *decision.stations}:
         stations = ", ".join(decision.stations)
         decision = Rejection("not-allowed", f"{decision.intent} may come from {stations} only", decision.confidence)
     if utterance.torn and isinstance(decision, Command) and not decision.cancels:

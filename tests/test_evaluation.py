@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_asr import cli, commands, settings
-from edge_asr.audio import quiet, signal_to_noise_db
-from edge_asr.engine import grammar_paths
+from edge_asr.audio import quiet, read_file, signal_to_noise_db
+from edge_asr.engine import Engine, grammar_paths
 from edge_asr.evaluation import (
     Condition,
     Item,
@@ -252,6 +252,21 @@ def test_a_grammar_may_be_named_in_place_of_the_settings(tmp_path: Path) -> None
     assert code == 0, output
     result = json.loads(figures.read_text())
     assert (result["grammar"], result["conditions"][0]["accepted"]) == ("coffee.en, factory.en", 1)
+
+
+def test_a_recording_comes_from_no_station_and_may_command_what_only_some_may(tmp_path: Path) -> None:
+    recording = RECORDINGS / "20-emergency-stop.flac"
+    manifest, grammar = tmp_path / "one.jsonl", tmp_path / "press.yaml"
+    manifest.write_text(json.dumps({"audio": str(recording), "intent": "Stop"}))
+    grammar.write_text("language: en\nintents: {Stop: {sentences: [emergency stop], stations: [press-mic]}}\n")
+    figures = tmp_path / "figures.json"
+    code, output = evaluate(str(manifest), "--grammar", str(grammar), "--json", str(figures))
+    assert code == 0, output
+    assert json.loads(figures.read_text())["conditions"][0]["accepted"] == 1
+    engine = Engine.build(settings.Settings.model_validate({"commands": {"grammars": [str(grammar)]}}))
+    for station, came in (("press-mic", Command), ("oven-mic", Rejection)):
+        [heard] = engine.hear(read_file(recording), settings.Vad(), station)
+        assert isinstance(heard.decision, came)
 
 
 @pytest.mark.parametrize(
