@@ -74,7 +74,7 @@ class Interpreter:
         self._options = options
         self._decoder = GrammarDecoder(graph.words, table)
         self._texts = TextMatcher(graph)
-        self._credit_per_token = CREDIT * math.log(len(table))
+        self._vocabulary = len(table)
 
     @property
     def unspellable(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class Interpreter:
 
     def _evidence(self, best: Hypothesis) -> float:
         """Nats for a command having been said at all."""
-        return best.gap + max(self._credit_per_token * best.tokens - DOUBT, SLACK)
+        return best.gap + _leave(best.tokens, self._vocabulary)
 
     def _is_worth_listening_again(self, match: GrammarMatch) -> bool:
         evidence = self._evidence(match.best)
@@ -167,6 +167,16 @@ class Interpreter:
             stations=intent.stations,
             roles=intent.roles,
         )
+
+
+def surest(tokens: int, vocabulary: int) -> float:
+    """The confidence of a sentence of so many tokens that is heard as clearly as can be."""
+    return _probability(_leave(tokens, vocabulary))
+
+
+def _leave(tokens: int, vocabulary: int) -> float:
+    """Nats that a sentence may concede to the free path before it is as likely none."""
+    return max(CREDIT * math.log(vocabulary) * tokens - DOUBT, SLACK)
 
 
 def _margin(match: GrammarMatch) -> float:

@@ -69,6 +69,10 @@ def test_a_clean_grammar_gives_no_remark(tmp_path: Path) -> None:
             ),
             *("warning", "'set nine' has two meanings: Set(a=9) or Set(b=9); take it out of one"),
         ),
+        (
+            *("slots:", "  Confirm: {sentences: ['[please] confirm'], min_confidence: 0.6}\nslots:", "warning"),
+            "intents.Confirm: 'confirm' is too short to be surer than about 0.54, wanted is 0.6; lower",
+        ),
         ("slots:", "tests: [{say: go, intent: Start}]\nslots:", "error", "test 'go' is read as no command"),
     ],
 )
