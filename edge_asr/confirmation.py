@@ -9,7 +9,7 @@ when it is confirmed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -87,7 +87,8 @@ class ConfirmationDesk:
         self, utterance: Utterance, transcript: Transcript | None, decision: Command | Rejection | None
     ) -> list[Outcome]:
         """What follows from the next thing a source says, in order."""
-        outcomes: list[Outcome] = list(self.expire(utterance.ended_ns))
+        others = self._pending.keys() - {utterance.source}  # of them it says nothing
+        outcomes: list[Outcome] = list(self.expire(utterance.ended_ns, unheard=others))
         waiting = self._pending.get(utterance.source)
         answer = decision.answer if isinstance(decision, Command) else None
         if waiting is not None and answer == "confirm":
@@ -138,9 +139,11 @@ class ConfirmationDesk:
                 return pending
         raise ConfirmationError("not-pending", "no such question is open: it was answered, cancelled or too late")
 
-    def expire(self, now_ns: int) -> list[Cancelled]:
-        """Cancel what nobody confirmed in time."""
-        late = [pending for pending in self._pending.values() if pending.until_ns <= now_ns]
+    def expire(self, now_ns: int, unheard: Collection[str] = ()) -> list[Cancelled]:
+        """Cancel what nobody confirmed in time, but for sources of whom something said in time is still to be heard."""
+        late = [
+            pending for source, pending in self._pending.items() if pending.until_ns <= now_ns and source not in unheard
+        ]
         return [self._cancelled(pending, "not-confirmed", f"no answer in {self.window_s:g} s") for pending in late]
 
     def close(self, why: str) -> list[Cancelled]:

@@ -70,6 +70,9 @@ CANCEL_AGAIN_S = 4.0
 STOP_LIMIT_NS = 5 * clock.NS_PER_S
 """A stopping daemon does not wait longer for a full disk: systemd would kill it before it could say what is lost."""
 
+UNHEARD_S = 0.1
+"""Between two looks whether what was said before a question's end has been heard by now."""
+
 APPEND_RETRY_S = 2.0
 """Pause before a failed commit is tried again: a full disk may be freed by a person or by the outbox's own quota."""
 
@@ -612,17 +615,21 @@ class Pipeline:
         return drafts
 
     async def _cancel_unconfirmed(self) -> None:
-        """Cancel what nobody confirms in time; sleeps while nothing is pending."""
+        """Cancel what nobody confirms in time; sleeps while nothing is pending.
+
+        A yes may be said in time and come late: the gate closes after it, and others wait for the recognizer, too.
+        """
         while True:
             expiry_ns = self._desk.next_expiry_ns()
-            left_s = None if expiry_ns is None else max(0.0, (expiry_ns - clock.boottime_ns()) / clock.NS_PER_S)
+            left_s = None if expiry_ns is None else max(UNHEARD_S, (expiry_ns - clock.boottime_ns()) / clock.NS_PER_S)
             self._confirming.clear()
             change = asyncio.ensure_future(self._confirming.wait())
             try:
                 await asyncio.wait({change}, timeout=left_s)  # not wait_for: before 3.12 it may swallow a cancellation
             finally:
                 change.cancel()
-            await self._commit(self._desk.expire(clock.boottime_ns()))
+            speaking = {source for source, ear in self.ears.items() if ear.speaking}
+            await self._commit(self._desk.expire(clock.boottime_ns(), {*speaking, *self._turns.unsettled}))
 
 
 def _timing(heard: _Heard, committing_ns: int, committed_ns: int) -> Timing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Collection
 from typing import Literal
 
 from edge_asr.events import Utterance
@@ -55,6 +56,11 @@ class Turns:
         """Wait until nothing that the source said is still to be committed."""
         async with self._changed:
             await self._changed.wait_for(lambda: source not in self._unsettled)
+
+    @property
+    def unsettled(self) -> Collection[str]:
+        """Sources of whom something is still to be committed."""
+        return self._unsettled.keys()
 
     @property
     def finals(self) -> int:

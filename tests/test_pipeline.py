@@ -46,6 +46,8 @@ def recording(name: str) -> bytes:
 
 STOP = recording("20-emergency-stop")
 CALL = recording("02-call-maintenance")
+START = recording("01-start-line-three")
+CONFIRM = recording("01b-confirm")
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +406,83 @@ def test_who_speaks_on_after_a_pause_is_understood_as_a_whole(
     first, whole = noted.heard
     assert len(first) < len(begun + pause) < len(whole)
     assert texts(messages) == [recognizer.recognize(whole).transcript.text]
+
+
+# ---------------------------------------------------------------- questions
+
+
+@dataclass
+class Halting(Tape):
+    """Stands still at its first frame from ``at`` (bytes) on until it may go on."""
+
+    at: int = 0
+    halted: asyncio.Event = field(default_factory=asyncio.Event)
+    may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def frames(self) -> AsyncIterator[AudioFrame]:
+        async for frame in super().frames():
+            if 2 * frame.position >= self.at:
+                self.halted.set()
+                await self.may_go_on.wait()
+            yield frame
+
+
+CONFIRMED = [contract.TRANSCRIPT, contract.PENDING, contract.TRANSCRIPT, contract.COMMAND]
+WINDOW = {"commands": {"confirm_within_s": 3}}
+"""A tape is stamped as if it had just been played, so with four seconds behind the order its question is over."""
+
+
+def test_a_yes_that_waits_for_the_recognizer_when_the_question_ends_was_said_in_time(
+    assemble: Assemble, outbox: Outbox, recognizer: OnnxRecognizer
+) -> None:
+    async def play() -> list[Message]:
+        held, tape = Held(recognizer), Tape("tape", START + QUIET + CONFIRM + 3 * QUIET)
+        rig = assemble(tape, recognizer=held, options=WINDOW | {"partials": {"enabled": False}})
+        running = asyncio.create_task(rig.run())
+        await tape.ended.wait()
+        held.may_go_on.set()
+        await running
+        return await committed(outbox)
+
+    messages = asyncio.run(play())
+    assert [message.topic for message in messages] == CONFIRMED
+    assert messages[-1].data["confirmed_by"] == "voice"
+
+
+def test_a_yes_that_is_being_said_when_the_question_ends_is_waited_for(assemble: Assemble, outbox: Outbox) -> None:
+    async def play() -> list[Message]:
+        begun = START + QUIET + CONFIRM[: len(CONFIRM) * 6 // 10]
+        tape = Halting("tape", START + QUIET + CONFIRM + 3 * QUIET, at=len(begun))
+        rig = assemble(tape, options=WINDOW)
+        asked = asyncio.Event()
+        rig.pipeline.told = lambda message: asked.set() if message.topic == contract.PENDING else None
+        running = asyncio.create_task(rig.run())
+        await tape.halted.wait()
+        await asked.wait()
+        assert rig.pipeline.ears["tape"].speaking
+        assert not rig.pipeline.pending  # its time is over
+        tape.may_go_on.set()
+        await running
+        return await committed(outbox)
+
+    assert [message.topic for message in asyncio.run(play())] == CONFIRMED
+
+
+def test_a_question_ends_in_time_while_nobody_speaks(assemble: Assemble, outbox: Outbox) -> None:
+    async def play() -> list[Message]:
+        tape = Tape("tape", START + 5 * QUIET, open_end=True)
+        rig = assemble(tape, options=WINDOW)
+        cancelled = asyncio.Event()
+        rig.pipeline.told = lambda message: cancelled.set() if message.topic == contract.REJECTED else None
+        running = asyncio.create_task(rig.run())
+        await asyncio.wait_for(cancelled.wait(), 10)
+        await rig.pipeline.close()
+        await running
+        return await committed(outbox)
+
+    *_, last = asyncio.run(play())
+    assert last.data["reason"] == "not-confirmed"
+    assert "no answer in 3 s" in str(last.data["detail"])
 
 
 # ---------------------------------------------------------------- overload
