@@ -313,7 +313,7 @@ def grammar_lint(names: tuple[str, ...], model: str) -> None:
 
 @grammar.command("say", epilog=example("edge-asr grammar say factory.en --count 20"))
 @click.argument("name")
-@click.option("--count", default=10, show_default=True, help="How many sentences.")
+@click.option("--count", default=10, type=click.IntRange(min=1), show_default=True, help="How many sentences.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, other sentences.")
 def grammar_say(name: str, count: int, seed: int) -> None:
     """Show random sentences of a grammar with their meaning."""

@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_asr.clock import NS_PER_S
-from edge_asr.events import Command, Confirmer, Rejection, Transcript, Utterance, new_id
+from edge_asr.events import Command, Confirmer, Rejection, Transcript, Utterance, derived_id
 
 _STEPS: Mapping[str, int] = {"normal": 0, "confirm": 1, "two-step": 2}
+
+_QUESTION = -1
+"""Index of a question's id among those that come of its utterance, whose messages count from 0."""
 
 
 class ConfirmationError(Exception):
@@ -103,7 +106,7 @@ class ConfirmationDesk:
                 return [Immediate(utterance, transcript, None), *outcomes]
         if isinstance(decision, Command) and _steps(decision) and transcript is not None:
             pending = Pending(
-                id=new_id(),
+                id=derived_id(utterance.id, _QUESTION),
                 utterance=utterance,
                 transcript=transcript,
                 command=decision,

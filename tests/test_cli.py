@@ -286,6 +286,7 @@ def test_grammars_can_be_listed_tested_sampled_and_asked() -> None:
     assert edge_asr("grammar", "test", "factory.en", "factory.zh", "coffee.en").returncode == 0
     samples = edge_asr("grammar", "say", "factory.en", "--count", "5").stdout.splitlines()
     assert len(samples) == 5
+    assert typed("grammar", "say", "factory.en", "--count", "0").returncode == 2
     sentence = samples[0].partition("->")[0].strip()
     assert edge_asr("grammar", "parse", "factory.en", sentence).stdout.strip() == samples[0].partition("-> ")[2]
     assert edge_asr("grammar", "parse", "factory.en", "hello world").returncode == 1

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from edge_asr.clock import NS_PER_S
 from edge_asr.confirmation import Cancelled, ConfirmationDesk, Confirmed, Immediate, Outcome, Pending
-from edge_asr.events import Command, Rejection, Risk, Transcript, Utterance
+from edge_asr.events import Command, Rejection, Risk, Transcript, Utterance, new_id
 
 WINDOW_S = 10.0
 SAID = Transcript("words", "en", "EMO_UNKNOWN", "Speech", 1.0, ())
 
 
 def utterance(at_s: float, source: str = "mic") -> Utterance:
-    return Utterance(f"u{at_s}", source, 0, b"", round(at_s * NS_PER_S))
+    return Utterance(new_id(), source, 0, b"", round(at_s * NS_PER_S))
 
 
 def command(risk: Risk = "normal") -> Command:
@@ -45,8 +45,9 @@ def test_a_risky_command_becomes_one_when_confirmed_and_lives_from_then() -> Non
     (pending,) = desk.judge(utterance(1), SAID, command("confirm"))
     assert isinstance(pending, Pending)
     assert pending.until_ns == 11 * NS_PER_S
-    said, confirmed = desk.judge(utterance(5), SAID, YES)
-    assert said == Immediate(utterance(5), SAID, None)
+    yes = utterance(5)
+    said, confirmed = desk.judge(yes, SAID, YES)
+    assert said == Immediate(yes, SAID, None)
     assert confirmed == Confirmed(pending, 5 * NS_PER_S, "voice")
     assert kinds(desk.judge(utterance(6), SAID, YES)) == [Immediate]
 
@@ -85,6 +86,15 @@ def test_a_yes_that_comes_too_late_or_from_elsewhere_confirms_nothing() -> None:
     desk.judge(utterance(1, "mic"), SAID, command("confirm"))
     assert kinds(desk.judge(utterance(2, "tablet"), SAID, YES)) == [Immediate]
     assert kinds(desk.judge(utterance(11.5, "mic"), SAID, YES)) == [Cancelled, Immediate]
+
+
+def test_an_order_that_is_understood_again_after_a_crash_asks_the_same_question() -> None:
+    said = utterance(1)
+    (before,), (after,) = (ConfirmationDesk(WINDOW_S).judge(said, SAID, command("confirm")) for _ in range(2))
+    (other,) = ConfirmationDesk(WINDOW_S).judge(utterance(1), SAID, command("confirm"))
+    assert before == after != other
+    assert isinstance(after, Pending)
+    assert after.id != said.id
 
 
 def test_stopping_cancels_what_is_pending() -> None:
