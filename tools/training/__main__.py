@@ -17,15 +17,22 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
 """Utterances of each synthesizer: twenty-five hours; kokoro's take two hours of CPU, the others' one."""
+TURNS = 5
+"""Parts in which they are made, so that an interrupted synthesis leaves some of every synthesizer."""
+FOLDS = "0123456789"
 
 
 def synthesize(work: Path) -> None:
-    for speaker, count in SAID.items():
-        voices.synthesize(work / "said", speaker, count, 1, texts.draw)
+    for turn in range(1, TURNS + 1):
+        for speaker, count in SAID.items():
+            voices.synthesize(work / "said", speaker, count * turn // TURNS, 1, texts.draw)
 
 
 def prepare(work: Path) -> None:
-    """The token table and the front, from the texts and some of the voices."""
+    """The token table and the front, from the texts and some of the voices, once: what was trained depends on them."""
+    if (work / "front.pt").exists():
+        print(f"{work / 'front.pt'}: is there already, and kept", flush=True)
+        return
     tokens.train(work / "pieces.model")
     shards = sorted((work / "said").glob("*.npz"))
     if not shards:
@@ -36,7 +43,9 @@ def prepare(work: Path) -> None:
         audio = voices.read_shard(shard)[0].audio.astype(np.float32) / 32768
         clips.append(np.asarray(audio + generator.normal(0, 3e-4, audio.size), np.float32))
     power_map, neg_mean, inv_stddev = front.fit(clips)
-    torch.save({"power_map": power_map, "neg_mean": neg_mean, "inv_stddev": inv_stddev}, work / "front.pt")
+    part = work / "front.part"
+    torch.save({"power_map": power_map, "neg_mean": neg_mean, "inv_stddev": inv_stddev}, part)
+    part.replace(work / "front.pt")
 
 
 def train(work: Path, options: argparse.Namespace) -> None:
@@ -53,11 +62,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
     parser.add_argument(
         "step",
-        choices=("all", *"synthesize prepare restore train blend export language-model prove evaluate".split()),
+        choices="all synthesize prepare restore train blend export language-model describe prove evaluate".split(),
     )
     parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
-    parser.add_argument("--folds", default="0123456789", help="train on noise whose names start with one of these")
+    parser.add_argument(
+        "--folds", default=FOLDS, help="train on noise whose names start with one of these; `evaluate` on the rest"
+    )
     parser.add_argument("--people", type=Path, action="append", default=[], help="manifest of {audio, text, speaker}")
     parser.add_argument("--without", action="append", default=[], help="a speaker to leave out, to measure on")
     parser.add_argument("--minutes", type=float, default=70.0, help="of training (default: %(default)s)")
@@ -80,8 +91,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def left_out(folds: str) -> str:
+    """Of what is not trained on."""
+    return "".join(fold for fold in FOLDS if fold not in folds)
+
+
 def _evaluate(work: Path, model: Path, options: argparse.Namespace) -> None:
-    figures = evaluate.everything(model, work, options.shared, options.folds)
+    figures = evaluate.everything(model, work, options.shared, left_out(options.folds))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
@@ -103,6 +119,9 @@ def main() -> None:
         "blend": lambda: fit.blend({work / f"{name}.pt": float(share) for name, share in options.of}, checkpoint),
         "export": lambda: export.export(checkpoint, pieces(), model),
         "language-model": lambda: language_model.write(pieces(), evaluate.unheard(), model / LANGUAGE_MODEL),
+        "describe": lambda: export.describe(
+            model, options.name, export.DESCRIPTION, ["en"], export.LICENCE, export.ORIGIN.format(size=options.size)
+        ),
         "prove": lambda: prove.everything(model, work, options.size),
         "evaluate": lambda: _evaluate(work, model, options),
     }

@@ -10,11 +10,12 @@ model beside it is made anew, and reads many more of the site's sentences than w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -40,7 +41,7 @@ from training.voices import Said
 SITE_READ = 4000
 """Sentences of the site that the language model reads; it costs no time to speak of."""
 HELD_OUT_EVERY = 5
-"""One in so many utterances of the site is not trained on but measured."""
+"""One in so many sentences is not trained on but measured, whoever says it and however often."""
 FORGETTING = 0.01
 """How much worse the general word error rate may become, in points of 1."""
 BLENDS = (1.0, 0.75, 0.5, 0.25)
@@ -65,9 +66,13 @@ class Plan:
     """The topmost encoder layers; the head learns whole."""
 
 
-def site_sentences(random: Random, grammars: Sequence[Path], hotwords: Path | None) -> Iterator[Sentence]:
-    """For ever: walks through the grammars, and the hotwords within sentences."""
-    graphs = [grammar.compile_graph({path.name: grammar.load(path)}).words for path in grammars]
+def site_sentences(grammars: Sequence[Path], hotwords: Path | None) -> Callable[[Random], Sentence]:
+    """How to draw one: a walk through a grammar, or a hotword within a sentence. Raises AdaptError."""
+    read = [grammar.load(path) for path in grammars]
+    graphs = [
+        (grammar.compile_graph({path.name: each}).words, texts.abbreviations(each))
+        for path, each in zip(grammars, read, strict=True)
+    ]
     listed = hotword_lists.load(settings.Hotwords(file=hotwords)) if hotwords is not None else ()
     phrases = [phrase for each in listed for phrase in each.spoken or (each.written,)]
     if not graphs and not phrases:
@@ -81,25 +86,27 @@ def site_sentences(random: Random, grammars: Sequence[Path], hotwords: Path | No
         "report a fault on the {}",
         "stop the {} now",
     )
-    while True:
+
+    def draw(random: Random) -> Sentence:
         if phrases and (not graphs or random.random() < 0.4):
-            yield texts.sentence("site", random.choice(frames).format(random.choice(phrases)))
-        else:
-            steps, _ = random.choice(graphs).walk(random)
-            yield texts.sentence("site", grammar.sentence(steps))
+            return texts.sentence("site", random.choice(frames).format(random.choice(phrases)))
+        graph, abbreviations = random.choice(graphs)
+        return texts.walk("site", graph, abbreviations, random)
+
+    return draw
 
 
-def general_sentences(random: Random) -> Iterator[Sentence]:
-    """For ever: what the shipped model was trained on."""
-    while True:
-        yield texts.draw(random)
+def _folder(work: Path, sources: Sequence[Path]) -> Path:
+    """Where the sentences of these files are kept: never what was made of others, or of an earlier state of them."""
+    contents = (hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
+    return work / f"site-{hashlib.sha256(' '.join(contents).encode()).hexdigest()[:12]}"
 
 
-def _spoken(work: Path, name: str, count: int, draw: Iterator[Sentence]) -> list[Said]:
+def spoken(folder: Path, count: int, draw: Callable[[Random], Sentence]) -> list[Said]:
     """Said by flite and espeak-ng in turns."""
     for speaker in ("flite", "espeak"):
-        voices.synthesize(work / name, speaker, count // 2, 11, lambda _: next(draw))
-    return [said for path in sorted((work / name).glob("*.npz")) for said in voices.read_shard(path)]
+        voices.synthesize(folder, speaker, count // 2, 11, draw)
+    return [said for path in sorted(folder.glob("*.npz")) for said in voices.read_shard(path)]
 
 
 class Ears:
@@ -150,10 +157,11 @@ def blended(old: dict[str, Tensor], new: dict[str, Tensor], share: float) -> dic
 
 
 def _split(said: Sequence[Said]) -> tuple[list[Said], list[Said]]:
-    """(to learn from, to measure on)."""
-    ordered = list(said)
+    """(to learn from, to measure on): no sentence in both, for a small grammar's come again and again."""
+    ordered = sorted({each.text for each in said})
     Random(5).shuffle(ordered)
-    return [s for at, s in enumerate(ordered) if at % HELD_OUT_EVERY], ordered[::HELD_OUT_EVERY]
+    held = frozenset(ordered[::HELD_OUT_EVERY])
+    return [each for each in said if each.text not in held], [each for each in said if each.text in held]
 
 
 def package(network: Network, base: Path, out: Path) -> None:
@@ -170,7 +178,7 @@ def describe(base: Path, out: Path, name: str, figures: dict[str, float]) -> Non
     """The manifest of what lies in OUT, as `edge-asr models import` takes it."""
     described = f"adapted from {base.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
     origin = f"{base.name} of edge-asr, adapted by tools/adapt on the site's own sentences and recordings"
-    export.describe(out, name, described, ["en"], "MIT", origin)
+    export.describe(out, name, described, ["en"], export.LICENCE, origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +197,23 @@ class Material:
         """From the options. Raises AdaptError."""
         recorded = [each for path in options.manifest for each in people.utterances(path)]
         named = options.grammar or options.hotwords
-        draw = site_sentences(Random(3), options.grammar, options.hotwords) if named else None
-        said = _spoken(options.work, "site", options.sentences, draw) if draw is not None else []
+        draw = site_sentences(options.grammar, options.hotwords) if named else None
+        sources = [*options.grammar, *([options.hotwords] if options.hotwords else [])]
+        said = spoken(_folder(options.work, sources), options.sentences, draw) if draw is not None else []
         if not recorded and not said:
             raise AdaptError("nothing to learn from: name --manifest, --grammar or --hotwords")
         site, site_held = _split([*recorded, *said])
-        rest, rest_held = _split(_spoken(options.work, "rest", options.sentences, general_sentences(Random(4))))
-        drawn = [next(draw).text for _ in range(SITE_READ)] if draw is not None else []
+        if not site:
+            raise AdaptError("one sentence is too few to learn from and to measure on")
+        rest, rest_held = _split(spoken(options.work / "rest", options.sentences, texts.draw))
+        random = Random(3)
+        drawn = [draw(random).text for _ in range(SITE_READ)] if draw is not None else []
         return cls(site, site_held, rest, rest_held, [*(each.text for each in site), *drawn])
 
     @property
     def unheard(self) -> frozenset[str]:
-        """What nobody may learn from, in sound or in writing."""
-        return frozenset(each.text for each in (*self.site_held, *self.rest_held))
+        """What the language model may not read, so that a site can measure by it."""
+        return frozenset(each.text for each in self.site_held)
 
 
 def adapt(options: argparse.Namespace) -> int:
@@ -233,9 +245,12 @@ def adapt(options: argparse.Namespace) -> int:
         print("nothing is better on the site without being worse on the rest: no model written", file=sys.stderr)
         return 1
     figures = {"site WER before": before[0], "after": after[0], "rest before": before[1], "rest after": after[1]}
-    package(network, options.model, options.out)
-    language_model.write(tokenizer, material.unheard, options.out / LANGUAGE_MODEL, material.read)
-    describe(options.model, options.out, options.name, figures)
+    part = options.out.with_name(f"{options.out.name}.part")  # OUT is there whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
+    package(network, options.model, part)
+    language_model.write(tokenizer, material.unheard, part / LANGUAGE_MODEL, material.read)
+    describe(options.model, part, options.name, figures)
+    part.rename(options.out)
     print(f"{options.out}: written; `edge-asr models import {options.out}` takes it", flush=True)
     return 0
 

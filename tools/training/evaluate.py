@@ -240,11 +240,13 @@ def unheard() -> frozenset[str]:
         for make in UNSEEN.values()
     )
     listed = (path.read_text(encoding="utf-8").splitlines() for path in ACCURACY.glob("*.txt"))
-    return frozenset(chain((each.text for each in chain.from_iterable(drawn)), chain.from_iterable(listed)))
+    return frozenset(
+        chain((each.text for each in chain.from_iterable(drawn)), map(texts.normal, chain.from_iterable(listed)))
+    )
 
 
 def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[str, Any]:
-    """Every figure that the recordings at hand allow; prints each as it is known."""
+    """Every figure that the recordings at hand allow; prints each as it is known. ``noise_folds`` were left out."""
     ears, figures = Ears(model), dict[str, Any]()
 
     def known(name: str, value: object) -> None:
@@ -258,7 +260,7 @@ def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[
         known("WER prompts, a real woman", word_errors(ears, ((text, padded(audio)) for text, audio in prompts())))
     if (shared / "spoken-digits").exists():
         known("digits greedy, written", digits(ears, shared / "spoken-digits"))
-    if (shared / "noise").exists():
+    if noise_folds and (shared / "noise").exists():
         known("noise that gave text", "{} of {}".format(*noise_alone(ears, shared / "noise", noise_folds)))
     if (shared / "spoken-commands").exists():
         for name, accepted in orders(ears, shared / "spoken-commands", (None, 15, 12, 9, 6)):

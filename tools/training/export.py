@@ -18,6 +18,12 @@ from edge_asr.model_store import MANIFEST, sha256_of
 from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network
 from training.tokens import Tokenizer
 
+LICENCE = "MIT"
+DESCRIPTION = "Small English command recognizer in SenseVoice's ONNX contract; it is not SenseVoiceSmall"
+ORIGIN = (
+    "Encoder of Whisper {size} (OpenAI, MIT), its upper layers fine-tuned; feature map and CTC head trained by "
+    "tools/train of edge-asr on synthesized speech and the recordings named to it"
+)
 COMMENT = "edge-asr: Whisper {size} encoder (OpenAI, MIT), fine-tuned, behind a CTC head; not SenseVoiceSmall"
 
 
@@ -124,6 +130,7 @@ def export(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> None:
     """Write OUT/model.int8.onnx and OUT/tokens.txt."""
     network = Network.restored(torch.load(checkpoint))
     out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # it describes what is about to be replaced
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "model.onnx"
         write_float(network, whole)
@@ -133,7 +140,8 @@ def export(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> None:
 
 def describe(out: Path, name: str, description: str, languages: Sequence[str], licence: str, origin: str) -> None:
     """Write the manifest of the model whose files lie in OUT."""
-    files = {path.name: {"sha256": sha256_of(path), "size": path.stat().st_size} for path in sorted(out.iterdir())}
+    listed = [path for path in sorted(out.iterdir()) if path.name != MANIFEST]
+    files = {path.name: {"sha256": sha256_of(path), "size": path.stat().st_size} for path in listed}
     manifest = {
         "name": name,
         "version": time.strftime("%Y.%m.%d"),

@@ -147,6 +147,12 @@ class Run:
         self.steps = 0
         if self.path.exists():
             self._resume()
+        known = self.network.front.state_dict()
+        if not all(torch.allclose(fitted, known[each]) for each, fitted in front.items()):  # it undoes what that does
+            source = self.path if self.path.exists() else start
+            raise ValueError(
+                f"{source}: was made with another front than {work / 'front.pt'}; take the WORK it is from"
+            )
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         plan, encoder = self.plan, self.network.encoder

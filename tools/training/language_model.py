@@ -50,8 +50,10 @@ def clauses(text: str) -> Iterator[str]:
 
 
 def wordnet(*, examples: bool) -> Iterator[str]:
-    """WordNet's example sentences, or its definitions."""
-    for path in sorted(WORDNET.glob("data.*")):
+    """WordNet's example sentences, or its definitions. Raises FileNotFoundError."""
+    if not (found := sorted(WORDNET.glob("data.*"))):
+        raise FileNotFoundError(f"{WORDNET}: has no data.*; install Debian's wordnet-base")
+    for path in found:
         for line in path.read_text(encoding="latin-1").splitlines():
             gloss = line.partition("| ")[2]
             yield from (

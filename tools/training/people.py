@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_asr.audio import read_file, to_float
-from training.texts import normal
+from training.texts import normal, without_digits
 from training.voices import Said
 
 
@@ -18,7 +18,7 @@ def utterances(manifest: Path, without: Collection[str] = ()) -> list[Said]:
 
     What `edge-asr recordings export` wrote and nobody has labelled is passed over, and what holds no words: an example
     is somebody who speaks, and noise is learned from the folders of noise. Raises ValueError naming the line that has
-    no audio or no text.
+    no audio or no text, or a number that nobody says.
     """
     found = []
     for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), start=1):
@@ -28,7 +28,10 @@ def utterances(manifest: Path, without: Collection[str] = ()) -> list[Said]:
         if "audio" not in entry or entry.get("text") is None:
             raise ValueError(f"{manifest}: line {number}: expected `audio` and `text`")
         speaker = entry.get("speaker", "somebody")
-        text = normal(entry["text"])
+        try:
+            text = normal(without_digits(entry["text"]))
+        except ValueError as error:
+            raise ValueError(f"{manifest}: line {number}: {error}") from None
         if speaker in without or not text:
             continue
         audio = to_float(read_file(manifest.parent / entry["audio"]))

@@ -7,8 +7,9 @@ The labels and grammar of a benchmark that the model is measured on are never re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from wordfreq import top_n_list
 
 from edge_asr import grammar
 from edge_asr.numbers import spoken_forms
+from edge_asr.wordgraph import WordGraph
 
 GRAMMARS = Path(__file__).resolve().parents[2] / "examples" / "grammars"
 FORTUNES = Path("/usr/share/games/fortunes")
@@ -46,9 +48,18 @@ def normal(text: str) -> str:
     return re.sub(r"[^a-z']+", " ", text.lower()).strip()
 
 
+def without_digits(text: str) -> str:
+    """Numbers as they are said. Raises ValueError where one is too large to be."""
+
+    def said(found: re.Match[str]) -> str:
+        return f" {' '.join(spoken_forms(Decimal(found[0].replace(',', '')), 'en')[0])} "
+
+    return re.sub(r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", said, text)
+
+
 def sentence(kind: str, words: str) -> Sentence:
     """Of written words; a word in capitals is spelled by its letters, digits are said as a number."""
-    words = re.sub(r"\d+", lambda found: f" {' '.join(spoken_forms(int(found[0]), 'en')[0])} ", words)
+    words = without_digits(words)
     words = re.sub(r"[-_/]", " ", words)
     spelled = [" ".join(word) if re.fullmatch("[A-Z]{2,}", word) else word for word in words.split()]
     return Sentence(kind, normal(" ".join(spelled)), " ".join(spelled))
@@ -158,17 +169,26 @@ def _graph(name: str) -> grammar.CommandGraph:
     return grammar.compile_graph({name: grammar.load(GRAMMARS / f"{name}.yaml")})
 
 
+def abbreviations(of: grammar.Grammar) -> frozenset[str]:
+    """What a grammar writes in capitals, and every synthesizer says letter by letter."""
+    return frozenset(word for word in grammar.ids_of(of) if len(word) > 1)
+
+
 @cache
 def _abbreviations(name: str) -> frozenset[str]:
-    """What a grammar writes in capitals, and every synthesizer says letter by letter."""
-    return frozenset(word for word in grammar.ids_of(grammar.load(GRAMMARS / f"{name}.yaml")) if len(word) > 1)
+    return abbreviations(grammar.load(GRAMMARS / f"{name}.yaml"))
+
+
+def walk(kind: str, graph: WordGraph, spelled: Collection[str], random: Random) -> Sentence:
+    """A random walk through the words of a grammar; those ``spelled`` are said and labelled letter by letter."""
+    steps, _ = graph.walk(random)
+    words = [word.upper() if word in spelled else word for word in grammar.sentence(steps).split()]
+    return sentence(kind, " ".join(words))
 
 
 def of_grammar(random: Random, name: str) -> Sentence:
-    """A random walk through one of the grammars that ship with the product, or a path of another."""
-    steps, _ = _graph(name).words.walk(random)
-    words = [word.upper() if word in _abbreviations(name) else word for word in grammar.sentence(steps).split()]
-    return sentence(name.split(".", maxsplit=1)[0], " ".join(words))
+    """A random walk through one of the grammars that ship with the product."""
+    return walk(name.split(".", maxsplit=1)[0], _graph(name).words, _abbreviations(name), random)
 
 
 def fragment(random: Random, name: str) -> Sentence:

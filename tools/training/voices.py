@@ -190,12 +190,13 @@ def drawn(
 
 def synthesize(out: Path, speaker: str, count: int, seed: int, draw: Callable[[Random], Sentence]) -> None:
     """Write ``count`` utterances of one speaker as shards of OUT; shards that are there already are left alone."""
+    paths = ((shard, out / f"{speaker}-{seed}-{shard:04d}.npz") for shard in range(-(-count // SHARD)))
+    missing = [(shard, path) for shard, path in paths if not path.exists()]
+    if not missing:
+        return  # kokoro takes seconds to load
     speak = SPEAKERS[speaker]()
     out.mkdir(parents=True, exist_ok=True)
-    for shard in range(-(-count // SHARD)):
-        path = out / f"{speaker}-{seed}-{shard:04d}.npz"
-        if path.exists():
-            continue
+    for shard, path in missing:
         sentences, random = drawn(speaker, seed, shard, min(SHARD, count - shard * SHARD), draw)
         said = []
         for each, (voice, audio) in zip(sentences, speak(sentences, random), strict=True):
