@@ -420,7 +420,7 @@ def test_pull_shows_how_far_it_is_and_imports_what_it_has_checked(tmp_path: Path
 def test_what_is_imported_by_hand_is_listed_and_removed_by_hand(tmp_path: Path) -> None:
     state = ("--set", f"state_dir={tmp_path}/state")
     given = copy(tmp_path, "stick")
-    assert typed("models", "import", str(given), *state).stdout.startswith("stick 2.2.0: imported; ")
+    assert typed("models", "import", str(given), *state).stdout.startswith("stick 2.3.0: imported; ")
     assert "imported" in typed("models", "list", *state).stdout
     assert typed("models", "remove", "stick", *state).stdout == "stick: removed\n"
     assert typed("models", "remove", "stick", *state).returncode == 78

@@ -53,7 +53,7 @@ def test_a_bundled_name_is_located_with_its_published_hash() -> None:
     files = locate("micro-en")
     assert (files.model, files.tokens) == (MICRO / MODEL, MICRO / "tokens.txt")
     assert (files.name, files.manifest.languages) == ("micro-en", ("en",))
-    assert files.sha256 == "ae11bd50f5353212a76ae3190ae05c84e68e8caa8788f5880d49571d7f2dc033"
+    assert files.sha256 == "015d8d3c3c718b614d04f76d82215d2fe679b21c803df7c68c747f3e1a008a25"
     assert files.manifest.verified
 
 

@@ -93,7 +93,7 @@ def test_a_wheel_carries_models_grammars_recordings_and_units(ready: Path, tmp_p
     assert sorted(folder.name for folder in bundled.iterdir()) == ["grammars", "models", "recordings", "systemd"]
     verify = ("-m", "edge_asr.cli", "models", "verify", "micro-en")
     done = call(ready, ".venv/bin/python", *verify, PYTHONPATH=str(installed))
-    assert done.stdout.startswith("micro-en 2.2.0: sound"), done.stdout
+    assert done.stdout.startswith("micro-en 2.3.0: sound"), done.stdout
 
 
 @pytest.mark.timeout(600)

@@ -60,7 +60,18 @@ LAST_KINDS = {
 LAST_PEOPLE = 8.0
 """The same in a last, short run: what the model is for, and the few recordings of people."""
 
+NOBODY = 0.22
+"""How often nobody speaks: a bark or a sneeze amid seconds of noise is like a digit there."""
+
+BABBLING = 0.22
+"""How often noise is people who talk in the background."""
+
+WORD_S = 1.5
+"""A recording of a person that is shorter holds a word."""
+
 LONGEST_S = 20.0
+LONGEST_BEFORE_S, LONGEST_AFTER_S = 2.5, 5.0
+"""Of silence, or of noise alone, around what is said."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +137,7 @@ class Pool:
 
     def __init__(self, said: Sequence[Said], noises: Sequence[Noise], seed: int, *, last: bool = False) -> None:
         """``last``: for the last run."""
-        self.kinds, self.babbling = (LAST_KINDS, 0.22) if last else (KINDS, 0.12)
+        self.kinds = LAST_KINDS if last else KINDS
         worth = WEIGHTS | {"people": LAST_PEOPLE} if last else WEIGHTS
         self.random, self.generator = Random(seed), np.random.default_rng(seed)
         voices = defaultdict[str, dict[str, list[Said]]](lambda: defaultdict(list))
@@ -157,9 +168,9 @@ class Pool:
         return chosen.event, np.resize(np.roll(chosen.audio, -start), size)
 
     def babble(self, size: int) -> Wave:
-        """Two to six people talking at once."""
+        """Up to six people talking at once."""
         talk = np.zeros(size, np.float32)
-        for _ in range(self.random.randint(2, 6)):
+        for _ in range(self.random.randint(1, 6)):
             who = self.utterance(self.voice()).audio.astype(np.float32) / 32768
             talk += np.roll(np.resize(who, size), self.random.randrange(size)) * self.random.uniform(0.4, 1)
         return talk
@@ -167,7 +178,7 @@ class Pool:
     # ------------------------------------------------------------ one example
 
     def example(self) -> Example:
-        return self._nobody() if self.random.random() < 0.10 else self._somebody()
+        return self._nobody() if self.random.random() < NOBODY else self._somebody()
 
     def _nobody(self) -> Example:
         random, size = self.random, int(self.random.uniform(0.5, 6) * SAMPLE_RATE)
@@ -188,10 +199,11 @@ class Pool:
         random = self.random
         voice = self.voice()
         count = random.choices((1, 2, 3, random.randint(4, 9)), (80, 12, 4, 4))[0]
-        if "people" in voice:  # single digits of real people: joined to numbers of several
-            speaker = random.choice(voice["people"]).voice
-            voice = {"people": [each for each in voice["people"] if each.voice == speaker]}
-            count = random.choices((1, 2, 3, 4, 6), (3, 2, 2, 2, 1))[0]
+        if "people" in voice:
+            one = random.choice(voice["people"])
+            voice = {"people": [each for each in voice["people"] if each.voice == one.voice]}
+            # single digits are joined to numbers of several, sentences stand alone
+            count = random.choices((1, 2, 3, 4, 6), (3, 2, 2, 2, 1))[0] if one.audio.size < WORD_S * SAMPLE_RATE else 1
         factor = random.uniform(0.85, 1.2) if random.random() < 0.8 else 1.0
         pieces: list[Wave] = []
         words: list[str] = []
@@ -199,7 +211,7 @@ class Pool:
             audio = each.audio.astype(np.float32) / 32768
             if factor != 1.0:
                 audio = np.asarray(soxr.resample(audio, SAMPLE_RATE, SAMPLE_RATE * factor, quality="MQ"), np.float32)
-            if sum(map(len, pieces)) + audio.size > (LONGEST_S - 2) * SAMPLE_RATE:
+            if pieces and sum(map(len, pieces)) + audio.size > (LONGEST_S - 2) * SAMPLE_RATE:
                 break
             pause = random.uniform(0.02, 0.5) * SAMPLE_RATE if pieces else 0
             pieces += [np.zeros(int(pause), np.float32), audio * np.float32(random.uniform(0.5, 1))]
@@ -209,9 +221,7 @@ class Pool:
     def _somebody(self) -> Example:
         random, generator = self.random, self.generator
         speech, text = self._said()
-        # one in five is cut to the word, as recordings of single words and eager gates have it
-        before, after = (int(random.uniform(0.0, 0.6) * SAMPLE_RATE * (random.random() < 0.8)) for _ in range(2))
-        audio = np.pad(speech, (before, after))
+        audio = np.pad(speech, (self._pause(LONGEST_BEFORE_S), self._pause(LONGEST_AFTER_S)))
         if random.random() < 0.5:
             audio = room(audio, random, generator)
         if random.random() < 0.5:
@@ -230,12 +240,24 @@ class Pool:
             audio = audio + generator.normal(size=audio.size) * 10 ** (random.uniform(-95, -60) / 20)
         return Example(np.asarray(audio, np.float32), text, ("en", "EMO_UNKNOWN", "Speech"))
 
+    def _pause(self, longest_s: float) -> int:
+        """Samples until somebody speaks, or from then on.
+
+        One in five is cut to the word, as recordings of single words and eager gates have it. One in three is long, as
+        where a key was pressed too early: a network that never heard seconds of noise beside speech writes words there.
+        """
+        seconds = self.random.choices((0.0, self.random.uniform(0, 0.6), self.random.uniform(0, longest_s)), (3, 7, 5))
+        return int(seconds[0] * SAMPLE_RATE)
+
     def _with_noise(self, audio: Wave) -> Wave:
         random = self.random
-        noise = self.babble(audio.size) if random.random() < self.babbling else self.noise(audio.size)[1]
+        babbling = random.random() < BABBLING
+        noise = self.babble(audio.size) if babbling else self.noise(audio.size)[1]
         if random.random() < 0.3:
             noise = noise / np.sqrt(loudest(noise)) + self.noise(audio.size)[1] * random.uniform(0.01, 0.1)
-        return mixed(audio, np.asarray(noise, np.float32), random.triangular(-3, 32, 8))
+        # who speaks to the microphone is the loudest; that others are not written is what babble teaches
+        snr_db = random.triangular(3, 32, 10) if babbling else random.triangular(-3, 32, 8)
+        return mixed(audio, np.asarray(noise, np.float32), snr_db)
 
 
 # ---------------------------------------------------------------- batches

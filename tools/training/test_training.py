@@ -38,8 +38,9 @@ from training import (
     sense_voice,
     texts,
 )
-from training.examples import ENOUGH, KINDS, WEIGHTS, Pool
+from training.examples import ENOUGH, KINDS, LONGEST_AFTER_S, LONGEST_BEFORE_S, WEIGHTS, Pool
 from training.network import Network, Shape
+from training.noise import Noise
 from training.tokens import TAGS as ALL_TAGS
 from training.tokens import Tokenizer
 from training.voices import Said
@@ -196,6 +197,27 @@ def test_a_voice_that_said_little_and_a_kind_that_is_common_are_not_heard_over_a
     )
     heard = drawn["espeak", "general"] / drawn["espeak", "coffee"]
     assert heard == pytest.approx(KINDS["general"] / KINDS["coffee"], rel=0.2)
+
+
+def test_what_is_said_is_cut_to_the_word_or_has_seconds_of_noise_beside_it() -> None:
+    hiss = np.random.default_rng(0).normal(0, 3000, 16_000).astype(np.int16)
+    pool = Pool([Said("people", "people", "so", hiss)], [Noise("hum", np.zeros(16_000, np.float32))], 0)
+    examples = [each for each in (pool.example() for _ in range(300)) if each.text]
+    loud = [np.flatnonzero(abs(each.audio) > 0.3 * abs(each.audio).max()) for each in examples]
+    before_s = np.array([where[0] for where in loud]) / 16_000
+    after_s = np.array([each.audio.size - where[-1] for each, where in zip(examples, loud, strict=True)]) / 16_000
+    for pause_s, longest_s in ((before_s, LONGEST_BEFORE_S), (after_s, LONGEST_AFTER_S)):
+        assert (pause_s < 0.02).mean() > 0.1
+        assert 0.15 < (pause_s > 1.0).mean() < 0.4
+        assert 0.8 * longest_s < pause_s.max() < longest_s + 0.5
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(17.5, 1), (0.4, 6)])
+def test_a_sentence_of_a_person_stands_alone_however_long_and_digits_are_joined(seconds: float, most: int) -> None:
+    hiss = np.random.default_rng(0).normal(0, 3000, round(seconds * 16_000)).astype(np.int16)
+    pool = Pool([Said("people", "people", "so", hiss)], [Noise("hum", np.zeros(16_000, np.float32))], 0)
+    counts = {len(each.text.split()) for each in (pool.example() for _ in range(80))} - {0}
+    assert max(counts) == most
 
 
 def test_a_blend_lies_between_what_it_is_made_of(tmp_path: Path) -> None:
