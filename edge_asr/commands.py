@@ -4,14 +4,15 @@ Law: nothing becomes a command unless one sentence of the grammar explains the a
 text does (else ``not-understood``), and better than any sentence with another meaning (else ``ambiguous``). A command's
 confidence is the probability of both: P(a command was said) times P(it was this one rather than the second), and only
 above the intent's ``min_confidence`` it is accepted. In doubt the audio is listened to again, slower. Number words
-stand apart: every listening must hear each as if no grammar had been there, and no sentence with another number may
-come near (else ``unsafe-number``).
+stand apart: every listening must hear each as if no grammar had been there, the text that is published beside the
+command must hold them, and no sentence with another number may come near (else ``unsafe-number``).
 Without posteriors (sherpa-onnx) the words of the text must be a sentence of the grammar, see ``text_matching``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class Interpreter:
             return Rejection("not-understood", f"heard {heard!r}, no command", confidence, candidates[:1])
         if confidence < self._threshold(best.reading):
             return Rejection("ambiguous", " or ".join(candidates), confidence, candidates)
-        if not all(_is_sure_of_numbers(best, each) for each in (match, *again)):
+        if not (_stand_in(heard, best) and all(_is_sure_of_numbers(best, each) for each in (match, *again))):
             return Rejection("unsafe-number", f"heard {heard!r}, no clear number", confidence, candidates)
         return self._command(best.reading, confidence, " ".join(best.words))
 
@@ -193,6 +194,19 @@ def _is_sure_of_numbers(said: Hypothesis, heard: GrammarMatch | None) -> bool:
     if any(heard.best.word_gaps[i] < -MAX_NUMERAL_GAP for i in heard.best.numerals):
         return False
     return heard.other_number is None or heard.best.score - heard.other_number.score >= MIN_NUMBER_MARGIN
+
+
+def _stand_in(text: str, said: Hypothesis) -> bool:
+    """Whether a text holds the number words of a sentence, in their order.
+
+    Letters of ids it may write as part of a word. A text with digits, by inverse text normalisation or by hotwords, is
+    not compared.
+    """
+    if re.search(r"\d", text):
+        return True
+    words = iter(words_of(text))
+    numbers = (word for word in said.said_numbers if not re.fullmatch("[a-z]", word))
+    return all(number in words for number in numbers)
 
 
 def _probability(nats: float) -> float:

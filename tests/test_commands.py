@@ -223,6 +223,33 @@ def test_a_number_that_another_pace_hears_otherwise_is_unsafe(reliability: float
     assert rejection(lenient.interpret(otherwise)).reason == "unsafe-number"
 
 
+@pytest.mark.parametrize(
+    ("text", "is_safe"),
+    [
+        ("Start line three", True),
+        ("start, line: Three.", True),
+        ("start line", False),
+        ("start line four", False),
+        ("start line thirtythree", False),
+        ("start Line-3", True),  # a hotword's writing
+    ],
+)
+def test_a_number_that_the_text_beside_the_command_does_not_hold_is_unsafe(text: str, *, is_safe: bool) -> None:
+    once = heard(sounds("start", "line", "three"))
+    written = replace(once, transcript=replace(once.transcript, text=text))
+    decision = interpreter().interpret(written)
+    assert isinstance(decision, Command) == is_safe
+    assert is_safe or rejection(decision).reason == "unsafe-number"
+
+
+def test_the_text_must_hold_numbers_in_the_order_and_as_often_as_they_are_said() -> None:
+    once = heard(sounds("set", "press", "speed", "to", "two", "thousand", "two", "hundred"))
+    assert command(interpreter().interpret(once)).slots["speed"] == 2200
+    for text in ("set press speed to two thousand hundred", "set press speed to two hundred two thousand"):
+        written = replace(once, transcript=replace(once.transcript, text=text))
+        assert rejection(interpreter().interpret(written)).reason == "unsafe-number"
+
+
 def test_another_pace_settles_a_doubt_about_names() -> None:
     once = heard(sounds("start", {"press": 0.5, "mixer": 0.49}))
     settled = replace(once, at_pace=lambda _: sounds("start", "mixer"))
