@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,10 +18,11 @@ from pydantic import BaseModel
 
 from edge_asr import clock, inference, installation, model_store, prepared, service, trial
 from edge_asr.audio import measure
+from edge_asr.brevity import too_short
 from edge_asr.devices import DeviceError, record
 from edge_asr.engine import Engine, build_hotwords, build_interpreter, read_grammars
 from edge_asr.events import Command, Rejection
-from edge_asr.grammar import GrammarError
+from edge_asr.grammar import GrammarError, parse
 from edge_asr.hearing import DEAD_BELOW_DBFS, MAX_OFFSET
 from edge_asr.hotwords import HotwordError
 from edge_asr.hotwords import load as load_hotwords
@@ -177,7 +178,8 @@ def _hotwords(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
 
 def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) -> Finding:
     try:
-        interpreter = build_interpreter(options.commands, read_grammars(options.commands), recognizer)
+        grammars = read_grammars(options.commands)
+        interpreter = build_interpreter(options.commands, grammars, recognizer)
     except GrammarError as error:
         return Finding("grammars", "failed", str(error).splitlines()[0], "mend it; `edge-asr grammar test` shows more")
     if interpreter is None:
@@ -185,7 +187,21 @@ def _grammars(options: Settings, recognizer: OnnxRecognizer | SherpaRecognizer) 
     if interpreter.unspellable:
         words = ", ".join(interpreter.unspellable[:8])
         return Finding("grammars", "warning", f"the model cannot write: {words}", "say it in other words")
+    short = _too_short(options, grammars, recognizer)
+    if short:
+        found = f"too short to be as sure as is wanted: {', '.join(map(repr, short[:8]))}"
+        return Finding("grammars", "warning", found, "lower commands.min_confidence, or let more be said")
     return Finding("grammars", "ok", ", ".join(options.commands.grammars))
+
+
+def _too_short(
+    options: Settings, grammars: Mapping[str, bytes], recognizer: OnnxRecognizer | SherpaRecognizer
+) -> list[str]:
+    """A sentence of each intent that can be too short; an engine without posteriors is always sure."""
+    if isinstance(recognizer, SherpaRecognizer):
+        return []
+    loaded, wanted = [parse(content, name) for name, content in grammars.items()], options.commands.min_confidence
+    return [short.said for each in loaded for short in too_short(each, recognizer.table, wanted)]
 
 
 def _microphone(source: MicrophoneSource, max_noise_dbfs: float) -> Finding:

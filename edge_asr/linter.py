@@ -10,7 +10,6 @@ compares them.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -25,12 +24,13 @@ from rapidfuzz.distance import Levenshtein
 
 from edge_asr import commands, grammar
 from edge_asr.biasing import spellings
+from edge_asr.brevity import too_short
 from edge_asr.grammar import Enumeration, Grammar
 from edge_asr.numbers import Language
 from edge_asr.phonetics import likeness, name_of
 from edge_asr.posteriors import TokenTable
 from edge_asr.text_matching import NEAR, TextMatcher
-from edge_asr.wordgraph import Step, WordGraph
+from edge_asr.wordgraph import WordGraph
 
 ALIKE = 0.8
 """Similarity of two phrases' sounds from which a noisy hall makes them one (0..1)."""
@@ -65,11 +65,13 @@ def lint(path: Path, table: TokenTable | None = None) -> Iterator[Remark]:
         remark = f"{len(lost)} words are never heard, the model cannot write them: {shown}"
         yield Remark("error", f"{remark}; reword them, or activate a model for {loaded.language}")
     yield from _unreachable(loaded, graph, frozenset(lost))
-    yield from [] if table is None else _unsure(loaded, table)
+    for short in () if table is None else too_short(loaded, table, min_confidence=0.0):
+        yield Remark("warning", f"intents.{short.intent}: {short}; lower its min_confidence, or let more be said")
     overlaps = list(_overlaps(loaded))
     yield from overlaps
     yield from _sound_alikes(loaded)
     yield from _words_alike(loaded)
+    yield from _numbers_in_a_row(graph, loaded.language)
     yield from _doubts(graph, told=bool(overlaps))
     yield from _unused(loaded)
 
@@ -108,46 +110,6 @@ def _is_sayable(graph: WordGraph, lost: frozenset[str]) -> bool:
         onward = {arc.target for arc in outgoing.get(node, []) if arc.step.word not in lost}
         reached += sorted(onward - set(reached))
     return any(node in graph.endings for node in reached)
-
-
-def _unsure(loaded: Grammar, table: TokenTable) -> Iterator[Remark]:
-    """Sentences too short to be as sure as their intent wants them, however clearly they are said."""
-    for intent, definition in loaded.intents.items():
-        wanted = definition.min_confidence or 0.0
-        shortest = (_shortest(grammar.graph_of(template, loaded), table) for template in definition.sentences)
-        tokens, said = min((each for each in shortest if each is not None), default=(0, ""))
-        sure = commands.surest(tokens, len(table))
-        if tokens and sure < wanted:
-            remark = f"intents.{intent}: {said!r} is too short to be surer than about {sure:.2f}, wanted is {wanted:g}"
-            yield Remark("warning", f"{remark}; lower its min_confidence, or let more be said")
-
-
-def _shortest(graph: WordGraph, table: TokenTable) -> tuple[int, str] | None:
-    """(tokens, sentence) of what takes the fewest tokens to write; None if nothing can be written (Dijkstra)."""
-    costs = {word: _fewest(word, table) for word in {arc.step.word for arc in graph.arcs}}
-    outgoing = graph.outgoing()
-    order = itertools.count()
-    waiting: list[tuple[int, int, int, tuple[Step, ...]]] = [(0, next(order), 0, ())]
-    done: set[int] = set()
-    while waiting:
-        tokens, _, node, steps = heapq.heappop(waiting)
-        if node in graph.endings:
-            return tokens, grammar.sentence(steps)
-        if node not in done:
-            done.add(node)
-            for arc in outgoing.get(node, []):
-                cost = costs[arc.step.word]
-                if cost is not None:
-                    heapq.heappush(waiting, (tokens + cost, next(order), arc.target, (*steps, arc.step)))
-    return None
-
-
-def _fewest(word: str, table: TokenTable) -> int | None:
-    """Tokens that it takes at least to write a word; None if it cannot be written."""
-    counts = {0: 0}
-    for start, _, end in spellings(word, table):  # sorted by start
-        counts[end] = min(counts[start] + 1, counts.get(end, len(word) + 2))
-    return counts.get(len(word) + 1)
 
 
 def sounds(phrase: str, language: Language) -> str:
@@ -244,6 +206,23 @@ def _is_apart(word: str, other: str, language: Language) -> bool:
     if any(each.startswith("0x") or grammar.is_number_word(each, language) for each in (word, other)):
         return True
     return Levenshtein.normalized_similarity(sounds(word, language), sounds(other, language)) < ALIKE
+
+
+def _numbers_in_a_row(graph: grammar.CommandGraph, language: Language) -> Iterator[Remark]:
+    """Number slots right behind another number, whose words may fall to either."""
+    outgoing = graph.words.outgoing()
+    seen: set[str] = set()
+    for arc in graph.words.arcs:
+        if arc.step.number is None and not grammar.is_number_word(arc.step.word, language):
+            continue
+        before = f"{{{arc.step.number.slot}}}" if arc.step.number is not None else repr(arc.step.word)
+        for onward in outgoing.get(arc.target, []):
+            number = onward.step.number
+            if number is None or number == arc.step.number or number.slot in seen:
+                continue
+            seen.add(number.slot)
+            remark = f"{{{number.slot}}} may stand right behind another number, {before}: words may fall to either"
+            yield Remark("warning", f"{remark}; put a word between them")
 
 
 def _doubts(graph: grammar.CommandGraph, *, told: bool) -> Iterator[Remark]:

@@ -27,6 +27,7 @@ ORDER = (
     *(
         "text_matching",
         "commands",
+        "brevity",
         "linter",
         "confirmation",
         "outbox_file",

@@ -224,6 +224,18 @@ def test_the_doctor_examines_everything_and_says_what_to_do(tmp_path: Path) -> N
     assert "FAILED   model: nowhere" in failed.stdout
 
 
+def test_the_doctor_names_a_command_that_can_never_be_sure_enough() -> None:
+    site = ("--set", "sources=[{type: stdin}]", "--set", "commands.grammars=[factory.en]")
+    for wanted, said in ((0.5, "ok       grammars: factory.en"), (0.7, "warning  grammars: too short")):
+        [line] = [
+            line
+            for line in edge_asr("check", *site, "--set", f"commands.min_confidence={wanted}").stdout.splitlines()
+            if "grammars" in line
+        ]
+        assert line.startswith(said)
+        assert ("'confirm'" in line) == (wanted == 0.7)
+
+
 def test_the_doctor_records_a_spoken_sentence_and_says_what_was_understood(tmp_path: Path) -> None:
     samples, rate = soundfile.read(RECORDINGS / "20-emergency-stop.flac")
     soundfile.write(tmp_path / "stop.wav", np.concatenate([samples, np.zeros(rate)]), rate)

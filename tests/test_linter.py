@@ -100,6 +100,26 @@ def test_a_model_for_another_language_is_one_line_and_not_one_for_each_sentence(
     assert remark.text.endswith("; reword them, or activate a model for zh")
 
 
+@pytest.mark.parametrize(
+    ("sentence", "before"),
+    [
+        ("book {count} {line}", "{count}"),
+        ("book {count} [pieces] {line}", "{count}"),
+        ("book on press two {line}", "'two'"),
+        ("book {machine} {line}", "'two'"),
+    ],
+)
+def test_numbers_in_a_row_are_named_once(tmp_path: Path, sentence: str, before: str) -> None:
+    numbers = "\n  count: {range: [1, 100]}\n  line: {range: [1, 9]}\n"
+    text = GOOD.replace("press, mixer", "press two, mixer") + numbers.strip("\n") + "\n"
+    apart = text.replace("slots:", "  Count: {sentences: ['book {count} on {line}']}\nslots:")
+    assert not [each for _, each in remarks(tmp_path, apart) if "right behind" in each]
+    joined = text.replace("slots:", f"  Count: {{sentences: ['{sentence}']}}\nslots:")
+    [found] = [each for _, each in remarks(tmp_path, joined) if "right behind" in each]
+    assert found.startswith(f"{{line}} may stand right behind another number, {before}: ")
+    assert found.endswith("; put a word between them")
+
+
 def test_numbered_names_are_no_sound_alikes(tmp_path: Path) -> None:
     assert remarks(tmp_path, GOOD.replace("press, mixer", "line three, line four")) == []
 
