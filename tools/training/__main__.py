@@ -11,18 +11,38 @@ import numpy as np
 import torch
 
 from edge_asr.model_store import LANGUAGE_MODEL
-from training import evaluate, export, fit, front, language_model, people, prove, restore, texts, tokens, voices
+from training import (
+    evaluate,
+    export,
+    fit,
+    front,
+    language_model,
+    mine,
+    network,
+    people,
+    prove,
+    restore,
+    texts,
+    tokens,
+    voices,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
 """Utterances of each synthesizer: twenty-five hours; kokoro's take two hours of CPU, the others' one."""
+SAID_MISREAD = {"kokoro": 400, "flite": 600, "espeak": 600, "festival": 300}
+"""Utterances of what `mine` found, for which they all need half an hour of CPU."""
+MISREAD_SEED = 20
 TURNS = 5
 """Parts in which they are made, so that an interrupted synthesis leaves some of every synthesizer."""
 FOLDS = "0123456789"
 
 
 def synthesize(work: Path) -> None:
+    misread = mine.read(work / mine.MISREAD)
+    for speaker, count in SAID_MISREAD.items() if misread else ():
+        voices.synthesize(work / "said", speaker, count, MISREAD_SEED, lambda random: random.choice(misread))
     for turn in range(1, TURNS + 1):
         for speaker, count in SAID.items():
             voices.synthesize(work / "said", speaker, count * turn // TURNS, 1, texts.draw)
@@ -43,9 +63,8 @@ def prepare(work: Path) -> None:
         audio = voices.read_shard(shard)[0].audio.astype(np.float32) / 32768
         clips.append(np.asarray(audio + generator.normal(0, 3e-4, audio.size), np.float32))
     power_map, neg_mean, inv_stddev = front.fit(clips)
-    part = work / "front.part"
-    torch.save({"power_map": power_map, "neg_mean": neg_mean, "inv_stddev": inv_stddev}, part)
-    part.replace(work / "front.pt")
+    fitted = {"power_map": power_map, "neg_mean": neg_mean, "inv_stddev": inv_stddev}
+    network.save(fitted, work / "front.pt")
 
 
 def train(work: Path, options: argparse.Namespace) -> None:
@@ -62,7 +81,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/train", description=__doc__)
     parser.add_argument(
         "step",
-        choices="all synthesize prepare restore train blend export language-model describe prove evaluate".split(),
+        choices="all mine synthesize prepare restore train blend export language-model describe prove evaluate".split(),
     )
     parser.add_argument("work", type=Path, help="where everything that is made goes; a run goes on from what is there")
     parser.add_argument("--noise", type=Path, action="append", default=[], help="a folder of recordings of noise")
@@ -82,8 +101,12 @@ def _options() -> argparse.Namespace:
         "--of", nargs=2, action="append", default=[], metavar=("NAME", "SHARE"), help="a checkpoint to blend"
     )
     parser.add_argument(
-        "--package", type=Path, default=MODELS / "micro-en", help="what `restore` restores (default: the shipped one)"
+        "--package",
+        type=Path,
+        default=MODELS / "micro-en",
+        help="what `restore` restores and `mine` asks (default: the shipped one)",
     )
+    parser.add_argument("--sentences", type=int, default=4000, help="that `mine` has said (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="model", help="of the checkpoint and the folder of the export")
     parser.add_argument("--shared", type=Path, default=SHARED, help="validation recordings, where there are any")
@@ -112,6 +135,7 @@ def main() -> None:
         return tokens.Tokenizer(work / "pieces.model")
 
     steps: dict[str, Callable[[], None]] = {
+        "mine": lambda: mine.mine(options.package, work / mine.MISREAD, options.sentences),
         "synthesize": lambda: synthesize(work),
         "prepare": lambda: prepare(work),
         "restore": lambda: restore.begin(options.package, work, checkpoint),
@@ -126,7 +150,7 @@ def main() -> None:
         "evaluate": lambda: _evaluate(work, model, options),
     }
     for step, take in steps.items():
-        if options.step == step or (options.step == "all" and step not in {"restore", "blend"}):
+        if options.step == step or (options.step == "all" and step not in {"mine", "restore", "blend"}):
             print(f"== {step}", flush=True)
             take()
 

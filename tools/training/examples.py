@@ -36,11 +36,11 @@ ENOUGH = 2000
 """Utterances of a voice below which it is drawn less often, so that none is heard over and over."""
 
 KINDS = {
-    "general": 0.34,
+    "general": 0.32,
     "coffee": 0.13,
-    "factory": 0.15,
-    "decoy": 0.11,
-    "free": 0.13,
+    "factory": 0.14,
+    "decoy": 0.16,
+    "free": 0.11,
     "digits": 0.07,
     "letters": 0.03,
     "short": 0.04,

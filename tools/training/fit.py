@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from edge_asr.inference import Contract
 from training.examples import Batch, Pool, batches
-from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network, Shape
+from training.network import LANGUAGE_IDS, WITH_ITN, WITHOUT_ITN, Network, Shape, save
 from training.noise import Noise, made, recordings
 from training.tokens import BLANK, Tokenizer
 from training.voices import Said, read_shard
@@ -74,7 +74,7 @@ def blend(parts: Mapping[Path, float], out: Path) -> None:
         else value
         for name, value in first["model"].items()
     }
-    torch.save({"shape": first["shape"], "model": model}, out)
+    save({"shape": first["shape"], "model": model}, out)
 
 
 class Stream(IterableDataset[Batch]):
@@ -178,9 +178,7 @@ class Run:
     def save(self) -> None:
         state = self.network.checkpoint() | {"model": self.average, "raw": self.network.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "elapsed_s": self.elapsed_s, "steps": self.steps}
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        save(state, self.path)
 
     def _rate(self, passed: float, *, encoder: bool) -> float:
         """The share of its peak rate at which a part learns: up in a twentieth, flat, then down to nothing."""

@@ -8,7 +8,9 @@ ITN.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,3 +145,10 @@ class Network(nn.Module):
         network = cls(Shape(**checkpoint["shape"]))
         network.load_state_dict(checkpoint["model"])
         return network
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """For `torch.load`; whole or not there."""
+    part = path.with_suffix(".part")
+    torch.save(dict(state), part)
+    part.replace(path)

@@ -7,6 +7,7 @@ same text and tags from recordings with it, or nothing is packaged and the exit 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,16 @@ def rehearse(checkpoint: Path, vocabulary: Sequence[str]) -> None:
 
 
 def package(options: argparse.Namespace) -> int:
+    """Write the package, whole or not at all; exit code. Raises what the files of the options are refused for."""
+    part: Path = options.out.with_name(f"{options.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        return _package(options, part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _package(options: argparse.Namespace, out: Path) -> int:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(options.release / PIECES))
     vocabulary = [pieces.id_to_piece(at) for at in range(pieces.vocab_size())]
     mean, deviation = sense_voice.normalization(options.release / "am.mvn")
@@ -45,7 +56,6 @@ def package(options: argparse.Namespace) -> int:
     network = sense_voice.restored(options.checkpoint)
     if network.shape.vocabulary != len(vocabulary):
         raise ValueError(f"{options.checkpoint}: has {network.shape.vocabulary} tokens, {PIECES} {len(vocabulary)}")
-    out: Path = options.out
     out.mkdir(parents=True)
     tokens = (f"{piece} {at}\n" for at, piece in enumerate(vocabulary))
     (out / model_store.TOKENS).write_text("".join(tokens), encoding="utf-8")
@@ -63,18 +73,19 @@ def package(options: argparse.Namespace) -> int:
     equal, count = prove.contract(out, clips)
     print(f"text and tags equal in sherpa-onnx and our engine: {equal} of {count}", flush=True)
     if equal < AGREEMENT * count:
-        print(f"{out}: is not packaged, the engines disagree", file=sys.stderr)
+        print(f"{options.out}: is not packaged, the engines disagree", file=sys.stderr)
         return 1
     licence, origin = ("none: nothing was learned", RANDOM) if options.rehearse else (LICENCE, ORIGIN)
     description = f"{comment}; sherpa-onnx reads the same from {equal} of {count} recordings"
     export.describe(out, options.name, description, options.languages, licence, origin)
-    print(f"{out}: written; `edge-asr models import {out}` takes it", flush=True)
+    out.rename(options.out)
+    print(f"{options.out}: written; `edge-asr models import {options.out}` takes it", flush=True)
     return 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/package-sensevoice", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="FunASR's outputs/model.pt.avg10, or the release's model.pt")
+    parser.add_argument("checkpoint", type=Path, help="FunASR's outputs/model.pt.avg5, or the release's model.pt")
     parser.add_argument("release", type=Path, help=f"SenseVoiceSmall's folder, for its am.mvn and {PIECES}")
     parser.add_argument("out", type=Path, help="the package's folder, which must not exist")
     parser.add_argument("--name", default="SenseVoiceSmall-site", help="its licence asks to keep SenseVoiceSmall in it")

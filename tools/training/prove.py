@@ -14,7 +14,7 @@ from edge_asr.audio import from_float
 from training import voices
 from training.front import whisper_power
 from training.kokoro import folder
-from training.whisper import Encoder, weights_file
+from training.whisper import PACKAGES, Encoder, weights_file
 
 FILES, PER_SHARD = 500, 10
 """Recordings that the contract is proven on, and how many of them one shard of 100 gives."""
@@ -43,8 +43,6 @@ def encoder(size: str, clip: voices.Wave) -> float:
 
 
 def _beside(size: str, name: str) -> Path | None:
-    from training.whisper import PACKAGES  # noqa: PLC0415
-
     package, _, inside = PACKAGES[size][0].partition("/")
     path = folder(package) / Path(inside).parent / name
     return path if path.exists() else None

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 
 from edge_asr.inference import load_tokens
 from training.export import quantize, write_float
-from training.network import Network, Shape
+from training.network import Network, Shape, save
 
 
 def _arrays(graph: onnx.GraphProto) -> dict[str, NDArray[np.generic]]:
@@ -77,8 +77,8 @@ def begin(package: Path, work: Path, checkpoint: Path) -> None:
     """Of a package of tools/train: its pieces and front into WORK, and its network as a checkpoint to start from."""
     shutil.copyfile(package / "pieces.model", work / "pieces.model")
     restored = network(package / "model.int8.onnx", load_tokens(package / "tokens.txt").pieces)
-    torch.save(restored.front.state_dict(), work / "front.pt")
-    torch.save(restored.checkpoint(), checkpoint)
+    save(restored.front.state_dict(), work / "front.pt")
+    save(restored.checkpoint(), checkpoint)
 
 
 def _blocks(arrays: dict[str, NDArray[np.generic]]) -> int:

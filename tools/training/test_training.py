@@ -32,11 +32,13 @@ from training import (
     fit,
     kokoro,
     language_model,
+    mine,
     noise,
     package,
     restore,
     sense_voice,
     texts,
+    voices,
 )
 from training.examples import ENOUGH, KINDS, LONGEST_AFTER_S, LONGEST_BEFORE_S, WEIGHTS, Pool
 from training.network import Network, Shape
@@ -44,6 +46,8 @@ from training.noise import Noise
 from training.tokens import TAGS as ALL_TAGS
 from training.tokens import Tokenizer
 from training.voices import Said
+
+SHIPPED = texts.GRAMMARS.parents[1] / "models/micro-en"
 
 
 @given(st.integers(0, 10_000))
@@ -70,6 +74,20 @@ def test_a_decoy_is_no_sentence_of_its_grammar_but_begins_or_ends_like_one() -> 
     assert sum(bool(matcher.understood(each)) for each in decoys) < 20  # some words may be left out, or mean the same
     ordinary = {word for seed in range(300) for word in texts.of_grammar(Random(seed), "coffee.en").text.split()}
     assert sum(each.split()[0] in ordinary or each.split()[-1] in ordinary for each in decoys) > 120
+
+
+def test_what_is_misread_as_a_command_is_found_and_what_is_read_rightly_is_not(tmp_path: Path) -> None:
+    listener = mine.Listener(evaluate.Ears(SHIPPED), "coffee.en")
+    [(_, audio)] = voices.flite([texts.sentence("coffee", "make me a large latte with milk")], Random(1))
+    assert audio is not None
+    assert not listener.misreads(texts.sentence("coffee", "make me a large latte with milk"), audio)
+    assert listener.misreads(texts.sentence("coffee", "make me a small latte with milk"), audio)
+    assert listener.misreads(texts.sentence("decoy", "make me a large ladder with milk"), audio)
+    assert not listener.misreads(texts.sentence("coffee", "R C C B"), audio)  # no label to compare with
+    mine.mine(SHIPPED, tmp_path / mine.MISREAD, 60)
+    found = mine.read(tmp_path / mine.MISREAD)
+    assert 0 < len(found) < 30
+    assert len(set(found)) == len(found)
 
 
 def test_endings_follow_the_sound_before_them() -> None:
@@ -150,11 +168,10 @@ def test_a_network_survives_the_way_through_the_shipped_file(tmp_path: Path) -> 
 
 
 def test_a_run_can_start_from_the_package_that_ships(tmp_path: Path) -> None:
-    package = texts.GRAMMARS.parents[1] / "models/micro-en"
-    restore.begin(package, tmp_path, tmp_path / "start.pt")
+    restore.begin(SHIPPED, tmp_path, tmp_path / "start.pt")
     run = fit.Run(tmp_path, "more", fit.Plan(1.0), tmp_path / "start.pt")
     _, contract = fit.load_front(tmp_path / "front.pt")
-    files = model_store.locate(f"{package}/")
+    files = model_store.locate(f"{SHIPPED}/")
     pcm = read_file(texts.GRAMMARS.parent / "recordings/golden.flac")
     heard = inference.OnnxRecognizer(files, edge_settings.Model()).recognize(pcm).transcript.text
     golden = Said("somebody", "golden", heard, np.frombuffer(pcm, np.int16))
@@ -318,7 +335,7 @@ def _release(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_becomes_a_package_that_the_store_takes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = _release(tmp_path / "release")
     tags = [[vocabulary.index(f"<|{name}|>") for name in names] for names in package.RANDOM_TAGS]
@@ -334,6 +351,10 @@ def test_a_checkpoint_becomes_a_package_that_the_store_takes(
         floats=False,
         rehearse=False,
     )
+    monkeypatch.setattr(package, "AGREEMENT", 1.1)
+    assert package.package(options) == 1
+    assert not list(tmp_path.glob("packed*")), "nothing of what is not packaged stays behind"
+    monkeypatch.undo()
     assert package.package(options) == 0, capsys.readouterr().out
     assert "equal in sherpa-onnx and our engine: 20 of 20" in capsys.readouterr().out
     manifest = Store(tmp_path / "models").add(tmp_path / "packed", None)
