@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -93,7 +94,8 @@ def test_a_wheel_carries_models_grammars_recordings_and_units(ready: Path, tmp_p
     assert sorted(folder.name for folder in bundled.iterdir()) == ["grammars", "models", "recordings", "systemd"]
     verify = ("-m", "edge_asr.cli", "models", "verify", "micro-en")
     done = call(ready, ".venv/bin/python", *verify, PYTHONPATH=str(installed))
-    assert done.stdout.startswith("micro-en 2.3.0: sound"), done.stdout
+    version = json.loads((bundled / "models/micro-en/manifest.json").read_text(encoding="utf-8"))["version"]
+    assert done.stdout.startswith(f"micro-en {version}: sound"), done.stdout
 
 
 @pytest.mark.timeout(600)
