@@ -33,16 +33,15 @@ SAID = {"espeak": 13500, "flite": 14500, "festival": 5500, "kokoro": 9000}
 """Utterances of each synthesizer: twenty-five hours; kokoro's take two hours of CPU, the others' one."""
 SAID_MISREAD = {"kokoro": 400, "flite": 600, "espeak": 600, "festival": 300}
 """Utterances of what `mine` found, for which they all need half an hour of CPU."""
-MISREAD_SEED = 20
 TURNS = 5
 """Parts in which they are made, so that an interrupted synthesis leaves some of every synthesizer."""
 FOLDS = "0123456789"
 
 
 def synthesize(work: Path) -> None:
-    misread = mine.read(work / mine.MISREAD)
+    misread, seed = mine.read(work / mine.MISREAD), mine.seed_of(work / mine.MISREAD)
     for speaker, count in SAID_MISREAD.items() if misread else ():
-        voices.synthesize(work / "said", speaker, count, MISREAD_SEED, lambda random: random.choice(misread))
+        voices.synthesize(work / "said", speaker, count, seed, lambda random: random.choice(misread))
     for turn in range(1, TURNS + 1):
         for speaker, count in SAID.items():
             voices.synthesize(work / "said", speaker, count * turn // TURNS, 1, texts.draw)

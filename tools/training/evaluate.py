@@ -14,14 +14,16 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
+from zlib import crc32
 
 import av
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
@@ -33,7 +35,7 @@ from edge_asr.events import Command
 from edge_asr.language_model import LanguageModel
 from edge_asr.posteriors import Recognition
 from edge_asr.wordgraph import Arc, WordGraph
-from training import texts, voices
+from training import examples, texts, voices
 from training.noise import recordings
 from training.texts import GRAMMARS
 
@@ -130,26 +132,51 @@ def padded(audio: Wave, seconds: float = 0.3) -> Wave:
     return np.pad(audio, int(seconds * voices.SAMPLE_RATE))
 
 
-def orders(ears: Ears, folder: Path, snrs_db: Sequence[float | None]) -> Iterator[tuple[str, Mapping[str, float]]]:
+def conditions(noise: Wave, snrs_db: Sequence[float]) -> Iterator[tuple[str, Callable[[Wave, str], Wave]]]:
+    """(name, what it makes of a recording of that name)."""
+
+    def noisy(audio: Wave, name: str, snr_db: float) -> Wave:
+        return mix(audio, noise, snr_db, f"0:{name}:{snr_db:g}")
+
+    def far(audio: Wave, name: str) -> Wave:
+        return examples.room(audio, Random(name), np.random.default_rng(crc32(name.encode())), far=True)
+
+    def overdriven(audio: Wave, _: str) -> Wave:
+        return np.clip(audio / np.abs(audio).max() * np.float32(4), -1, 1) * np.float32(0.5)
+
+    yield "clean", lambda audio, _: audio
+    for snr_db in snrs_db:
+        yield f"{snr_db:g} dB", partial(noisy, snr_db=snr_db)
+    yield "telephone, 8 kHz", lambda audio, name: examples.telephone(audio, Random(name))
+    yield "Opus", lambda audio, _: examples.opus(audio / np.abs(audio).max() * np.float32(0.7))
+    yield "overdriven by 12 dB", overdriven
+    yield "far off in a room", far
+    for percent in (20, 35):
+        yield f"{percent} % faster", partial(_faster, factor=1 + percent / 100)
+
+
+def _faster(audio: Wave, _: str, factor: float) -> Wave:
+    """Higher, too, as from a tape."""
+    return np.asarray(soxr.resample(audio, voices.SAMPLE_RATE * factor, voices.SAMPLE_RATE), np.float32)
+
+
+def orders(ears: Ears, folder: Path, snrs_db: Sequence[float]) -> Iterator[tuple[str, Mapping[str, float]]]:
     """(condition, acceptance of each reading) of the real coffee orders of FOLDER."""
     entries = [json.loads(line) for line in (folder / "commands.jsonl").read_text(encoding="utf-8").splitlines()]
     noise = to_float(read_file(folder / "kitchen-noise.flac"))
     graph = load_graph([GRAMMARS / "coffee.en.yaml"])
     nearest = Nearest(graph.words)
     interpreter = Interpreter(graph, ears.recognizer.table, settings.Commands())
-    for snr_db in snrs_db:
+    for condition, changed in conditions(noise, snrs_db):
         accepted = {"greedy": 0, "written": 0, "constrained": 0}
         for entry in entries:
             audio = to_float(read_file(folder / entry["audio"]))
-            if snr_db is not None:
-                audio = mix(audio, noise, snr_db, f"0:{Path(entry['audio']).name}:{snr_db:g}")
-            heard = ears.recognize(audio)
+            heard = ears.recognize(changed(audio, Path(entry["audio"]).name))
             for name, text in (("greedy", heard.transcript.text), ("written", ears.written(heard))):
                 reading = nearest(text) if text else None
                 accepted[name] += reading is not None and dict(reading.slots) == entry["slots"]
             decision = interpreter.interpret(heard)
             accepted["constrained"] += isinstance(decision, Command) and decision.slots == entry["slots"]
-        condition = "clean" if snr_db is None else f"{snr_db:g} dB"
         yield condition, {name: round(count / len(entries), 3) for name, count in accepted.items()}
 
 
@@ -180,6 +207,17 @@ def spoken(shard: Path) -> Iterator[tuple[str, Wave]]:
     for said in voices.read_shard(shard):
         audio = padded(said.audio.astype(np.float32) / 32768 * 0.5)
         yield said.text, audio + np.random.default_rng(0).normal(0, 1e-4, audio.size).astype(np.float32)
+
+
+def joined(said: Iterable[tuple[str, Wave]], least_s: float = 15.0) -> Iterator[tuple[str, Wave]]:
+    """Sentences one after the other until they are so long."""
+    texts_, pieces = list[str](), list[Wave]()
+    for text, audio in said:
+        texts_.append(text)
+        pieces.append(audio)
+        if sum(map(len, pieces)) > least_s * voices.SAMPLE_RATE:
+            yield " ".join(texts_), np.concatenate(pieces)
+            texts_, pieces = [], []
 
 
 def word_errors(ears: Ears, said: Iterable[tuple[str, Wave]]) -> Mapping[str, float]:
@@ -256,6 +294,7 @@ def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[
     general, factory = unseen(work / "unseen")
     known("WER general, unseen voice", word_errors(ears, spoken(general)))
     known("WER factory, unseen voice", word_errors(ears, spoken(factory)))
+    known("the same, 15 to 20 s at a time", word_errors(ears, joined(spoken(factory))))
     if PROMPTS_TEXTS.exists() and PROMPTS.exists():
         known("WER prompts, a real woman", word_errors(ears, ((text, padded(audio)) for text, audio in prompts())))
     if (shared / "spoken-digits").exists():
@@ -263,7 +302,7 @@ def everything(model: Path, work: Path, shared: Path, noise_folds: str) -> dict[
     if noise_folds and (shared / "noise").exists():
         known("noise that gave text", "{} of {}".format(*noise_alone(ears, shared / "noise", noise_folds)))
     if (shared / "spoken-commands").exists():
-        for name, accepted in orders(ears, shared / "spoken-commands", (None, 15, 12, 9, 6)):
+        for name, accepted in orders(ears, shared / "spoken-commands", (15, 12, 9, 6)):
             known(f"orders {name}", accepted)
     known("real-time factor", round(ears.cpu_s / ears.heard_s, 4))
     known("megabytes", round(sum(path.stat().st_size for path in model.iterdir()) / 1e6, 1))

@@ -63,6 +63,9 @@ LAST_PEOPLE = 8.0
 NOBODY = 0.22
 """How often nobody speaks: a bark or a sneeze amid seconds of noise is like a digit there."""
 
+FAR = 0.3
+"""How often who speaks in a room is far from the microphone."""
+
 BABBLING = 0.22
 """How often noise is people who talk in the background."""
 
@@ -96,9 +99,8 @@ def mixed(speech: Wave, noise: Wave, snr_db: float) -> Wave:
     return speech + noise * np.float32(np.sqrt(loudest(speech) / loudest(noise) / 10 ** (snr_db / 10)))
 
 
-def room(audio: Wave, random: Random, generator: np.random.Generator) -> Wave:
-    """Through a made-up room: a direct sound, early reflections, a decaying tail; near or far."""
-    far = random.random() < 0.3
+def room(audio: Wave, random: Random, generator: np.random.Generator, *, far: bool) -> Wave:
+    """Through a made-up room: a direct sound, early reflections, a decaying tail."""
     seconds = random.uniform(0.3, 0.9) if far else random.uniform(0.08, 0.5)
     size = int(seconds * SAMPLE_RATE)
     tail = generator.normal(size=size) * np.exp(-6.9 * np.arange(size) / size)
@@ -190,7 +192,7 @@ class Pool:
             if random.random() < 0.35:
                 audio, event = audio + random.uniform(0.2, 1) * self.noise(size)[1], "Event_UNK"
             if random.random() < 0.2:
-                audio = room(np.asarray(audio, np.float32), random, self.generator)
+                audio = room(np.asarray(audio, np.float32), random, self.generator, far=random.random() < FAR)
             audio = audio / (np.abs(audio).max() + 1e-9) * 10 ** (random.uniform(-40, 0) / 20)
         return Example(np.asarray(audio, np.float32), "", ("nospeech", "EMO_UNKNOWN", event))
 
@@ -223,7 +225,7 @@ class Pool:
         speech, text = self._said()
         audio = np.pad(speech, (self._pause(LONGEST_BEFORE_S), self._pause(LONGEST_AFTER_S)))
         if random.random() < 0.5:
-            audio = room(audio, random, generator)
+            audio = room(audio, random, generator, far=random.random() < FAR)
         if random.random() < 0.5:
             tilt = random.uniform(-0.9, 0.9)
             audio = np.asarray(lfilter([1, -tilt], [1], audio), np.float32)

@@ -7,6 +7,7 @@ quick synthesizers and heard by the model; what it reads otherwise than it was s
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from edge_asr.commands import Interpreter, load_graph
 from edge_asr.events import Command, Rejection
 from edge_asr.text_matching import TextMatcher
 from training import texts, voices
-from training.evaluate import Ears, padded
+from training.evaluate import Ears, padded, unheard
 from training.texts import GRAMMARS, Sentence
 
 MISREAD = "misread.jsonl"
@@ -51,9 +52,9 @@ class Listener:
 
     def misreads(self, each: Sentence, audio: voices.Wave) -> bool:
         """Whether the sentence is read as a command that it is not."""
+        if any(len(word) == 1 and word.isupper() for word in each.say.split()):
+            return False  # the label holds the letters of an abbreviation, the grammar the abbreviation
         meant = self._matcher.readings(each.text)
-        if each.kind != "decoy" and not meant:  # abbreviations are labelled by their letters
-            return False
         decision = self._interpreter.interpret(self._ears.recognize(padded(audio)))
         if isinstance(decision, Command):
             return all((decision.intent, dict(decision.slots)) != (it.intent, dict(it.slots)) for it in meant)
@@ -79,9 +80,9 @@ def misread(model: Path, seed: int) -> Iterator[Sentence | None]:
 
 def mine(model: Path, out: Path, sentences: int) -> None:
     """Say and hear so many sentences, and append what is misread to OUT, a JSON object a line."""
-    kept = read(out)
+    kept, measured_by = read(out), unheard()
     for at, each in enumerate(islice(misread(model, len(kept)), sentences), start=1):
-        if each is not None and each not in kept:
+        if each is not None and each not in kept and each.text not in measured_by:
             kept.append(each)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": each.kind, "text": each.text, "say": each.say}) + "\n")
@@ -94,3 +95,8 @@ def read(path: Path) -> list[Sentence]:
     if not path.exists():
         return []
     return [Sentence(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def seed_of(path: Path) -> int:
+    """Of the utterances of what was written down: another one when more was found."""
+    return zlib.crc32(path.read_bytes()) if path.exists() else 0
